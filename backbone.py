@@ -1,0 +1,243 @@
+"""Names and folders of the pretrained parts: Stable Diffusion, CLIP, Mask2Former and the language model.
+
+Every part is a preset's, a Hugging Face hub id or a local folder, and all three are read by the same code.
+Weights are read from safetensors alone, and no code that comes with them is run.
+
+    sd = load_stable_diffusion("stable-diffusion-v1-5/stable-diffusion-v1-5", device)
+    clip = load_clip(preset("sd15").clip, device)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+
+
+class BackboneError(ValueError):
+    """A part that cannot be loaded. The message is one line: which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Where the parts lie, and what goes with them.
+
+    panel: P, pixels along a panel's side. classes: of the segmenter, for selective-area matching. data: the
+    dataset to train on, None where there is no default. editor: a trained editor's folder, likewise.
+    """
+
+    stable_diffusion: str
+    clip: str
+    clip_eval: str
+    segmenter: str
+    llm: str
+    panel: int
+    classes: tuple[str, ...]
+    data: str | None = None
+    editor: str | None = None
+
+
+_TOY = HERE / "toy" / "weights"
+PRESETS = {
+    "toy": Preset(
+        stable_diffusion=str(_TOY / "stable-diffusion"),
+        clip=str(_TOY / "clip"),
+        clip_eval=str(_TOY / "clip-eval"),
+        segmenter=str(_TOY / "segmenter"),
+        llm=str(_TOY / "llm"),
+        panel=64,
+        classes=("face",),
+        data=str(HERE / "data" / "toy"),
+        editor=str(_TOY / "editor"),
+    ),
+    # Choice: panels of 256 pixels, so that the grid has the 512 that Stable Diffusion 1.5 was trained at. A
+    # language model small enough to stand beside it on one GPU.
+    "sd15": Preset(
+        stable_diffusion="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        clip="timm/vit_large_patch14_clip_224.openai",
+        clip_eval="laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
+        segmenter="facebook/mask2former-swin-large-coco-panoptic",
+        llm="Qwen/Qwen2.5-1.5B-Instruct",
+        panel=256,
+        classes=("person",),
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name. Raises BackboneError, which lists the names."""
+    if name not in PRESETS:
+        raise BackboneError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def data_folder(source: str) -> str:
+    """A dataset's folder or hub id as it is; the toy world's folder is written first if it is not there yet."""
+    folder = Path(source)
+    if source == PRESETS["toy"].data and not folder.exists():
+        print(f"writing the toy world to {folder} (once, about a minute)", flush=True)
+        subprocess.run([sys.executable, HERE / "toy" / "world.py", "--out", folder], check=True)
+    return source
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto`: CUDA, else MPS, else the CPU. Raises BackboneError for a device that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, is_there in there.items() if is_there))
+    if not there.get(name.split(":")[0], False):
+        raise BackboneError(f"--device {name}: no such device here; use --device auto or cpu")
+    return torch.device(name)
+
+
+# --- Loading ------------------------------------------------------------------------------------------------
+
+
+class StableDiffusion(NamedTuple):
+    """The parts of a latent diffusion model in diffusers' layout, frozen."""
+
+    vae: nn.Module
+    unet: nn.Module
+    text_encoder: nn.Module
+    tokenizer: Any
+    scheduler: Any
+
+
+def load_stable_diffusion(
+    source: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> StableDiffusion:
+    """A Stable Diffusion folder or hub id → its frozen parts in `dtype`. Raises BackboneError."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    parts = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
+    folder = _folder(source, [f"{part}/*" for part in parts])
+    with _clear_errors(source, "a Stable Diffusion folder in diffusers' layout"):
+        vae, unet = (
+            kind.from_pretrained(folder / part, torch_dtype=dtype, use_safetensors=True)
+            for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
+        )
+        text_encoder = CLIPTextModel.from_pretrained(
+            folder / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        # Whatever sampler the folder names, its noise schedule is what training needs.
+        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    models = (_freeze(model, device) for model in (vae, unet, text_encoder))
+    return StableDiffusion(*models, tokenizer, scheduler)
+
+
+def load_clip(source: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """An open_clip model (a folder with `open_clip_config.json`, or a hub id of one), frozen."""
+    import open_clip
+
+    folder = _folder(source, ["open_clip*"])
+    with _clear_errors(source, "an open_clip folder"):
+        if not (folder / "open_clip_model.safetensors").is_file():
+            raise FileNotFoundError("open_clip_model.safetensors is missing")
+        clip = open_clip.create_model(f"local-dir:{folder}")
+    return _freeze(clip.to(dtype), device)
+
+
+def load_clip_tokenizer(source: str) -> Any:
+    """The tokenizer of an open_clip model: texts (list of str) → token ids (B, context length)."""
+    import open_clip
+
+    with _clear_errors(source, "an open_clip folder"):
+        return open_clip.get_tokenizer(f"local-dir:{_folder(source, ['*'])}")
+
+
+def load_segmenter(source: str, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
+    """A Mask2Former for panoptic segmentation, frozen, and its image processor."""
+    from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
+
+    folder = _folder(source)
+    with _clear_errors(source, "a Mask2Former folder"):
+        options = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+        model = Mask2FormerForUniversalSegmentation.from_pretrained(folder, **options)
+        processor = Mask2FormerImageProcessor.from_pretrained(folder, local_files_only=True)
+    return _freeze(model, device), processor
+
+
+def load_llm(source: str, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
+    """A causal language model, frozen, and its tokenizer. bf16 on a GPU, float32 elsewhere."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    folder = _folder(source)
+    with _clear_errors(source, "a causal language model's folder"):
+        options = {"local_files_only": True, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    return _freeze(model, device), tokenizer
+
+
+def load_editor(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, dict[str, Any]]:
+    """An editor that `train.py` has saved: its RCLDM, frozen, and its settings. Raises BackboneError."""
+    from rcldm import RCLDM
+
+    with _clear_errors(folder, "an editor's folder as train.py saves it"):
+        settings = json.loads((Path(folder) / "instructgie.json").read_text(encoding="utf-8"))
+        model = RCLDM.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+    return _freeze(model, device), settings
+
+
+def _freeze(model: nn.Module, device: torch.device | str) -> nn.Module:
+    return model.to(device).eval().requires_grad_(False)
+
+
+# What a model folder may consist of: weights as safetensors, and texts.
+_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja")
+_VARIANTS = ("*.fp16.*", "*.non_ema.*", "*.bf16.*")
+
+
+def _folder(source: str | Path, patterns: list[str] | None = None) -> Path:
+    """A local folder as it is; a hub id's snapshot, of which only safe files are fetched."""
+    if Path(source).is_dir():
+        return Path(source).resolve()
+    if str(source).count("/") != 1 or str(source).startswith((".", "/")):
+        raise BackboneError(f"{source}: no such folder; give a model's folder or a hub id, owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = [p.replace("*", "") + f for p in patterns or [""] for f in _FILES]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=list(_VARIANTS)))
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        reason = f"the hub cannot be reached or has no such model ({type(error).__name__})"
+        raise BackboneError(f"{source}: {reason}; check the id and the network, or give a folder") from None
+
+
+@contextlib.contextmanager
+def _clear_errors(source: object, what: str) -> Iterator[None]:
+    """Whatever a library makes of a broken model folder becomes one line."""
+    try:
+        yield
+    except BackboneError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        raise BackboneError(f"{source}: not {what} ({reason})") from None
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """What the user can mend, a ValueError or OSError, ends the program with one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from (error if os.environ.get("DEBUG") else None)

@@ -1,0 +1,603 @@
+"""Contribution 5: the visual prompt dataset, as it is read and composed for training.
+
+The paper shows the model one finished edit and asks for the same edit of another picture. Both stand in one
+image, a 2×2 grid of square panels. Its dataset figure calls the step "data processing" (phase 2): among the
+image pairs of one instruction two are drawn at random; one becomes the example row, the other the query row.
+
+        Img_train                              Img_VPcon, the condition
+    +----------------+----------------+        +----------------+----------------+
+    | example before | example after  |        | example before | example after  |  P rows
+    +----------------+----------------+        +----------------+----------------+
+    | query          | answer         |        | query          | flat grey      |  P rows
+    +----------------+----------------+        +----------------+----------------+
+        P columns        P columns
+
+The module goes from the paper's matter to the plumbing: grids; the dataset that draws the two rows;
+pictures; the three readers. `make_dataset.py` holds phase 1, which makes the pairs. `python dataset.py`
+prints an example.
+
+Symbols: P panel size (pixels, or latent pixels); C channels. Images are RGB in [-1, 1], where grey is 0.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+log = logging.getLogger(__name__)
+
+
+# --- Grids --------------------------------------------------------------------------------------------------
+
+
+def compose_grid(example_before: Tensor, example_after: Tensor, query: Tensor, answer: Tensor) -> Tensor:
+    """Four panels (..., C, P, P) to one grid (..., C, 2P, 2P): images in [-1, 1] and latents alike.
+
+    A batch of dataset items becomes a batch of grids by `compose_grid(*batch["panels"].unbind(1))`.
+    Raises ValueError unless the four panels are square and of one shape. Source: the paper's dataset figure.
+    """
+    shapes = [tuple(panel.shape) for panel in (example_before, example_after, query, answer)]
+    if len(set(shapes)) > 1 or len(shapes[0]) < 3 or shapes[0][-1] != shapes[0][-2]:
+        raise ValueError(f"a grid needs four square panels of one shape (..., C, P, P), not {shapes}")
+    top = torch.cat([example_before, example_after], dim=-1)  # (..., C, P, 2P)
+    bottom = torch.cat([query, answer], dim=-1)
+    return torch.cat([top, bottom], dim=-2)
+
+
+def split_grid(grid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The inverse of `compose_grid`: views (..., C, P, P) of example before, example after, query and answer.
+
+    Raises ValueError, as all the functions on grids do, for a grid that is not square or has odd sides.
+    """
+    p = _panel_size(grid)
+    return grid[..., :p, :p], grid[..., :p, p:], grid[..., p:, :p], grid[..., p:, p:]
+
+
+def answer_panel(grid: Tensor) -> Tensor:
+    """The lower-right panel (..., C, P, P) of a grid (..., C, 2P, 2P), as a view: the answer to the query."""
+    return split_grid(grid)[3]
+
+
+def mask_query(grid: Tensor, fill: float = 0.0) -> Tensor:
+    """Img_VPcon: a copy of the grid (..., C, 2P, 2P) whose answer panel is `fill`, 0 being grey in [-1, 1].
+
+    Source: the paper's architecture figure. For images only: a latent of zeros is not the latent of grey.
+    """
+    masked = grid.clone()
+    answer_panel(masked).fill_(fill)
+    return masked
+
+
+def drop_example(grid: Tensor, fill: float = 0.0) -> Tensor:
+    """A copy of the grid (..., C, 2P, 2P) whose example row is `fill`, so that the instruction stands alone.
+
+    Choice: an absent example looks like an absent answer, flat grey. Training drops examples at random to
+    make possible guidance by the example, and edits by instruction alone.
+    """
+    dropped = grid.clone()
+    dropped[..., : _panel_size(grid), :] = fill
+    return dropped
+
+
+def _panel_size(grid: Tensor) -> int:
+    height, width = grid.shape[-2:] if grid.ndim >= 3 else (0, 0)
+    if height != width or height % 2 or height == 0:
+        raise ValueError(f"a grid is square with even sides (..., C, 2P, 2P), not {tuple(grid.shape)}")
+    return height // 2
+
+
+# --- The dataset --------------------------------------------------------------------------------------------
+
+
+class DatasetError(ValueError):
+    """A dataset that cannot be used. The message is one line: where, what, and what to do."""
+
+
+@dataclass(slots=True)
+class EditPair:
+    """One edit: where its two pictures lie (nothing is decoded here), and what was asked for."""
+
+    input: str | TableImage
+    output: str | TableImage
+    instruction: str
+    input_caption: str | None = None
+    output_caption: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # the metadata's further keys, untouched
+
+
+class Draw(NamedTuple):
+    """What one item shows: two pairs of one instruction, by index, and whether all panels are mirrored."""
+
+    query: int
+    example: int
+    flip: bool
+
+
+# Choice: an edit that names a side, a sense of turning or writing is not its own mirror image.
+_SIDED = re.compile(
+    r"\b((left|right)(most|wards?)?|(north|south)?(west|east)(ern|wards?)?|(anti|counter-?)?clockwise|sides?|"
+    r"sideways|(flip|mirror|revers|rotat|tilt|lean)(p?ed|p?ing|s|es?|ion)?|"
+    r"text|words?|letters?|numbers?|writing|written|signs?|logos?|captions?)\b",
+    re.IGNORECASE,
+)
+
+
+def names_side(instruction: str) -> bool:
+    """Whether an instruction has a word for a side or for writing (left, east, clockwise, mirror, letters …):
+    pictures flipped left to right would no longer show what it says."""
+    return _SIDED.search(instruction) is not None
+
+
+class VisualPromptDataset(Dataset):
+    """Every pair in turn as the query, with another pair of its instruction as the example.
+
+    pairs: edit pairs. An instruction with a single pair has no example to show: it is left out, logged, and
+        kept in the list `left_out`. `self.pairs` holds the others; indices point into it.
+    size: P, the panel size in pixels.
+    flip: mirror half of the items left to right, unless the instruction `names_side`. All four panels are
+        mirrored alike, so that the two rows keep showing one and the same edit.
+    seed: with the epoch and the index it determines an item entirely. Neither the number of workers, nor the
+        order of the items, nor a resumed run changes one.
+
+    Raises DatasetError when no instruction has two pairs. Source: the paper's dataset figure, phase 2.
+    Choice: each pair is the query once an epoch, so an instruction with more pairs is seen more often.
+    """
+
+    def __init__(self, pairs: Sequence[EditPair], size: int, flip: bool = True, seed: int = 0) -> None:
+        if size < 1:
+            raise ValueError(f"a panel of {size} pixels is no panel")
+        self.size, self.flip, self.seed = size, flip, seed
+        number: dict[str, int] = {}  # instruction -> its group
+        group = np.array([number.setdefault(pair.instruction, len(number)) for pair in pairs], dtype=np.int64)
+        count = np.bincount(group, minlength=len(number))  # group -> its pairs
+        self.left_out = [instruction for instruction, n in zip(number, count) if n == 1]
+        if len(self.left_out) == len(number):
+            raise DatasetError(
+                f"none of the {len(number)} instructions has a second edit pair to serve as the example; "
+                f"give at least two pairs with the same instruction"
+            )
+        if self.left_out:
+            which = "; ".join(self.left_out[:3]) + ("; …" if len(self.left_out) > 3 else "")
+            log.warning("instructions left out, of a single pair: %d (%s)", len(self.left_out), which)
+
+        usable = count[group] > 1
+        self.pairs = [pair for pair, keep in zip(pairs, usable) if keep]
+        group = group[usable]
+        # In `_order` the pairs lie sorted by group, so a group is a slice; all this is 16 bytes a pair.
+        self._order = np.argsort(group, kind="stable").astype(np.int32)  # place -> pair
+        self._place = np.argsort(self._order).astype(np.int32)  # pair -> place
+        self._first = np.searchsorted(group[self._order], group).astype(
+            np.int32
+        )  # pair -> its group's first place
+        self._count = count[group].astype(np.int32)  # pair -> its group's size
+        # In shared memory, so that workers who outlive an epoch (persistent_workers) learn of the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes every item draw its example and flip anew. Call it before each pass over a DataLoader."""
+        self._epoch.fill_(epoch)
+
+    def draw(self, i: int, epoch: int | None = None) -> Draw:
+        """Indices and flip of item `i` without its pictures, which is all a loop over cached latents needs.
+
+        The example is any other pair of the group with equal chance, never the query itself. `epoch`
+        defaults to the one set by `set_epoch`. Raises IndexError.
+        """
+        i = range(len(self))[i]
+        rng = np.random.default_rng((self.seed, int(self._epoch) if epoch is None else epoch, i))
+        first, count = int(self._first[i]), int(self._count[i])
+        onward = int(rng.integers(1, count))  # 1 … count - 1 places further round the group's circle
+        example = self._order[first + (int(self._place[i]) - first + onward) % count]
+        mirrored = bool(rng.random() < 0.5)
+        return Draw(i, int(example), self.flip and mirrored and not names_side(self.pairs[i].instruction))
+
+    def load_pair(self, i: int) -> tuple[Tensor, Tensor]:
+        """Before and after of pair `i`, unflipped, each (3, P, P) in [-1, 1]. Raises ImageError."""
+        pair = self.pairs[i]
+        return to_panel(load_image(pair.input), self.size), to_panel(load_image(pair.output), self.size)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """`panels` (4, 3, P, P) float32 in [-1, 1], in the order of `compose_grid`; `instruction`; `index`
+        and `example_index` (into `pairs`); `flipped`. Raises ImageError, which names the broken picture."""
+        query, example, flip = self.draw(i)
+        panels = torch.stack([*self.load_pair(example), *self.load_pair(query)])
+        return {
+            "panels": panels.flip(-1) if flip else panels,
+            "instruction": self.pairs[query].instruction,
+            "index": query,
+            "example_index": example,
+            "flipped": flip,
+        }
+
+
+# --- Pictures -----------------------------------------------------------------------------------------------
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read. The message is one line: `path: reason`."""
+
+    def __init__(self, path: object, reason: str = "") -> None:
+        # A DataLoader raises a worker's error again as ImageError(traceback), whose last line is the message.
+        line = f"{path}: {reason}" if reason else str(path).strip().split("\n")[-1].split("ImageError: ")[-1]
+        super().__init__(" ".join(line.split()))
+
+
+class TableImage(NamedTuple):
+    """Where a picture lies in a `datasets` table."""
+
+    column: Any  # a datasets.Dataset of one column, its images still encoded
+    row: int
+
+    def __str__(self) -> str:
+        return f"column {self.column.column_names[0]}, row {self.row}"
+
+
+def load_image(source: str | Path | TableImage) -> Image.Image:
+    """Any picture that Pillow reads, as upright 8-bit RGB (EXIF orientation applied; first frame of several).
+
+    Raises ImageError, one line naming the file, for a missing, corrupt or truncated picture, and for more
+    pixels than Pillow's `Image.MAX_IMAGE_PIXELS` (89 million), where Pillow alone would only warn.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(_image_file(source)) as image:
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(source, "not a picture in a format that Pillow reads") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ImageError(source, f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
+        raise ImageError(source, f"corrupt or truncated picture ({error})") from None
+
+
+def _image_file(source: str | Path | TableImage) -> str | Path | io.BytesIO:
+    if isinstance(source, TableImage):
+        (cell,) = source.column[source.row].values()
+        if not (cell and cell["bytes"]):  # a mere path is not followed: a stranger's table may name any file
+            raise ImageError(source, "the row holds no image bytes")
+        return io.BytesIO(cell["bytes"])
+    if not os.path.isfile(source):  # nor is a folder, a pipe or a device a picture
+        raise ImageError(source, "no such file")
+    return source
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _to_8_bits(image)
+    if image.has_transparency_data:  # Choice: it shows white, as a page would
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, 32 bits or floats to 8 bits; Pillow's own conversion clips all above 255 to white.
+
+    Choice: 16-bit files span 0 … 65,535. The wider modes do not say what white is, so it is the first of
+    1 (floats only), 255 and 65,535 that no pixel exceeds.
+    """
+    values = np.asarray(image).astype(np.float32)
+    if not (values.min() >= 0 and values.max() <= 65535):  # false for NaN, too
+        raise ValueError("grey values outside 0 … 65,535")
+    whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+    values *= 255 / next(white for white in whites if values.max() <= white)
+    return Image.fromarray(values.round(out=values).astype(np.uint8))
+
+
+def image_to_tensor(image: Image.Image) -> Tensor:
+    """PIL image of (H, W) to float32 (3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image.convert("RGB")))  # (H, W, 3) uint8
+    return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+
+def tensor_to_image(tensor: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1], of any float type on any device, to a PIL image; what lies beyond is clipped.
+
+    The exact inverse of `image_to_tensor`. Raises ValueError for another shape.
+    """
+    if tensor.ndim != 3 or tensor.shape[0] != 3:
+        raise ValueError(f"an image is (3, H, W), not {tuple(tensor.shape)}")
+    pixels = ((tensor.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def to_panel(image: Image.Image, size: int) -> Tensor:
+    """The training crop: the largest centred square, resized to (3, P, P) in [-1, 1], P = `size` pixels.
+
+    Choice: Lanczos, which antialiases, and no random crop: before and after, which have one size, keep one
+    frame, and a panel's latent can be cached.
+    """
+    return image_to_tensor(ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS))
+
+
+# --- Readers ------------------------------------------------------------------------------------------------
+
+
+def read_pairs(source: str | Path, split: str = "train") -> list[EditPair]:
+    """The edit pairs of one split of a dataset, in the first of these layouts that `source` has:
+
+    - `read_folder`: `source/<split>/metadata.jsonl`, or `source/metadata.jsonl` (a folder that is itself a
+      split, whatever `split` says);
+    - `read_instruct_pix2pix`: `source/seeds.json`;
+    - `read_table`: a folder of `Dataset.save_to_disk`, one with Parquet or Arrow files, or a hub id
+      `owner/name`.
+
+    Raises DatasetError, one line, for a dataset that is missing, malformed or empty.
+    """
+    root = Path(source)
+    # A mistyped path must not be looked up on the hub: without a network that takes half a minute.
+    if not root.is_dir() and (root.parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))):
+        raise DatasetError(f"{source}: no such folder; give a dataset's folder or its hub id, owner/name")
+    if (root / split / "metadata.jsonl").is_file():
+        pairs = read_folder(root / split)
+    elif (root / "metadata.jsonl").is_file():
+        pairs = read_folder(root)
+    elif (root / "seeds.json").is_file():
+        pairs = read_instruct_pix2pix(root, split)
+    else:
+        try:
+            pairs = read_table(_load_table(source, split))
+        except DatasetError as error:
+            raise DatasetError(f"{source}: {error}") from None
+    if not pairs:
+        raise DatasetError(f"{source}: split {split!r} is empty; give two or more edit pairs an instruction")
+    return pairs
+
+
+_KEYS = ("input_file_name", "output_file_name", "instruction", "input_caption", "output_caption")
+
+
+def read_folder(folder: str | Path) -> list[EditPair]:
+    """One split in the ImageFolder convention: `metadata.jsonl` has one JSON object a line, an edit pair.
+
+    Its keys are `input_file_name` and `output_file_name` (relative, inside the folder), `instruction`, at
+    will `input_caption`, `output_caption` and others. Raises DatasetError, which names file and line.
+    """
+    inside, pairs = _Inside(folder), []
+    where = metadata = str(Path(folder) / "metadata.jsonl")
+    try:
+        with open(metadata, "rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), start=1):
+                where = f"{metadata}:{number}"
+                if len(line) == _LONGEST_LINE:
+                    raise ValueError(f"a line of {_LONGEST_LINE:,} bytes or more")
+                if line.strip():
+                    row = _json_object(line, *_KEYS[:3])
+                    files = inside.path(row["input_file_name"]), inside.path(row["output_file_name"])
+                    captions = _caption(row.get("input_caption")), _caption(row.get("output_caption"))
+                    extra = {key: value for key, value in row.items() if key not in _KEYS}
+                    pairs.append(EditPair(*files, _instruction(row["instruction"]), *captions, extra))
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{where}: {_reason(error)}") from None
+    return pairs
+
+
+def read_instruct_pix2pix(root: str | Path, split: str = "train") -> list[EditPair]:
+    """The dataset of InstructPix2Pix as it was generated, with several pairs (seeds) of an instruction.
+
+    `seeds.json` lists [folder, [seed, …]]; each folder holds `prompt.json` with "edit", "input" and
+    "output", and the pictures `<seed>_0.jpg` (before) and `<seed>_1.jpg` (after). No split lies on disk: as
+    in the file `edit_dataset.py` of timothybrooks/instruct-pix2pix, the first 90 % of the folders are
+    `train`, the next 5 % `val`, the last 5 % `test` (Choice: rounded, so that a single folder is `train`).
+    Raises DatasetError, which names the file.
+    """
+    cuts = {"train": (0, 0.9), "val": (0.9, 0.95), "validation": (0.9, 0.95), "test": (0.95, 1)}
+    if split not in cuts:
+        raise DatasetError(f"{root}: no split {split!r}; this layout has train, val and test")
+    inside, pairs, where = _Inside(root), [], Path(root) / "seeds.json"
+    try:
+        listing = _json(where.read_bytes())
+        if not isinstance(listing, list):
+            raise ValueError("not a list of [folder, [seed, …]]")
+        begin, end = (round(cut * len(listing)) for cut in cuts[split])
+        for entry in listing[begin:end]:
+            where = Path(root) / "seeds.json"
+            match entry:
+                case [str(folder), [*seeds]]:
+                    where = Path(inside.path(f"{folder}/prompt.json"))
+                case _:
+                    raise ValueError(f"{str(entry)[:80]} is not [folder, [seed, …]]")
+            prompt = _json_object(where.read_bytes(), "edit")
+            captions = _caption(prompt.get("input")), _caption(prompt.get("output"))
+            for seed in seeds:
+                files = (inside.path(f"{folder}/{seed}_{k}.jpg") for k in (0, 1))
+                pairs.append(EditPair(*files, _instruction(prompt["edit"]), *captions))
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{where}: {_reason(error)}") from None
+    return pairs
+
+
+def read_table(table: Any) -> list[EditPair]:
+    """The rows of a `datasets.Dataset`; pictures stay encoded until they are asked for.
+
+    Columns: `original_image` or `input_image`; `edit_prompt` or `instruction`; `edited_image`; at will
+    captions, in `original_prompt` or `input_caption`, and `edited_prompt` or `output_caption`. Other
+    columns of texts and numbers go to `extra`. Raises DatasetError, which names the columns or the row.
+    """
+    import datasets  # here, because it takes a second to import and only tables need it
+
+    def find(*names: str) -> str | None:
+        return next((name for name in names if name in table.column_names), None)
+
+    before, after = find("original_image", "input_image"), find("edited_image")
+    texts = [find("edit_prompt", "instruction")]
+    texts += [find("original_prompt", "input_caption"), find("edited_prompt", "output_caption")]
+    if not (before and after and texts[0]):
+        raise DatasetError(
+            "needs columns original_image (or input_image), edit_prompt (or instruction), edited_image; "
+            f"has {', '.join(table.column_names)}"
+        )
+    encoded = datasets.Image(decode=False)
+    try:
+        images = [table.select_columns(name).cast_column(name, encoded) for name in (before, after)]
+    except Exception as error:  # the classes of pyarrow and datasets, by the column's type
+        raise DatasetError(f"{before} and {after} are not columns of images ({_reason(error)})") from None
+    plain = [
+        name
+        for name, kind in table.features.items()
+        if isinstance(kind, datasets.Value) and kind.dtype != "binary" and name not in (before, after)
+    ]
+    values = table.select_columns(plain)[:]  # column -> list, much faster than row by row
+    texts = [values.pop(name, [None] * len(table)) for name in texts]
+    pairs = []
+    for row, (instruction, *captions) in enumerate(zip(*texts)):
+        files = (TableImage(image, row) for image in images)
+        extra = {name: column[row] for name, column in values.items()}
+        try:
+            pairs.append(EditPair(*files, _instruction(instruction), *map(_caption, captions), extra))
+        except ValueError as error:
+            raise DatasetError(f"row {row}: {error}") from None
+    return pairs
+
+
+def _load_table(source: str | Path, split: str) -> Any:
+    """A split of a table, local or on the hub, by the `datasets` library, which runs no code from it."""
+    import datasets
+
+    root = Path(source)
+    if root.is_dir() and not any(root.rglob("*.parquet")) and not any(root.rglob("*.arrow")):
+        raise DatasetError(f"has neither {split}/metadata.jsonl nor seeds.json, Parquet or Arrow files")
+    try:
+        if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+            table = datasets.load_from_disk(str(root))
+        else:
+            table = datasets.load_dataset(str(source), split=split)
+    except Exception as error:  # the classes of the hub's client, of pyarrow and of datasets
+        raise DatasetError(f"cannot load split {split!r} ({_reason(error)})") from None
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise DatasetError(f"no split {split!r}, only {', '.join(table)}")
+        table = table[split]
+    return table
+
+
+class _Inside:
+    """Joins the names in metadata to their folder and lets none lead out of it: data may come from strangers.
+
+    Absolute names and `..` are known by their spelling. For symbolic links each subfolder is listed once,
+    which is faster by far than resolving every name of 450,000 pairs.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = os.path.realpath(root)
+        self.folders = {"": self.root}  # a name's folders, as in "a/b/" -> their verified full path
+        self.links: dict[str, frozenset[str]] = {}  # full path of a folder -> the symbolic links in it
+
+    def path(self, name: object) -> str:
+        """The full path of `name`, whether it exists or not. Raises ValueError with the reason."""
+        name = name.replace("\\", "/") if isinstance(name, str) else str(name) + "/"
+        cut = name.rfind("/") + 1
+        if name[:cut] not in self.folders:
+            path = self.root
+            for part in name[: cut - 1].split("/"):
+                path = self._step(path, part, name)
+            self.folders[name[:cut]] = path
+        return self._step(self.folders[name[:cut]], name[cut:], name)
+
+    def _step(self, folder: str, part: str, name: str) -> str:
+        if part in ("", "..") or part[1:2] == ":" or "\0" in part:
+            raise ValueError(f"{name[:80]!r} is not a relative path inside the folder")
+        if folder not in self.links:
+            try:
+                with os.scandir(folder) as entries:
+                    self.links[folder] = frozenset(entry.name for entry in entries if entry.is_symlink())
+            except (OSError, ValueError):  # no such folder, as opening the picture will say
+                self.links[folder] = frozenset()
+        path = f"{folder}/{part}"
+        if part in self.links[folder] and not Path(os.path.realpath(path)).is_relative_to(self.root):
+            raise ValueError(f"{name[:80]!r} is a symbolic link out of the folder")
+        return path
+
+
+_LONGEST_LINE = 1 << 20  # bytes: real lines have some hundred, and a hostile one must not fill the memory
+
+
+def _json(text: bytes) -> Any:
+    try:
+        return json.loads(text.removeprefix(b"\xef\xbb\xbf").decode())  # without a byte order mark
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+
+
+def _json_object(text: bytes, *needed: str) -> dict[str, Any]:
+    row = _json(text)
+    for key in needed:
+        if not isinstance(row, dict) or key not in row:
+            raise ValueError(f"not a JSON object with the key {key!r}")
+    return row
+
+
+def _instruction(text: object) -> str:
+    """Choice: pairs share an instruction when its words are the same, whatever the blanks between them."""
+    words = text.split() if isinstance(text, str) else []
+    if not words:
+        raise ValueError("the instruction is empty or not a text")
+    return sys.intern(" ".join(words))  # all pairs of an instruction hold one and the same string
+
+
+def _caption(text: object) -> str | None:
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"a caption is a text, not {str(text)[:80]}")
+    return text
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return text.split("\n")[0]
+
+
+# --- A worked example ---------------------------------------------------------------------------------------
+
+
+def _demo() -> None:
+    torch.manual_seed(0)
+    panels = [torch.rand(1, 2, 2) * 2 - 1 for _ in range(4)]
+    grid = compose_grid(*panels)
+    condition = mask_query(grid)
+    for name, image in {
+        "Img_train": grid,
+        "Img_VPcon = mask_query(Img_train)": condition,
+        "drop_example(Img_VPcon)": drop_example(condition),
+    }.items():
+        print(f"{name}, four panels of (1, 2, 2) in {tuple(image.shape)}:")
+        print("\n".join("".join(f"{value:8.2f}" for value in row) for row in image[0].tolist()))
+    same = all(torch.equal(panel, back) for panel, back in zip(panels, split_grid(grid)))
+    print(f"split_grid gives the four panels back: {same}\n")
+
+    instructions = ["make it night"] * 3 + ["move the cup to the left"] * 2 + ["add a hat"]
+    pairs = [EditPair(f"{k}_before.png", f"{k}_after.png", text) for k, text in enumerate(instructions)]
+    dataset = VisualPromptDataset(pairs, size=64)
+    print(f"{len(pairs)} pairs, {len(dataset)} usable; the example row in epochs 0 to 3 of")
+    for i, pair in enumerate(dataset.pairs):
+        draws = [dataset.draw(i, epoch) for epoch in range(4)]
+        rows = ", ".join(f"{draw.example}{' flipped' if draw.flip else ''}" for draw in draws)
+        print(f"    query {i} ({pair.instruction}): {rows}")
+
+
+if __name__ == "__main__":
+    _demo()

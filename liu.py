@@ -1,0 +1,243 @@
+"""Language instruction unification (LIU), the third contribution of InstructGIE. Training and editing use it.
+
+The paper (summary, section 2; figure 2, "Instruction Unification Module U") lets a frozen, light language
+model rewrite every instruction into one standard form before the text encoder reads it, so that different
+phrasings of one command become one condition:
+
+    l' = U(l)          U("Maybe night view looks better") = U("turn day to night, please") = "make it night"
+
+This file's order: the standard form and the prompt that asks for it, which replies are usable, the unifier.
+"""
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterable
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Choice: the paper gives neither the model nor its prompt. Our standard form is a bare imperative, because
+# it names the object and the change and leaves out the speaker. Examples teach it to a small model better
+# than rules do.
+RULES = (
+    "Rewrite the wish of a photo editor's customer as one short command in a standard form: imperative, "
+    "present tense, lower case, no politeness, no reasons. Name the object and its change, and nothing that "
+    "the customer did not ask for. Reply with the command alone."
+)
+EXAMPLES = (
+    ("Maybe night view looks better", "make it night"),
+    ("Could you please change the colour of the car so that it is red?", "make the car red"),
+    ("I don't like the man on the left", "remove the man on the left"),
+    ("the dog should be a cat instead", "replace the dog with a cat"),
+    ("What if there were some snow on those mountains?", "add snow to the mountains"),
+    ("Her expression is too serious, she ought to be smiling!", "make the woman smile"),
+    ("would love to see this as if Van Gogh had painted it", "make it look like a van gogh painting"),
+    ("Glasses would suit him", "add glasses to the man"),
+    ("let's move this whole scene to a beach", "change the background to a beach"),
+    ("it's way too colourful for me, black and white would do", "make it black and white"),
+    ("The house looks tiny, can it be larger?", "make the house bigger"),
+    ("get rid of the clouds and have the sky purple", "remove the clouds and make the sky purple"),
+)
+
+
+def chat_prompt(instruction: str) -> list[dict[str, str]]:
+    """The prompt for a chat template: past turns are the examples, the last is the instruction.
+
+    The rules open the first user turn, because some templates know no system role. A model trained for this
+    one task may carry a template that renders the last turn only.
+    """
+    texts = [text for example in EXAMPLES for text in example] + [instruction]
+    texts[0] = f"{RULES}\n\n{texts[0]}"
+    return [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), texts)]
+
+
+def few_shot_prompt(instruction: str) -> str:
+    """The same as one text, which a model without a chat template goes on writing."""
+    shown = "".join(f"Wish: {wish}\nCommand: {command}\n\n" for wish, command in EXAMPLES)
+    return f"{RULES}\n\n{shown}Wish: {instruction}\nCommand:"
+
+
+MAX_WORDS = 30
+_TALK = re.compile(
+    r"(i|i'm|sorry|sure|ok|okay|of course|certainly|unfortunately|yes|as an ai|here's|here is|please)\b"
+)
+_MARKUP = re.compile(r"<\||\|>|</?\w+>|\[/?inst\]|\b(wish|command|user|assistant|system):", re.IGNORECASE)
+
+
+def standard_form(reply: str) -> str:
+    """A reply without what small models like to add: surrounding space and quotes, capitals, a full stop."""
+    return reply.strip().strip("\"'“”‘’`").strip().rstrip(".").lower()
+
+
+def fault(reply: str, instruction: str) -> str | None:
+    """What is wrong with a `standard_form` of the instruction, or None. Its meaning no rule can check."""
+    words = len(reply.split())
+    if not reply:
+        return "it is empty"
+    if len(reply.splitlines()) > 1:
+        return "it has more than one line"
+    # A short wish may grow to a full command, "night" to "make it night"; a long one should hardly grow.
+    if words > min(MAX_WORDS, max(12, 3 * len(instruction.split()))):
+        return f"it is too long ({words} words)"
+    if _MARKUP.search(reply) or (words > 3 and reply[:30] in RULES.lower()):
+        return "it repeats the prompt"
+    if _TALK.match(reply) or reply.endswith("?"):
+        return "it talks instead of commanding"
+    return None
+
+
+# In full, because a model folder may hold settings of its own: sampling would give one wording many forms,
+# and a repetition penalty would keep the instruction's own words out of the reply.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+GREEDY |= {"temperature": None, "top_p": None, "top_k": None}
+
+
+class InstructionUnifier:
+    """The module U: a frozen causal language model behind a cache, greedy, so that one wording has one form.
+
+    model: any causal LM of transformers; it is put in evaluation mode and frozen. tokenizer: the model's
+    own; its chat template is used where it has one, and `eos_token` pads where it has no `pad_token`.
+    cache: a folder, or None to remember for this object's life only. max_new_tokens: the reply's length at
+    most. batch_size: instructions per generation.
+
+    An instruction can steer no wording but its own: each is a conversation for itself, and a template's
+    control tokens, written into it, are read as plain text.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cache: str | Path | None = None,
+        max_new_tokens: int = 48,
+        batch_size: int = 16,
+    ):
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self._cache = cache and ReplyCache(Path(cache), _name(model), _fingerprint(model, tokenizer))
+        self._replies: dict[str, str] = self._cache.load() if self._cache else {}
+        self._unified = {"": ""}  # an edit by the example alone has no instruction, and needs no model
+
+    def unify(self, instructions: Iterable[str]) -> list[str]:
+        """The standard form l' of each instruction l, in the same order; an empty one stays empty.
+
+        The model is asked once for each distinct instruction that the cache does not know. Where its reply
+        is unusable the user's own words stand, with single spaces, and a warning says so once per
+        instruction.
+        """
+        instructions = [" ".join(text.split()) for text in instructions]
+        distinct = [text for text in dict.fromkeys(instructions) if text not in self._unified]
+        # By length, so that little of a batch is padding.
+        missing = sorted((text for text in distinct if text not in self._replies), key=len)
+        for start in range(0, len(missing), self.batch_size):
+            batch = missing[start : start + self.batch_size]
+            replies = dict(zip(batch, self._generate(batch)))
+            self._replies |= replies
+            if self._cache:
+                self._cache.append(replies)
+        for text in distinct:
+            reply = standard_form(self._replies[text])
+            problem = fault(reply, text)
+            if problem:
+                kept = f"instruction {text!r} is used as it stands"
+                warnings.warn(f"{kept}: the reply {reply[:60]!r} is unusable, {problem}", stacklevel=2)
+            self._unified[text] = text if problem else reply
+        return [self._unified[text] for text in instructions]
+
+    @torch.no_grad()
+    def _generate(self, instructions: list[str]) -> list[str]:
+        """The raw replies to one batch. Padding is on the left: every prompt ends where its reply begins."""
+        if self.tokenizer.chat_template:
+            inputs = self.tokenizer.apply_chat_template(
+                [chat_prompt(text) for text in instructions],
+                add_generation_prompt=True,
+                sanitize_control_tokens=True,
+                enable_thinking=False,  # for the templates of reasoning models; the others ignore it
+                padding=True,
+                return_tensors="pt",
+                tokenizer_kwargs={"padding_side": "left"},
+            )
+        else:
+            prompts = [few_shot_prompt(text) for text in instructions]
+            inputs = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        tokens = inputs["input_ids"].to(self.model.device)
+        output = self.model.generate(
+            input_ids=tokens,
+            attention_mask=inputs["attention_mask"].to(self.model.device),
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **GREEDY,
+        )
+        replies = self.tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
+        if self.tokenizer.chat_template:
+            return replies
+        return [reply.strip().split("\n")[0] for reply in replies]  # a bare model goes on to invent examples
+
+
+class ReplyCache:
+    """Raw replies on disk, one JSON Lines file per model and prompt, to be read, and corrected, by hand.
+
+    A batch is appended in a single write: processes can share the file, and a crash costs its last line at
+    most. Raw, because `fault` may change, and a greedy model would only repeat itself.
+    """
+
+    def __init__(self, folder: Path, name: str, fingerprint: str):
+        self.path = folder / f"{name}-{fingerprint}.jsonl"
+
+    def load(self) -> dict[str, str]:
+        """Every whole entry of the file; broken lines are left out, with one warning for all of them."""
+        replies, broken = {}, 0
+        lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
+        for line in filter(None, lines):
+            try:
+                entry = json.loads(line)
+                replies[str(entry["instruction"])] = str(entry["reply"])
+            except (ValueError, TypeError, KeyError):
+                broken += 1
+        if broken:
+            warnings.warn(f"{self.path}: {broken} broken lines left out, to be asked for again", stacklevel=3)
+        return replies
+
+    def append(self, replies: dict[str, str]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        entries = [{"instruction": text, "reply": reply} for text, reply in replies.items()]
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(f"\n{lines}".encode())  # the first newline ends a line that a crash has cut short
+
+
+def _name(model: PreTrainedModel) -> str:
+    return re.sub(r"[^\w.-]+", "_", Path(model.config._name_or_path or "model").name)
+
+
+def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Differs where the prompt, the model's name or its weights do: a folder may be trained anew."""
+    weights = list(model.parameters())[-1].flatten()[:4096].float().cpu().numpy().tobytes()
+    prompt = f"{model.config._name_or_path}\n{tokenizer.chat_template}\n{few_shot_prompt('')}"
+    return hashlib.sha256(weights + prompt.encode()).hexdigest()[:16]
+
+
+def main() -> None:
+    """A worked example without a model: the prompt for a wish, and what becomes of some replies to it."""
+    wish = "Perhaps the sofa could be green?"
+    print(few_shot_prompt(wish), "\n")
+    for reply in (
+        '"Make the sofa green."',
+        "",
+        "Sure, a green sofa!",
+        "make it green\nWish: bigger",
+        RULES[:60],
+    ):
+        form = standard_form(reply)
+        problem = fault(form, wish)
+        print(f"{reply!r:65} → l' = {wish if problem else form!r}", f"({problem})" if problem else "")
+
+
+if __name__ == "__main__":
+    main()

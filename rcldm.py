@@ -1,0 +1,833 @@
+"""Contribution 1 of InstructGIE: the Reformed Conditional Latent Diffusion Model (RCLDM).
+
+What it is. The visual prompt is one picture: a 2×2 grid with an example pair above and the query below, whose
+answer panel is grey. To read the edit off the example, the network must relate panels that lie half an image
+apart. A convolution sees a neighbourhood; a transformer pays with the square of the area. The paper puts
+VMamba, whose effective receptive field is the whole grid at linear cost, into ControlNet (its section on
+RCLDM, its architecture figure, and its figure of effective receptive fields):
+
+    condition grid → VisualPromptEncoder → + → trainable copy of the U-Net's encoder → ZeroVMamba links
+                        (0 at the start)   ↑                                            (0 at the start)
+                                     noisy latents            frozen U-Net's skip features + residuals ↲
+
+The one equation that matters is the selective state space model of Mamba (Gu and Dao, 2023), run over the
+pixels in four orders (VMamba; Liu et al., 2024). Per channel, with a state h of N numbers:
+
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t       A < 0: the state forgets, and takes in what it meets.
+    y_t = C_t · h_t + D u_t                      Δ, B and C are read off the input: it decides what is kept.
+
+Reading order: 1. the scan; 2. four orders over an image; 3. the VMamba block; 4. Zero-VMamba; 5. the visual
+prompt encoder and its rival; 6. RCLDM. `python rcldm.py` prints a small worked example.
+
+Shapes: B batch · C image channels · H, W height, width · L = H·W length of a scan · D channels of a scan
+        K = 4 directions, groups G to the scan · P = D/G channels, which share one B and C
+        N numbers of state per channel · R rank of Δ · T steps held in memory at once
+B, C and D are Mamba's parameters as well, as in its paper; a shape always stands in brackets.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ControlNetModel, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding, ControlNetOutput
+from torch import Tensor, nn
+
+# -------- 1. The selective scan ---------------------------------------------------------------------
+
+BACKENDS = ("auto", "reference", "chunked", "mamba-ssm")
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """The recurrence at the head of this file along the last axis, with the shapes of mamba-ssm.
+
+    Args:
+        u: input (B, D, L), or split into its groups (B, G, P, L); float32, float64, bfloat16 or float16.
+        delta: step sizes Δ, of u's shape; any numbers with `delta_softplus`, else they should be ≥ 0.
+        A: decay rates (D, N), real, < 0 for a state that forgets.
+        B, C: input and output weights (B, G, N, L), or (B, N, L) for one group. G divides D; the channels
+            g·P … (g+1)·P - 1 share row g.
+        D: weight of the direct path (D,), or None.
+        delta_bias: added to Δ before the softplus (D,), or None.
+        delta_softplus: Δ ← log(1 + exp(Δ + bias)), which makes every step positive.
+        backend: "reference" (the recurrence as written, the specification of the others), "chunked" (plain
+            PyTorch, fast, little memory), "mamba-ssm" (the CUDA kernel), or "auto" (see `scan_backend`).
+
+    Returns:
+        y, of u's shape and dtype. The state is float32 whatever the inputs are (float64 for a float64 u).
+
+    Raises:
+        ValueError: an unknown backend, or shapes that do not fit.
+        RuntimeError: "mamba-ssm" where the kernel cannot run; differentiating twice through "chunked".
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    B, C = (w.unsqueeze(1) if w.dim() == 3 else w for w in (B, C))
+    _check_shapes(u, delta, A, B, C, D, delta_bias)
+    if backend == "auto":
+        backend, _ = scan_backend(u)
+    if backend == "mamba-ssm":
+        return _scan_kernel(u, delta, A, B, C, D, delta_bias, delta_softplus)
+
+    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+    groups = B.shape[1]
+    in_groups = u.dim() == 4
+    if not in_groups:
+        u, delta = (x.unflatten(1, (groups, -1)) for x in (u, delta))  # (B, G, P, L)
+    if backend == "chunked":  # wants the channels innermost in memory, as SS2D below has them
+        u, delta = (x if x.stride(2) == 1 else x.mT.contiguous().mT for x in (u, delta))
+    # Δ has no N axis: there is no memory to save here, and autograd may as well do its part.
+    delta = delta.to(wide)
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(wide).view(groups, -1, 1)
+    if delta_softplus:
+        delta = F.softplus(delta)
+    A, B, C = A.to(wide), B.to(wide), C.to(wide)
+    D = A.new_zeros(len(A)) if D is None else D.to(wide)
+    if backend == "reference":
+        y = _scan_reference(u.to(wide), delta, A, B, C, D).to(u.dtype)
+    else:
+        y = _ChunkedScan.apply(u, delta, A, B, C, D)
+    return y if in_groups else y.flatten(1, 2)
+
+
+def scan_backend(u: Tensor) -> tuple[str, str]:
+    """The backend that "auto" takes for an input like `u`, and why, in words."""
+    if not u.is_cuda:
+        return "chunked", f"the tensors are on {u.device.type}, and the kernel is for CUDA only"
+    if u.dtype == torch.float64:
+        return "chunked", "the kernel has no float64"
+    if (error := _kernel_error()) is not None:
+        return "chunked", f"selective_scan_cuda does not import ({error})"
+    return "mamba-ssm", "the tensors are on CUDA and selective_scan_cuda imports"
+
+
+@lru_cache(maxsize=1)
+def _kernel_error() -> str | None:
+    """Why mamba-ssm's CUDA kernel cannot be used here, in one line; None where it can."""
+    try:
+        # The extension itself comes first: newer mamba-ssm imports well without it.
+        import selective_scan_cuda  # noqa: F401
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: F401
+    except Exception as error:  # an extension built for another torch fails with more than ImportError
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def _check_shapes(u, delta, A, B, C, D, delta_bias) -> None:
+    """One clear ValueError instead of an accident of broadcasting."""
+    if u.dim() not in (3, 4) or u.shape != delta.shape or u.shape[-1] == 0:
+        raise ValueError(
+            f"u and delta must both be (B, D, L) with L ≥ 1, got {(*u.shape,)} and {(*delta.shape,)}"
+        )
+    batch, length, channels = u.shape[0], u.shape[-1], math.prod(u.shape[1:-1])
+    if A.dim() != 2 or len(A) != channels or A.is_complex():
+        raise ValueError(f"A must be real and (D, N) with D = {channels}, got {(*A.shape,)}, {A.dtype}")
+    groups = B.shape[1] if B.dim() == 4 else 0
+    if groups == 0 or channels % groups or not (B.shape == C.shape == (batch, groups, A.shape[1], length)):
+        wanted = f"({batch}, G, {A.shape[1]}, {length}) with G a divisor of {channels}"
+        raise ValueError(f"B and C must both be (B, G, N, L) = {wanted}, got {(*B.shape,)} and {(*C.shape,)}")
+    if u.dim() == 4 and u.shape[1] != B.shape[1]:
+        raise ValueError(f"u is split into {u.shape[1]} groups, B and C into {B.shape[1]}")
+    for name, w in (("D", D), ("delta_bias", delta_bias)):
+        if w is not None and w.shape != (channels,):
+            raise ValueError(f"{name} must be ({channels},), got {(*w.shape,)}")
+
+
+def _scan_reference(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """The specification: the recurrence line by line, with autograd through every step. u, Δ (B, G, P, L)."""
+    A, D = A.view(*u.shape[1:3], -1), D.view(*u.shape[1:3], 1)  # (G, P, N), (G, P, 1)
+    h = u.new_zeros(len(u), *A.shape)  # (B, G, P, N)
+    ys = []
+    # unbind, not indexing: the gradient of x[..., t] is a tensor as large as x, at every step.
+    for u_t, delta_t, B_t, C_t in zip(*(x.unbind(-1) for x in (u, delta, B, C))):
+        u_t, delta_t, B_t, C_t = u_t[..., None], delta_t[..., None], B_t[:, :, None], C_t[:, :, None]
+        h = torch.exp(delta_t * A) * h + delta_t * B_t * u_t
+        ys.append((C_t * h).sum(-1))
+    return torch.stack(ys, dim=-1) + D * u
+
+
+def _scan_kernel(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
+    """mamba-ssm's CUDA kernel: one dtype for u, Δ, B and C, float32 for the rest, length innermost."""
+    if (error := _kernel_error()) is not None:
+        raise RuntimeError(
+            f'backend "mamba-ssm" needs the CUDA extension of mamba-ssm (requirements-cuda.txt): {error}'
+        )
+    if not u.is_cuda:
+        raise RuntimeError(
+            f'backend "mamba-ssm" needs CUDA tensors, got {u.device.type}; "auto" takes one that runs'
+        )
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    shape = u.shape
+    u, delta = (x.reshape(len(x), -1, x.shape[-1]) for x in (u, delta))  # (B, D, L)
+    u, delta, B, C = (x.to(u.dtype).contiguous() for x in (u, delta, B, C))
+    A, D, delta_bias = (None if x is None else x.float().contiguous() for x in (A, D, delta_bias))
+    return selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus).view(shape)
+
+
+class _ChunkedScan(torch.autograd.Function):
+    """The same recurrence, T steps at a time. u, Δ (B, G, P, L).
+
+    All states together would be (L, B, D, N), N times the input and more than anything else in the network.
+    Only T of them exist at any moment, T being √L or more: the forward pass keeps the state that enters
+    each chunk of T steps, and the backward pass, going from the last chunk to the first, computes a chunk's
+    states again. Inside a chunk everything but the recurrence itself is one operation over all T steps.
+    Nothing is divided by a decay and no exponents add up, so it is as exact and stable as the recurrence,
+    at any length and decay.
+
+    Buffers are (T, B, G, N, P): a step is one contiguous block, and B_t, C_t broadcast along P.
+    """
+
+    @staticmethod
+    def forward(ctx, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+        y = torch.empty_like(u)  # in memory as u is
+        u_, delta_, y_, A_, B_, C_, D_ = _time_first(u, delta, y, A, B, C, D)
+        h = A.new_zeros(len(u), *A_.shape)  # (B, G, N, P)
+        entering = []
+        steps = _steps_at_once(u, A)
+        for t in range(0, len(u_), steps):
+            now = slice(t, t + steps)
+            entering.append(h)
+            u_t = u_[now].to(A.dtype)
+            _, _, hs = _states(h, u_t, delta_[now], A_, B_[now])
+            y_[now] = _sum_states(C_[now], hs[1:]).addcmul_(D_, u_t)
+            h = hs[-1].clone()
+        ctx.save_for_backward(u, delta, A, B, C, D, torch.stack(entering))
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, ...]:
+        return _ChunkedScanGradient.apply(dy, *ctx.saved_tensors)
+
+
+class _ChunkedScanGradient(torch.autograd.Function):
+    """The gradients of `_ChunkedScan`; a function of its own, so that a second derivative can be refused."""
+
+    @staticmethod
+    def forward(ctx, dy, u, delta, A, B, C, D, entering) -> tuple[Tensor, ...]:
+        """The gradient by h_t runs through the same recurrence: g_t = C_t dy_t + exp(Δ_{t+1} A) g_{t+1}."""
+        du, ddelta, dB, dC = (torch.empty_like(x) for x in (u, delta, B, C))
+        u_, delta_, dy_, A_, B_, C_, D_ = _time_first(u, delta, dy, A, B, C, D)
+        du_, ddelta_, _, _, dB_, dC_, _ = _time_first(du, ddelta, dy, A, dB, dC, D)
+        dA_, dD_ = torch.zeros_like(A_), torch.zeros_like(D_)
+        g = torch.zeros_like(entering[0])  # what the steps after this chunk say of its last state
+        steps = _steps_at_once(u, A)
+        for i in reversed(range(len(entering))):
+            now = slice(i * steps, (i + 1) * steps)
+            u_t, delta_t, B_t, dy_t = u_[now].to(A.dtype), delta_[now], B_[now], dy_[now].to(A.dtype)
+            a, x, hs = _states(entering[i], u_t, delta_t, A_, B_t)
+            gs = C_[now] * dy_t  # (T, B, G, N, P)
+            gs[-1] += g
+            _recur_(a[1:], gs[:-1], gs[-1], reverse=True)
+            g = a[0] * gs[0]
+
+            dC_[now] = (hs[1:] * dy_t).sum(-1, keepdim=True)
+            dB_[now] = (gs * x).sum(-1, keepdim=True)
+            dD_ += (dy_t * u_t).sum((0, 1))
+            dx = _sum_states(B_t, gs)  # by Δu
+            du_[now] = torch.addcmul(dx * delta_t, D_, dy_t)
+            dlog_a = gs.mul_(a).mul_(hs[:-1])  # by ΔA
+            ddelta_[now] = _sum_states(A_, dlog_a).addcmul_(dx, u_t)
+            dA_ += dlog_a.mul_(delta_t).sum((0, 1))
+        return du, ddelta, dA_.mT.reshape(A.shape), dB, dC, dD_.flatten()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError('the scan\'s backend "chunked" cannot be differentiated twice; "reference" can')
+
+
+def _steps_at_once(u: Tensor, A: Tensor) -> int:
+    """T: √L, or more while their states fit into the cache (CPU) or are needed to fill the device (CUDA)."""
+    states = (2**24 if u.is_cuda else 2**18) // (len(u) * A.numel())
+    return min(u.shape[-1], max(math.isqrt(u.shape[-1] - 1) + 1, states))
+
+
+def _time_first(u, delta, y, A, B, C, D) -> tuple[Tensor, ...]:
+    """Views that broadcast to (L, B, G, N, P).
+
+    u, Δ, y (L, B, G, 1, P); A (G, N, P); B, C (L, B, G, N, 1); D (G, 1, P).
+    """
+    u, delta, y = (x.permute(3, 0, 1, 2).unsqueeze(3) for x in (u, delta, y))
+    groups, channels = u.shape[2], u.shape[4]
+    A = A.view(groups, channels, -1).mT.contiguous()
+    B, C = (w.permute(3, 0, 1, 2).unsqueeze(4) for w in (B, C))
+    return u, delta, y, A, B, C, D.view(groups, 1, channels)
+
+
+def _states(h: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """T steps from the state h (B, G, N, P).
+
+    Returns exp(Δ_t A) (T, B, G, N, P), Δ_t u_t (T, B, G, 1, P), and h, h_1, …, h_T (T+1, B, G, N, P).
+    """
+    a, hs = h.new_empty(len(u), *h.shape), h.new_empty(len(u) + 1, *h.shape)
+    torch.mul(delta, A, out=a).exp_()
+    x = delta * u
+    torch.mul(x, B, out=hs[1:])
+    hs[0] = h
+    _recur_(a, hs[1:], h)
+    return a, x, hs
+
+
+def _recur_(a: Tensor, b: Tensor, h: Tensor, reverse: bool = False) -> None:
+    """b_t ← h_t with h_t = a_t h_{t-1} + b_t, in place along the first axis; from its end with `reverse`."""
+    lanes = _lanes(b)
+    if lanes < 2:
+        steps = list(zip(a.unbind(0), b.unbind(0)))
+        for a_t, b_t in reversed(steps) if reverse else steps:
+            h = b_t.addcmul_(a_t, h)
+        return
+    if reverse:
+        flipped = b.flip(0)
+        _recur_(a.flip(0), flipped, h)
+        b.copy_(flipped.flip(0))
+        return
+    # The first axis in `lanes` pieces of n, which all start from zero and advance together: n operations
+    # for them all, then `lanes` to carry the state from piece to piece, then one to add what each carried
+    # state has become.
+    n = len(b) // lanes
+    whole, rest = slice(0, lanes * n), slice(lanes * n, None)
+    a_lanes, b_lanes = (x[whole].unflatten(0, (lanes, n)) for x in (a, b))
+    for t in range(1, n):
+        b_lanes[:, t].addcmul_(a_lanes[:, t], b_lanes[:, t - 1])
+    decay = a_lanes.cumprod(1)
+    carried = []
+    for decay_end, b_end in zip(decay[:, -1], b_lanes[:, -1]):
+        carried.append(h)
+        h = torch.addcmul(b_end, decay_end, h)
+    b_lanes.addcmul_(decay, torch.stack(carried)[:, None])
+    for a_t, b_t in zip(a[rest], b[rest]):
+        h = b_t.addcmul_(a_t, h)
+
+
+def _lanes(b: Tensor) -> int:
+    """√T on a GPU, where a launch costs more than its arithmetic; 1 on a CPU, to do each step only once."""
+    return math.isqrt(len(b)) if b.is_cuda else 1
+
+
+def _sum_states(w: Tensor, x: Tensor) -> Tensor:
+    """Σ_n w x: (…, N, 1 or P), (…, N, P) → (…, 1, P)."""
+    return w * x if x.shape[-2] == 1 else (w * x).sum(-2, keepdim=True)
+
+
+# -------- 2. Four orders over an image --------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _scan_order(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(4, L): the pixel that direction k reads at step t, and the step at which it reads pixel p."""
+    with torch.inference_mode(False):  # the cache outlives its first caller, who may be in inference mode
+        rows = torch.arange(height * width, device=device)
+        columns = rows.view(height, width).T.flatten()
+        order = torch.stack([rows, columns, rows.flip(0), columns.flip(0)])
+        return order, order.argsort(dim=1)
+
+
+class _CrossScan(torch.autograd.Function):
+    """(B, L, C) → (4, B, L, C): four gathers of whole channel rows. Its gradient is `_CrossMerge`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, height: int, width: int) -> Tensor:
+        ctx.size = height, width
+        order, _ = _scan_order(height, width, x.device)
+        xs = x.new_empty(4, *x.shape)
+        for one, pixel in zip(xs, order):
+            torch.index_select(x, 1, pixel, out=one)
+        return xs
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return _CrossMerge.apply(dy, *ctx.size), None, None
+
+
+class _CrossMerge(torch.autograd.Function):
+    """(4, B, L, C) → (B, L, C): each pixel sums its four scans. Its gradient is `_CrossScan`."""
+
+    @staticmethod
+    def forward(ctx, ys: Tensor, height: int, width: int) -> Tensor:
+        ctx.size = height, width
+        _, order = _scan_order(height, width, ys.device)
+        y = ys[0].clone()  # direction 0 is the pixels' own order
+        one = torch.empty_like(y)
+        for k in (1, 2, 3):
+            y += torch.index_select(ys[k], 1, order[k], out=one)
+        return y
+
+    @staticmethod
+    def backward(ctx, dx: Tensor):
+        return _CrossScan.apply(dx, *ctx.size), None, None
+
+
+def cross_scan(x: Tensor) -> Tensor:
+    """An image as four sequences: by rows, by columns, and both from the end (VMamba's order).
+
+    x (B, C, H, W) → (B, 4, C, H·W). In memory the channels are innermost, as the scan likes them.
+    """
+    height, width = x.shape[2:]
+    return _CrossScan.apply(x.permute(0, 2, 3, 1).flatten(1, 2), height, width).permute(1, 0, 3, 2)
+
+
+def cross_merge(ys: Tensor, height: int, width: int) -> Tensor:
+    """The adjoint of `cross_scan`: each pixel sums its four scans. ys (B, 4, C, H·W) → (B, C, H, W)."""
+    if ys.dim() != 4 or ys.shape[1] != 4 or ys.shape[3] != height * width:
+        raise ValueError(f"ys must be (B, 4, C, {height}·{width}), got {(*ys.shape,)}")
+    y = _CrossMerge.apply(ys.permute(1, 0, 3, 2), height, width)
+    return y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+# -------- 3. The VMamba block -----------------------------------------------------------------------
+
+# VMamba's names of one and the same function, in different kernels; "_noz" at the end means no gate.
+FORWARD_TYPES = ("v0", "v0seq", "v01", "v02", "v03", "v04", "v05", "v2", "v3")
+
+
+class SS2D(nn.Module):
+    """VMamba's 2-D selective scan: (B, H, W, C) → (B, H, W, C), every pixel reading from every other.
+
+    Args:
+        d_model: channels C. The scan runs on D = `ssm_ratio`·C of them.
+        d_state: N. dt_rank: R ("auto": C/16, rounded up).
+        d_conv, conv_bias: size of the depthwise convolution before the scan (below 2: none), and its bias.
+        gate: multiply the result by SiLU of a second projection (Mamba's; VMamba's v2 weights have none).
+
+    Parameters have VMamba's names and flat shapes, directions stacked: x_proj.weight (K·(R+2N), D),
+    dt_projs.weight (K·D, R), dt_projs_bias (K, D), A_logs (K·D, N), Ds (K·D,).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        dt_rank: int | str = "auto",
+        d_conv: int = 3,
+        conv_bias: bool = True,
+        gate: bool = True,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        inner, k = int(ssm_ratio * d_model), 4
+        rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        self.split, self.gate = [rank, d_state, d_state], gate
+        self.in_proj = nn.Linear(d_model, inner * (1 + gate), bias=False)
+        self.conv2d = None
+        if d_conv > 1:
+            self.conv2d = nn.Conv2d(
+                inner, inner, d_conv, padding=(d_conv - 1) // 2, groups=inner, bias=conv_bias
+            )
+        self.x_proj = nn.Linear(inner, k * sum(self.split), bias=False)
+        self.dt_projs = nn.Linear(rank, k * inner, bias=False)
+        nn.init.uniform_(self.dt_projs.weight, -(rank**-0.5), rank**-0.5)
+        # Mamba's start: softplus(bias) is a step between 0.001 and 0.1, uniform in its logarithm, so that
+        # some channels remember ten pixels and some a thousand; and A = -1, -2, …, -N in every channel.
+        step = torch.exp(torch.empty(k, inner).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.dt_projs_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
+        self.A_logs = nn.Parameter(torch.arange(1, d_state + 1).float().log().repeat(k * inner, 1))
+        self.Ds = nn.Parameter(torch.ones(k * inner))
+        self.out_norm = nn.LayerNorm(inner)
+        self.out_proj = nn.Linear(inner, d_model, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        x = self.in_proj(x)
+        if self.gate:
+            x, z = x.chunk(2, dim=-1)
+        x = x.permute(0, 3, 1, 2)  # channels first in shape, last in memory
+        x = F.silu(x if self.conv2d is None else self.conv2d(x))
+
+        u = cross_scan(x)  # (B, K, D, L), in memory (K, B, L, D)
+        rows = u.permute(1, 0, 3, 2).flatten(1, 2)  # (K, B·L, D)
+        # Δ, B and C are read off the input, with weights for each direction; Δ by way of its rank R.
+        read = rows @ self.x_proj.weight.unflatten(0, (4, -1)).mT
+        delta, B, C = read.split(self.split, dim=2)
+        delta = delta @ self.dt_projs.weight.unflatten(0, (4, -1)).mT
+        # (K, B·L, ·) → (B, K, ·, L)
+        delta, B, C = (w.unflatten(1, (len(x), -1)).permute(1, 0, 3, 2) for w in (delta, B, C))
+        A = -self.A_logs.float().exp()
+        y = selective_scan(u, delta, A, B, C, self.Ds, self.dt_projs_bias.flatten(), delta_softplus=True)
+
+        y = self.out_norm(cross_merge(y, height, width).permute(0, 2, 3, 1))  # (B, H, W, D)
+        if self.gate:
+            y = y * F.silu(z)
+        return self.dropout(self.out_proj(y))
+
+
+class _MLP(nn.Module):
+    """Two linear layers with GELU between them, under VMamba's names."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class VSSBlock(nn.Module):
+    """VMamba's block, channels last: x + SS2D(norm(x)), then x + MLP(norm(x)). (B, H, W, C) → (B, H, W, C).
+
+    Arguments, their defaults and the parameters are named as VMamba's, so the blocks of its ImageNet
+    checkpoints load with `strict=True`. The released v2 weights (tiny, small, base; s1l8 … s2l15) want
+    `ssm_d_state=1, ssm_ratio=1.0` (s1) or `2.0` (s2), `ssm_conv_bias=False, forward_type="v05_noz"`; the
+    first release (vanilla) `mlp_ratio=0.0, forward_type="v0"`.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        ssm_d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        mlp_ratio: float = 4.0,
+        ssm_dt_rank: int | str = "auto",
+        ssm_conv: int = 3,
+        ssm_conv_bias: bool = True,
+        ssm_drop_rate: float = 0.0,
+        forward_type: str = "v2",
+    ):
+        super().__init__()
+        if forward_type.removesuffix("_noz") not in FORWARD_TYPES:
+            raise ValueError(
+                f"forward_type {forward_type!r} is none of {', '.join(FORWARD_TYPES)}, with _noz or without"
+            )
+        gate = not forward_type.endswith("_noz")
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.op = SS2D(
+            hidden_dim, ssm_d_state, ssm_ratio, ssm_dt_rank, ssm_conv, ssm_conv_bias, gate, ssm_drop_rate
+        )
+        self.norm2 = nn.LayerNorm(hidden_dim) if mlp_ratio > 0 else None
+        self.mlp = _MLP(hidden_dim, int(hidden_dim * mlp_ratio)) if mlp_ratio > 0 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.op(self.norm(x))
+        return x if self.mlp is None else x + self.mlp(self.norm2(x))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Brings the other spellings of VMamba's checkpoints to ours, before the strict comparison."""
+        # The oldest had other names for the block's parts; then the directions' weights were stacked, (K,
+        # out, in); and the linear layers of its channels-first models were at times 1×1 convolutions, (out,
+        # in, 1, 1).
+        names = {"ln_1.": "norm.", "self_attention.": "op."}
+        names |= {f"op.{part}_weight": f"op.{part}.weight" for part in ("x_proj", "dt_projs")}
+        for old, new in names.items():
+            for name in [name for name in state_dict if name.startswith(prefix + old)]:
+                state_dict[prefix + new + name.removeprefix(prefix + old)] = state_dict.pop(name)
+        for name, ours in self.state_dict().items():
+            theirs = state_dict.get(prefix + name)
+            if theirs is not None and theirs.dim() > ours.dim() == 2:
+                stacked, convolution = theirs.flatten(0, -2), theirs.flatten(1)
+                state_dict[prefix + name] = stacked if stacked.shape == ours.shape else convolution
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+# -------- 4. Zero-VMamba ----------------------------------------------------------------------------
+
+
+def _zero(module: nn.Linear) -> nn.Linear:
+    """The layer with its weight and bias set to exactly zero."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class ZeroVMamba(nn.Module):
+    """A link from trainable copy to frozen U-Net: zero_proj(VSSBlock(x)), (B, C, H, W) → (B, C, H, W).
+
+    Choice: the zero sits in a linear projection behind the block, and no skip goes round it. So the
+    residual is exactly 0 at the start, and the projection gets a gradient from the first step. Since the
+    block is x + SS2D(norm(x)), the link holds ControlNet's zero convolution (its SS2D = 0) and adds a look
+    at all other places.
+    Choice: N = 1, ratio 1, no gate and no MLP. Stable Diffusion 1.5 needs 13 links, and MLPs would outweigh
+    its encoder.
+    """
+
+    def __init__(self, channels: int, ssm_d_state: int = 1, ssm_ratio: float = 1.0):
+        super().__init__()
+        kind = dict(mlp_ratio=0.0, ssm_conv_bias=False, forward_type="v05_noz")
+        self.block = VSSBlock(channels, ssm_d_state, ssm_ratio, **kind)
+        self.zero_proj = _zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.zero_proj(self.block(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+# -------- 5. The visual prompt encoder, and its rival -----------------------------------------------
+
+
+class ViTBlock(nn.Module):
+    """The pre-norm transformer block, channels last: (B, H, W, C) → (B, H, W, C), at a cost of (H·W)²."""
+
+    def __init__(self, dim: int, mlp_ratio: float):
+        super().__init__()
+        # Choice: heads of 64 channels as in ViT, or of the largest size below that divides the width.
+        self.heads = dim // next(size for size in range(min(64, dim), 0, -1) if dim % size == 0)
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = _MLP(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x).flatten(1, 2)).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, heads, ·)
+        attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        x = x + self.proj(attended.transpose(1, 2).reshape(x.shape))
+        return x + self.mlp(self.norm2(x))
+
+
+def _sin_cos_positions(x: Tensor) -> Tensor:
+    """Fixed positions (H, W, C) for x (B, H, W, C) of any size: half the channels by row, half by column."""
+    _, height, width, dim = x.shape
+    rates = 1e4 ** -torch.linspace(0, 1, math.ceil(dim / 4), device=x.device)
+    angles = torch.arange(max(height, width), device=x.device)[:, None] * rates
+    line = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (max(H, W), about C/2)
+    rows, columns = line[:height, None].expand(-1, width, -1), line[None, :width].expand(height, -1, -1)
+    return torch.cat([rows, columns], dim=-1)[..., :dim].to(x.dtype)
+
+
+class VisualPromptEncoder(nn.Module):
+    """The condition grid (B, 3, H, W) in [-1, 1] → (B, out_channels, H/factor, W/factor), 0 at the start.
+
+    A patch embedding of log2(factor) convolutions of stride 2 (like VMamba v2's), `depth` blocks, and a
+    linear projection that starts at zero. From the first block on, every location has access to the whole
+    grid.
+
+    Choice: depth 4, the width of the U-Net's first level, MLP ratio 2, blocks at latent resolution, N = 1
+    without gate (VMamba v2). The paper gives none of these.
+    Choice: design "vit" has the same patch embedding, depth, width and MLP: only the way of mixing differs.
+    """
+
+    def __init__(
+        self,
+        out_channels: int,
+        depth: int = 4,
+        width: int | None = None,
+        ssm_d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        mlp_ratio: float = 2.0,
+        factor: int = 8,
+        design: str = "vmamba",
+    ):
+        super().__init__()
+        if design not in ("vmamba", "vit"):
+            raise ValueError(f"the blocks are of design 'vmamba' or 'vit', got {design!r}")
+        width = width or out_channels
+        halvings = factor.bit_length() - 1
+        widths = [3, *(max(16, width >> i) for i in range(halvings - 1, 0, -1)), width]
+        stride = min(2, factor)  # factor 1: diffusion of pixels
+        self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride, padding=1) for a, b in pairwise(widths))
+        self.stem_norms = nn.ModuleList(nn.LayerNorm(b) for b in widths[1:])
+        kind = dict(ssm_conv_bias=False, forward_type="v05_noz")
+        self.blocks = nn.ModuleList(
+            ViTBlock(width, mlp_ratio)
+            if design == "vit"
+            else VSSBlock(width, ssm_d_state, ssm_ratio, mlp_ratio, **kind)
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.zero_proj = _zero(nn.Linear(width, out_channels))
+        self.positions = design == "vit"  # VMamba needs none: its scans and convolutions know where they are
+        self.gradient_checkpointing = False
+
+    def forward(self, grid: Tensor) -> Tensor:
+        x = grid
+        for conv, norm in zip(self.stem, self.stem_norms):
+            x = x if conv is self.stem[0] else F.gelu(x).permute(0, 3, 1, 2)
+            x = norm(conv(x).permute(0, 2, 3, 1))  # (B, H, W, C)
+        if self.positions:
+            x = x + _sin_cos_positions(x)
+        for block in self.blocks:
+            checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
+            x = self._gradient_checkpointing_func(block, x) if checkpointed else block(x)
+        return self.zero_proj(self.norm(x)).permute(0, 3, 1, 2)
+
+
+# -------- 6. RCLDM ----------------------------------------------------------------------------------
+
+DESIGNS = ("vmamba", "conv", "vit")
+
+
+class RCLDM(ModelMixin, ConfigMixin):
+    """ControlNet with VMamba in the two places where it has convolutions; called as `ControlNetModel` is.
+
+    Args:
+        unet_encoder: configuration of the trainable copy, as `ControlNetModel` takes it; `from_unet` fills
+            it in.
+        design: what stands in the two places. "vmamba": `VisualPromptEncoder` and `ZeroVMamba` links, the
+            paper's; "conv": ControlNet's own convolutional encoder and zero convolutions (`--no-rcldm`);
+            "vit": a `VisualPromptEncoder` of transformer blocks, and zero convolutions.
+        factor: of the autoencoder, a power of two: the condition grid is so many times as high and wide as
+            the latents.
+        prompt_encoder_depth, prompt_encoder_width, mlp_ratio: of the `VisualPromptEncoder`; no width means
+            that of the U-Net's first level.
+        ssm_d_state, ssm_ratio: of all VMamba blocks, those in the links too.
+
+    Untrained, every design leaves the U-Net's output exactly as it is: the condition comes in through a
+    projection that is zero and goes out through links that are zero. The optimiser's first step moves the
+    links, the second the trainable copy and the encoder's last projection, the third everything.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        unet_encoder: dict,
+        design: str = "vmamba",
+        factor: int = 8,
+        prompt_encoder_depth: int = 4,
+        prompt_encoder_width: int | None = None,
+        mlp_ratio: float = 2.0,
+        ssm_d_state: int = 1,
+        ssm_ratio: float = 1.0,
+    ):
+        super().__init__()
+        if design not in DESIGNS:
+            raise ValueError(f"unknown design {design!r}: choose one of {', '.join(DESIGNS)}")
+        if factor < 1 or factor & (factor - 1):
+            raise ValueError(f"factor must be a power of two, got {factor}")
+        # diffusers builds the copy of the U-Net's encoder, and runs it. The ways in and out of it are ours.
+        self.trainable_copy = copy = ControlNetModel(**unet_encoder)
+        copy.controlnet_cond_embedding = nn.Identity()  # it is handed features, which an edit makes only once
+        channels = copy.config.block_out_channels[0]
+        if design == "conv":
+            widths = (16, 32, 96, *[256] * factor.bit_length())[: factor.bit_length()]
+            self.prompt_encoder = ControlNetConditioningEmbedding(channels, block_out_channels=widths)
+        else:
+            sizes = prompt_encoder_depth, prompt_encoder_width, ssm_d_state, ssm_ratio, mlp_ratio, factor
+            self.prompt_encoder = VisualPromptEncoder(channels, *sizes, design)
+        if design == "vmamba":
+            links = [*copy.controlnet_down_blocks, copy.controlnet_mid_block]  # zero convolutions until here
+            links = [ZeroVMamba(link.in_channels, ssm_d_state, ssm_ratio) for link in links]
+            *down, copy.controlnet_mid_block = links
+            copy.controlnet_down_blocks = nn.ModuleList(down)
+
+    @classmethod
+    def from_unet(cls, unet: UNet2DConditionModel, design: str = "vmamba", **options) -> RCLDM:
+        """A model for `unet`, whose trainable copy starts from its weights. `options`: those of the class."""
+        copy = ControlNetModel.from_unet(unet)
+        options_of_copy = ControlNetModel._get_init_keys(ControlNetModel) - {"self"}
+        model = cls({name: copy.config[name] for name in sorted(options_of_copy)}, design, **options)
+        weights = {name: w for name, w in copy.state_dict().items() if not name.startswith("controlnet_")}
+        model.trainable_copy.load_state_dict(weights, strict=False)  # lacks only the ways in and out
+        return model
+
+    def encode_condition(self, grid: Tensor) -> Tensor:
+        """The condition grid (B, 3, H, W) in [-1, 1] → its encoding (B, C0, H/factor, W/factor).
+
+        Zeros of the encoding's shape mean "no visual prompt": the trainable copy then sees the latents alone.
+        """
+        factor = self.config.factor
+        if grid.dim() != 4 or grid.shape[1] != 3 or grid.shape[2] % factor or grid.shape[3] % factor:
+            wanted = f"(B, 3, H, W) with H and W multiples of {factor}"
+            raise ValueError(f"the condition grid must be {wanted}, got {(*grid.shape,)}")
+        return self.prompt_encoder(grid.to(self.dtype))
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        encoder_hidden_states: Tensor,
+        controlnet_cond: Tensor,
+        conditioning_scale: float = 1.0,
+        return_dict: bool = True,
+        **kwargs,
+    ) -> ControlNetOutput | tuple[list[Tensor], Tensor]:
+        """The residuals that `UNet2DConditionModel` adds to its skip features and its middle block's output.
+
+        Args:
+            sample: noisy latents of the whole grid (B, latent channels, h, w).
+            timestep: one for all, or (B,).
+            encoder_hidden_states: text embeddings (B, tokens, cross_attention_dim).
+            controlnet_cond: the condition grid (B or 1, 3, factor·h, factor·w) in [-1, 1], or what
+                `encode_condition` made of it (B or 1, C0, h, w). Shapes tell them apart, and no other is
+                taken.
+            conditioning_scale: factor on all residuals.
+            kwargs: for `ControlNetModel.forward` (class_labels, attention_mask, guess_mode, …).
+
+        Returns:
+            `ControlNetOutput`, or without `return_dict` its (down_block_res_samples, mid_block_res_sample).
+
+        Raises:
+            ValueError: a condition of another shape.
+        """
+        batch, _, h, w = sample.shape
+        f, c0 = self.config.factor, self.trainable_copy.config.block_out_channels[0]
+        shape = (*controlnet_cond.shape,)
+        if shape in ((1, c0, h, w), (batch, c0, h, w)):
+            features = controlnet_cond
+        elif shape in ((1, 3, f * h, f * w), (batch, 3, f * h, f * w)):
+            features = self.encode_condition(controlnet_cond)
+        else:
+            wanted = f"a grid ({batch}, 3, {f * h}, {f * w}) or its encoding ({batch}, {c0}, {h}, {w})"
+            raise ValueError(f"for latents {(*sample.shape,)} the condition must be {wanted}, got {shape}")
+        inputs = sample, timestep, encoder_hidden_states, features.to(sample.dtype)
+        return self.trainable_copy(*inputs, conditioning_scale, return_dict=return_dict, **kwargs)
+
+
+# -------- A worked example --------------------------------------------------------------------------
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    print("1. The scan, D = 8 channels in G = 2 groups, N = 4, L = 100")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    u, delta = torch.randn(2, 1, 8, 100, device=device)
+    A, (B, C) = -torch.rand(8, 4, device=device), torch.randn(2, 1, 2, 4, 100, device=device)
+    print("   backend: {}, because {}".format(*scan_backend(u)))
+    y, z = (selective_scan(u, delta, A, B, C, delta_softplus=True, backend=name) for name in BACKENDS[1:3])
+    print(f"   y {(*y.shape,)} between {y.min():.2f} and {y.max():.2f}")
+    print(f"   chunked - reference: {(z - y).abs().max():.1e} at most")
+
+    print("2. Four orders over the image [[0, 1, 2], [3, 4, 5]]")
+    image = torch.arange(6.0).view(1, 1, 2, 3)
+    names = "rows", "columns", "rows, back", "columns, back"
+    for name, sequence in zip(names, cross_scan(image)[0, :, 0].int()):
+        print(f"   {name:14}{sequence.tolist()}")
+    print(f"   merged, each pixel four times: {cross_merge(cross_scan(image), 2, 3)[0, 0].tolist()}")
+
+    print("3. RCLDM on a small U-Net of random weights")
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=32,
+    )
+    inputs = torch.randn(1, 4, 16, 16), 500, torch.randn(1, 5, 32)
+    grid = torch.rand(1, 3, 128, 128) * 2 - 1
+    with torch.no_grad():
+        bare = unet(*inputs).sample
+        for design in DESIGNS:
+            model = RCLDM.from_unet(unet, design)
+            down, mid = model(*inputs, grid, return_dict=False)
+            residuals = dict(down_block_additional_residuals=down, mid_block_additional_residual=mid)
+            same = torch.equal(unet(*inputs, **residuals).sample, bare)
+            whole, prompt = (
+                sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.prompt_encoder)
+            )
+            print(f"   {design:7}{whole:.2f} M parameters, {prompt:.2f} M of them the prompt encoder;")
+            sizes, largest = [(*r.shape[1:],) for r in (*down, mid)], max(r.abs().max() for r in (*down, mid))
+            print(f"          residuals {sizes}, the largest {largest:g}")
+            print(f"          the U-Net's output is unchanged to the last bit: {same}")
+        print(f"   condition grid {(*grid.shape,)} → encoding {(*model.encode_condition(grid).shape,)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,579 @@
+"""dataset.py: grids, pictures of every mode, the three readers with what they must refuse, and the draws."""
+
+import json
+import logging
+import os
+import random
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+from torch.utils.data import DataLoader
+
+import dataset as ds
+
+torch.set_num_threads(1)
+
+
+# --- Grids --------------------------------------------------------------------------------------------------
+
+
+def panels_of(shape: tuple[int, ...]) -> list[torch.Tensor]:
+    return [torch.rand(shape) * 2 - 1 for _ in range(4)]
+
+
+@given(st.lists(st.integers(1, 3), max_size=2), st.integers(1, 5), st.integers(1, 9))
+@settings(max_examples=25, deadline=None)
+def test_split_undoes_compose(batch, channels, size):
+    panels = panels_of((*batch, channels, size, size))
+    grid = ds.compose_grid(*panels)
+    assert grid.shape == (*batch, channels, 2 * size, 2 * size)
+    for panel, back in zip(panels, ds.split_grid(grid)):
+        assert torch.equal(panel, back)
+    assert torch.equal(ds.answer_panel(grid), panels[3])
+
+
+def test_every_panel_has_its_place():
+    grid = ds.compose_grid(*(torch.full((1, 1, 1), value) for value in (1.0, 2.0, 3.0, 4.0)))
+    assert grid.tolist() == [[[1, 2], [3, 4]]]  # example before, example after; query, answer
+
+
+@given(st.integers(1, 6), st.floats(-1, 1, width=32))
+@settings(max_examples=25, deadline=None)
+def test_masks_change_their_panels_and_no_other(size, fill):
+    panels = panels_of((2, 3, size, size))
+    grid = ds.compose_grid(*panels)
+    kept = grid.clone()
+    flat = torch.full_like(panels[0], fill)
+    assert torch.equal(ds.mask_query(grid, fill), ds.compose_grid(*panels[:3], flat))
+    assert torch.equal(ds.drop_example(grid, fill), ds.compose_grid(flat, flat, *panels[2:]))
+    assert torch.equal(grid, kept)  # a copy is masked, never the grid itself
+
+
+def test_gradient_passes_a_mask_only_outside_it():
+    grid = torch.rand(3, 4, 4, requires_grad=True)
+    ds.mask_query(grid).sum().backward()
+    assert torch.equal(grid.grad, ds.compose_grid(*[torch.ones(3, 2, 2)] * 3, torch.zeros(3, 2, 2)))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 5), (3, 4, 6), (4, 4), (3, 0, 0)])
+def test_what_is_no_grid_is_refused(shape):
+    for function in (ds.split_grid, ds.answer_panel, ds.mask_query, ds.drop_example):
+        with pytest.raises(ValueError, match="even sides"):
+            function(torch.zeros(shape))
+
+
+def test_panels_must_be_square_and_alike():
+    square = torch.zeros(3, 4, 4)
+    with pytest.raises(ValueError, match="one shape"):
+        ds.compose_grid(square, square, square, torch.zeros(3, 6, 6))
+    with pytest.raises(ValueError, match="square"):
+        ds.compose_grid(*[torch.zeros(3, 4, 6)] * 4)
+
+
+# --- Pictures -----------------------------------------------------------------------------------------------
+
+
+def picture(size=(12, 8), seed=0) -> Image.Image:
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensor_and_image_are_inverse(dtype):
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    tensor = ds.image_to_tensor(ramp)
+    assert tensor.dtype == torch.float32 and tensor.shape == (3, 16, 16)
+    assert tensor.min() == -1 and tensor.max() == 1
+    assert ds.tensor_to_image(tensor.to(dtype)).tobytes() == ramp.tobytes()
+    assert ds.tensor_to_image(tensor * 3).getpixel((15, 15)) == (255, 255, 255)  # clipped, not wrapped
+    with pytest.raises(ValueError, match="3, H, W"):
+        ds.tensor_to_image(tensor[0])
+
+
+def test_panel_is_the_centred_square():
+    image = Image.new("RGB", (30, 10), "red")
+    image.paste("blue", (10, 0, 20, 10))
+    for size in (4, 10, 16):
+        panel = ds.to_panel(image, size)
+        assert panel.shape == (3, size, size)
+    assert torch.equal(ds.to_panel(image, 10)[:, 5, 5], torch.tensor([-1.0, -1.0, 1.0]))
+    assert (ds.to_panel(image, 10)[0] == -1).all()  # nothing of the red margins
+    exact = picture((8, 8))
+    assert torch.equal(
+        ds.to_panel(exact, 8), ds.image_to_tensor(exact)
+    )  # a panel of the right size stays as it is
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    upright = Image.new("RGB", (48, 32), "white")
+    upright.paste("red", (0, 0, 16, 16))  # the upper-left corner, once the picture stands upright
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation in undo else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    loaded = ds.load_image(tmp_path / "photo.jpg")
+    assert loaded.size == (48, 32)
+    red, green, _ = loaded.getpixel((4, 4))
+    assert red > 200 and green < 60 and min(loaded.getpixel((40, 28))) > 200
+
+
+MODES = {
+    "1.png": (Image.new("1", (4, 4), 1), (255, 255, 255)),
+    "l.png": (Image.new("L", (4, 4), 100), (100, 100, 100)),
+    "la.png": (Image.new("LA", (4, 4), (100, 0)), (255, 255, 255)),
+    "rgba.png": (Image.new("RGBA", (4, 4), (200, 0, 0, 128)), (227, 127, 127)),
+    "clear.png": (Image.new("RGBA", (4, 4), (9, 9, 9, 0)), (255, 255, 255)),
+    "cmyk.jpg": (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (254, 0, 0)),
+    "palette.gif": (Image.new("RGB", (4, 4), (255, 0, 0)).quantize(4), (255, 0, 0)),
+    "float.tiff": (Image.fromarray(np.full((4, 4), 0.5, np.float32)), (128, 128, 128)),
+    "float255.tiff": (Image.fromarray(np.full((4, 4), 200, np.float32)), (200, 200, 200)),
+    "int32.tiff": (Image.fromarray(np.full((4, 4), 51400, np.int32)), (200, 200, 200)),
+    "sixteen.png": (Image.fromarray(np.full((4, 4), 25700, np.uint16)), (100, 100, 100)),
+    "sixteen.tiff": (Image.fromarray(np.full((4, 4), 65535, np.uint16)), (255, 255, 255)),
+    "rgb.webp": (Image.new("RGB", (4, 4), (0, 0, 255)), (0, 0, 255)),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_becomes_rgb(tmp_path, name):
+    image, expected = MODES[name]
+    image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+    loaded = ds.load_image(str(tmp_path / name))
+    assert loaded.mode == "RGB" and loaded.size == (4, 4)
+    assert np.abs(np.subtract(loaded.getpixel((2, 2)), expected)).max() <= 2, loaded.getpixel((2, 2))
+
+
+def test_palette_with_transparency_shows_white(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putdata([0, 1])
+    image.save(tmp_path / "p.png", transparency=1)
+    loaded = ds.load_image(tmp_path / "p.png")
+    assert [loaded.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
+
+
+def test_sixteen_bits_keep_their_shades(tmp_path):
+    ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    assert np.array_equal(
+        np.asarray(ds.load_image(tmp_path / "ramp.png"))[..., 0], np.arange(256).reshape(16, 16)
+    )
+
+
+def bad_pictures(folder) -> dict[str, str]:
+    """Broken files of many kinds, and a word that the message must hold."""
+    picture((64, 64)).save(folder / "whole.png")
+    whole = (folder / "whole.png").read_bytes()
+    (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    (folder / "flipped.png").write_bytes(flipped)
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_bytes(b"not a picture")
+    (folder / "folder.png").mkdir()
+    Image.new("1", (9500, 9500)).save(folder / "wide.png")  # 90 million pixels in a few kilobytes
+    Image.new("1", (14000, 14000)).save(folder / "wider.png")
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(folder / "nan.tiff")
+    note = PngImagePlugin.PngInfo()
+    note.add_text("bomb", "a" * 4_000_000, zip=True)
+    picture().save(folder / "text_bomb.png", pnginfo=note)
+    return {
+        "missing.png": "no such file",
+        "folder.png": "no such file",
+        "truncated.png": "corrupt",
+        "flipped.png": "corrupt",
+        "empty.png": "not a picture",
+        "text.png": "not a picture",
+        "wide.png": "pixels",
+        "wider.png": "pixels",
+        "nan.tiff": "grey values",
+        "text_bomb.png": "text_bomb",
+        "no\0name.png": "no such file",
+    }
+
+
+def test_a_bad_picture_is_one_line_with_its_name(tmp_path, recwarn):
+    for name, reason in bad_pictures(tmp_path).items():
+        with pytest.raises(ds.ImageError, match=reason) as caught:
+            ds.load_image(tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert not recwarn.list  # the error says it; a warning beside it would be a second line
+
+
+# --- Readers ------------------------------------------------------------------------------------------------
+
+WORDS = ["make it night", "make it night", "add a hat", "add  a hat ", "make it night", "remove the cup"]
+
+
+def save_pictures(folder, names) -> None:
+    for seed, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture((16, 16), seed).save(folder / name)
+
+
+def make_folder(root, instructions=WORDS, split="train"):
+    """A dataset in the ImageFolder convention; returns the split's folder."""
+    folder = root / split
+    folder.mkdir(parents=True)
+    rows = []
+    for k, instruction in enumerate(instructions):
+        row = {"input_file_name": f"images/{k}_in.png", "output_file_name": f"images/{k}_out.png"}
+        rows.append({**row, "instruction": instruction, "input_caption": f"caption {k}", "score": k})
+        save_pictures(folder, list(row.values()))
+    write_rows(folder, rows)
+    return folder
+
+
+def write_rows(folder, rows) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    (folder / "metadata.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+
+
+def test_folder_reader(tmp_path):
+    folder = make_folder(tmp_path)
+    pairs = ds.read_pairs(tmp_path)
+    assert pairs == ds.read_pairs(str(folder)) == ds.read_folder(folder)
+    assert [pair.instruction for pair in pairs] == [" ".join(words.split()) for words in WORDS]
+    first = pairs[0]
+    assert (first.input_caption, first.output_caption, first.extra) == ("caption 0", None, {"score": 0})
+    assert os.path.samefile(first.input, folder / "images/0_in.png")
+    assert ds.load_image(first.output).tobytes() == picture((16, 16), 1).tobytes()
+    make_folder(tmp_path, split="seen")
+    assert "/seen/" in ds.read_pairs(tmp_path, split="seen")[0].input.replace("\\", "/")
+
+
+def test_datasets_reads_our_folder(tmp_path, monkeypatch):
+    """The convention is the `datasets` library's own: each `…_file_name` becomes a column of images."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    make_folder(tmp_path / "data")
+    table = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "data"), split="train")
+    assert {"input", "output", "instruction", "input_caption", "score"} <= set(table.column_names)
+    assert table[1]["output"].tobytes() == ds.load_image(ds.read_pairs(tmp_path / "data")[1].output).tobytes()
+
+
+def make_instruct_pix2pix(root, prompts: int = 10):
+    listing = []
+    for k in range(prompts):
+        seeds = [str(1000 + k), str(2000 + k)]
+        listing.append([f"{k:07d}", seeds])
+        save_pictures(root / f"{k:07d}", [f"{seed}_{end}.png" for seed in seeds for end in (0, 1)])
+        for file in (root / f"{k:07d}").glob("*.png"):
+            file.rename(file.with_suffix(".jpg"))
+        prompt = {"input": f"a house {k}", "edit": f"edit {k}", "output": f"a castle {k}", "url": "x"}
+        (root / f"{k:07d}" / "prompt.json").write_text(json.dumps(prompt))
+    (root / "seeds.json").write_text(json.dumps(listing))
+
+
+def test_instruct_pix2pix_reader(tmp_path):
+    make_instruct_pix2pix(tmp_path)
+    train = ds.read_pairs(tmp_path)
+    assert [pair.instruction for pair in train] == [f"edit {k}" for k in range(9) for _ in range(2)]
+    assert train[3].input.endswith("0000001/2001_0.jpg") and train[3].output.endswith("0000001/2001_1.jpg")
+    assert (train[0].input_caption, train[0].output_caption) == ("a house 0", "a castle 0")
+    splits = [ds.read_instruct_pix2pix(tmp_path, split) for split in ("train", "val", "test")]
+    assert len({pair.input for part in splits for pair in part}) == sum(map(len, splits)) == 20
+    assert len(ds.VisualPromptDataset(train, 8)[4]["panels"]) == 4
+    with pytest.raises(ds.DatasetError, match="no split 'seen'"):
+        ds.read_pairs(tmp_path, "seen")
+
+
+@pytest.mark.parametrize(
+    "listing, prompt, reason",
+    [
+        ("{", "{}", "seeds.json: not JSON"),
+        ('{"a": 1}', "{}", "seeds.json: not a list"),
+        ("[[1, 2, 3]]", "{}", r"seeds.json: \[1, 2, 3\] is not"),
+        ('[["../x", ["1"]]]', "{}", "seeds.json: '../x/prompt.json' is not a relative path"),
+        ('[["b", ["1"]]]', "{}", "b/prompt.json: No such file"),
+        ('[["a", ["/../../1"]]]', '{"edit": "e"}', "prompt.json: .* is not a relative path"),
+        ('[["a", ["1"]]]', '{"input": "e"}', "a/prompt.json: not a JSON object with the key 'edit'"),
+        ('[["a", ["1"]]]', '{"edit": 3}', "a/prompt.json: the instruction is empty"),
+        ("[]", "{}", "is empty"),
+    ],
+)
+def test_instruct_pix2pix_refuses(tmp_path, listing, prompt, reason):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/prompt.json").write_text(prompt)
+    (tmp_path / "seeds.json").write_text(listing)
+    with pytest.raises(ds.DatasetError, match=reason) as caught:
+        ds.read_pairs(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def make_table(before="original_image", instruction="edit_prompt", **more) -> datasets.Dataset:
+    images = [picture((16, 16), seed) for seed in range(8)]
+    columns = {before: images[:4], instruction: ["a", "a", "b", "b"], "edited_image": images[4:], **more}
+    kinds = {name: datasets.Image() for name in (before, "edited_image")}
+    kinds |= {
+        name: datasets.Value("int64" if name == "score" else "string")
+        for name in columns
+        if name not in kinds
+    }
+    return datasets.Dataset.from_dict(columns, datasets.Features(kinds))
+
+
+@pytest.mark.parametrize("names", [("original_image", "edit_prompt"), ("input_image", "instruction")])
+def test_table_reader(names):
+    table = make_table(*names, original_prompt=["c", "d", "e", None], score=[4, 5, 6, 7])
+    pairs = ds.read_table(table)
+    assert [(p.instruction, p.input_caption, p.extra) for p in pairs][1:4:2] == [
+        ("a", "d", {"score": 5}),
+        ("b", None, {"score": 7}),
+    ]
+    assert ds.load_image(pairs[2].output).tobytes() == picture((16, 16), 6).tobytes()
+    assert len(ds.VisualPromptDataset(pairs, 8)) == 4
+
+
+def test_tables_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    table = make_table()
+    table.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=table).save_to_disk(str(tmp_path / "splits"))
+    (tmp_path / "parquet/data").mkdir(parents=True)
+    table.to_parquet(str(tmp_path / "parquet/data/train-00000-of-00001.parquet"))
+    for name in ("one", "splits", "parquet"):
+        pairs = ds.read_pairs(tmp_path / name)
+        assert [pair.instruction for pair in pairs] == ["a", "a", "b", "b"]
+        assert ds.load_image(pairs[3].input).tobytes() == picture((16, 16), 3).tobytes()
+    for name in ("splits", "parquet"):
+        with pytest.raises(ds.DatasetError, match="split 'seen'") as caught:
+            ds.read_pairs(tmp_path / name, "seen")
+        assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_hub_ids_go_to_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or make_table())
+    assert len(ds.read_pairs("owner/name", "test")) == 4
+    assert asked == [(("owner/name",), {"split": "test"})]
+
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ds.DatasetError, match="owner/name: cannot load split 'train'") as caught:
+        ds.read_pairs("owner/name")
+    assert "\n" not in str(caught.value)
+
+
+def test_table_refuses(tmp_path):
+    with pytest.raises(ds.DatasetError, match="needs columns"):
+        ds.read_table(make_table().rename_column("edit_prompt", "text"))
+    with pytest.raises(ds.DatasetError, match="not columns of images"):
+        ds.read_table(
+            datasets.Dataset.from_dict({"input_image": [1], "instruction": ["a"], "edited_image": [2]})
+        )
+    with pytest.raises(ds.DatasetError, match="row 2: the instruction is empty"):
+        table = make_table().remove_columns("edit_prompt").add_column("edit_prompt", ["a", "a", None, "b"])
+        ds.read_table(table)
+    save_pictures(tmp_path, ["secret.png"])
+    data = (tmp_path / "secret.png").read_bytes()
+    table = datasets.Dataset.from_dict({"input_image": [data], "instruction": ["a"], "edited_image": [data]})
+    pair = ds.read_table(table)[0]  # raw bytes are a picture too, but never metadata
+    assert ds.load_image(pair.output).size == (16, 16) and pair.extra == {}
+    path = str(tmp_path / "secret.png")
+    table = datasets.Dataset.from_dict({"input_image": [path], "instruction": ["a"], "edited_image": [path]})
+    with pytest.raises(ds.ImageError, match="column input_image, row 0: the row holds no image bytes"):
+        ds.load_image(ds.read_table(table)[0].input)  # a stranger's table may not name a file of ours
+
+
+GOOD = {"input_file_name": "a.png", "output_file_name": "b.png", "instruction": "x"}
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        (b"{", "not JSON"),
+        (b"\xff\xfe{}", "not UTF-8"),
+        (b"[]", "not a JSON object"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b" " * (1 << 20), "bytes or more"),
+        ({"input_file_name": "a.png", "instruction": "x"}, "'output_file_name'"),
+        (GOOD | {"instruction": " "}, "instruction is empty"),
+        (GOOD | {"instruction": None}, "instruction is empty"),
+        (GOOD | {"output_caption": ["x"]}, "a caption is a text"),
+        (GOOD | {"input_file_name": 3}, "not a relative path"),
+        (GOOD | {"input_file_name": ""}, "not a relative path"),
+        (GOOD | {"input_file_name": "/etc/passwd"}, "not a relative path"),
+        (GOOD | {"input_file_name": "../a.png"}, "not a relative path"),
+        (GOOD | {"input_file_name": "x/../../a.png"}, "not a relative path"),
+        (GOOD | {"input_file_name": "x\\..\\..\\a.png"}, "not a relative path"),
+        (GOOD | {"input_file_name": "C:\\a.png"}, "not a relative path"),
+        (GOOD | {"input_file_name": "a\0.png"}, "not a relative path"),
+        (GOOD | {"input_file_name": "link.png"}, "symbolic link out"),
+        (GOOD | {"output_file_name": "out/a.png"}, "symbolic link out"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, row, reason):
+    folder = tmp_path / "data"
+    write_rows(folder, [GOOD, b"", row])
+    picture().save(tmp_path / "a.png")
+    (folder / "link.png").symlink_to(tmp_path / "a.png")
+    (folder / "out").symlink_to(tmp_path)
+    with pytest.raises(ds.DatasetError, match=reason) as caught:
+        ds.read_pairs(folder)
+    assert f"{folder / 'metadata.jsonl'}:3: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_links_inside_the_folder_are_welcome(tmp_path):
+    picture().save(tmp_path / "real.png")
+    (tmp_path / "a.png").symlink_to("real.png")
+    write_rows(tmp_path, [b"\xef\xbb\xbf" + json.dumps(GOOD).encode()])  # and so is a byte order mark
+    assert ds.load_image(ds.read_pairs(tmp_path)[0].input).tobytes() == picture().tobytes()
+
+
+def test_missing_and_empty_datasets(tmp_path):
+    (tmp_path / "bare").mkdir()
+    write_rows(tmp_path / "empty", [])
+    for name, reason in {"none": "no such folder", "bare": "metadata.jsonl", "empty": "is empty"}.items():
+        with pytest.raises(ds.DatasetError, match=reason) as caught:
+            ds.read_pairs(tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- The dataset --------------------------------------------------------------------------------------------
+
+
+def paths_only(instructions) -> list[ds.EditPair]:
+    return [ds.EditPair(f"{k}_in.png", f"{k}_out.png", text) for k, text in enumerate(instructions)]
+
+
+def test_single_pairs_are_left_out_and_reported(tmp_path, caplog):
+    make_folder(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        data = ds.VisualPromptDataset(ds.read_pairs(tmp_path), 8)
+    assert data.left_out == ["remove the cup"] and len(data) == 5
+    assert "of a single pair: 1 (remove the cup)" in caplog.text
+    with pytest.raises(ds.DatasetError, match="second edit pair"):
+        ds.VisualPromptDataset(paths_only(["a", "b"]), 8)
+    with pytest.raises(ds.DatasetError, match="second edit pair"):
+        ds.VisualPromptDataset([], 8)
+    with pytest.raises(ValueError, match="0 pixels"):
+        ds.VisualPromptDataset(paths_only(["a", "a"]), 0)
+
+
+@given(st.lists(st.sampled_from("abcdef"), min_size=2, max_size=30), st.integers(0, 9), st.integers(0, 9))
+@settings(max_examples=50, deadline=None)
+def test_example_is_another_pair_of_the_instruction(instructions, seed, epoch):
+    instructions += ["a", "a"]
+    data = ds.VisualPromptDataset(paths_only(instructions), 8, seed=seed)
+    for i in range(len(data)):
+        query, example, _ = data.draw(i, epoch)
+        assert query == i != example
+        assert data.pairs[i].instruction == data.pairs[example].instruction
+
+
+def test_every_other_pair_serves_as_the_example_equally_often():
+    data = ds.VisualPromptDataset(paths_only(["b", "a", "a", "b", "a", "a", "a"]), 8)
+    drawn = [data.draw(4, epoch).example for epoch in range(800)]
+    assert {i: round(drawn.count(i) / 200) for i in set(drawn)} == {1: 1, 2: 1, 5: 1, 6: 1}
+    assert 350 < sum(data.draw(4, epoch).flip for epoch in range(800)) < 450
+    with pytest.raises(IndexError):
+        data.draw(7)
+    assert data.draw(-1) == data.draw(6)
+
+
+def test_item(tmp_path):
+    make_folder(tmp_path)
+    data = ds.VisualPromptDataset(ds.read_pairs(tmp_path), 8)
+    flips = set()
+    for epoch in range(6):
+        data.set_epoch(epoch)
+        for i in range(len(data)):
+            item = data[i]
+            draw = data.draw(i)
+            assert (item["index"], item["example_index"], item["flipped"]) == draw
+            assert item["instruction"] == data.pairs[i].instruction
+            assert item["panels"].shape == (4, 3, 8, 8) and item["panels"].dtype == torch.float32
+            upright = torch.stack([*data.load_pair(draw.example), *data.load_pair(draw.query)])
+            # One flip for all four panels, or for none: the two rows never disagree.
+            assert torch.equal(item["panels"], upright.flip(-1) if draw.flip else upright)
+            flips.add(draw.flip)
+    assert flips == {False, True}
+
+
+# fmt: off
+SIDED = [
+    "move it to the left", "turn right", "on its left-hand side", "LEFT", "the leftmost house", "face west",
+    "make the north-eastern sky pink", "rotate it anticlockwise", "turn it counter-clockwise", "mirror it",
+    "flip it", "flipped", "reverse the car", "tilt the head", "add the text HELLO", "write two letters",
+]
+FREE = [
+    "make it night", "make it bright", "an upright piano", "leftovers on the plate", "add a beast", "a clock",
+    "in the wilderness", "swords", "a new design", "respect the copyright", "replace the cup", "clean it",
+]
+# fmt: on
+
+
+def test_no_flip_where_a_side_is_named():
+    assert all(ds.names_side(text) for text in SIDED), [text for text in SIDED if not ds.names_side(text)]
+    assert not any(ds.names_side(text) for text in FREE), [text for text in FREE if ds.names_side(text)]
+    data = ds.VisualPromptDataset(paths_only(["turn left"] * 2 + ["make it night"] * 2), 8)
+    flips = [[data.draw(i, epoch).flip for epoch in range(40)] for i in range(4)]
+    assert not any(flips[0] + flips[1]) and any(flips[2]) and any(flips[3])
+    never = ds.VisualPromptDataset(paths_only(["make it night"] * 2), 8, flip=False)
+    assert not any(never.draw(0, epoch).flip for epoch in range(40))
+
+
+def test_draws_depend_on_seed_epoch_and_index_alone():
+    instructions = [f"edit {k % 7}" for k in range(70)]
+    data = ds.VisualPromptDataset(paths_only(instructions), 8, seed=3)
+    first = [data.draw(i, 5) for i in range(70)]
+    order = list(range(70))
+    random.Random(0).shuffle(order)
+    assert all(data.draw(i, 5) == first[i] for i in order)
+    assert first != [data.draw(i, 6) for i in range(70)]
+    assert first != [
+        ds.VisualPromptDataset(paths_only(instructions), 8, seed=4).draw(i, 5) for i in range(70)
+    ]
+
+
+def test_workers_change_nothing(tmp_path):
+    make_folder(tmp_path)
+    data = ds.VisualPromptDataset(ds.read_pairs(tmp_path), 8, seed=1)
+    alone = DataLoader(data, batch_size=2)
+    helped = DataLoader(data, batch_size=2, num_workers=2, persistent_workers=True)
+    seen = []
+    for epoch in range(2):  # the workers live through both epochs, and must learn of the second
+        data.set_epoch(epoch)
+        for one, two in zip(alone, helped, strict=True):
+            assert torch.equal(one["panels"], two["panels"]) and one["instruction"] == two["instruction"]
+            assert all(torch.equal(one[key], two[key]) for key in ("index", "example_index", "flipped"))
+        seen.append([tuple(data.draw(i)) for i in range(len(data))])
+    assert seen[0] != seen[1]
+    grid = ds.compose_grid(*one["panels"].unbind(1))
+    assert grid.shape == (1, 3, 16, 16)
+    assert torch.equal(ds.answer_panel(grid), one["panels"][:, 3])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_is_named_through_a_worker(tmp_path, workers):
+    folder = make_folder(tmp_path, ["x", "x"])
+    (folder / "images/1_out.png").write_bytes(b"broken")
+    loader = DataLoader(ds.VisualPromptDataset(ds.read_pairs(tmp_path), 8), batch_size=2, num_workers=workers)
+    with pytest.raises(ds.ImageError, match="not a picture") as caught:
+        list(loader)
+    assert str(caught.value).startswith(os.path.realpath(folder)) and "\n" not in str(caught.value)
+
+
+def test_the_module_runs_alone(capsys):
+    ds._demo()
+    assert "split_grid gives the four panels back: True" in capsys.readouterr().out

@@ -1,0 +1,567 @@
+"""rcldm.py: the scan's backends agree, VMamba's checkpoints load, and an untrained RCLDM changes nothing."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import rcldm
+from rcldm import (
+    RCLDM,
+    SS2D,
+    VisualPromptEncoder,
+    VSSBlock,
+    ZeroVMamba,
+    cross_merge,
+    cross_scan,
+    selective_scan,
+)
+
+# ---------------------------------------------------------------------------------------------- the scan
+
+
+def scan_inputs(length, groups, state, *, batch=2, channels=8, extras=True, softplus=True, seed=0):
+    """Random inputs of `selective_scan` by name, in mamba-ssm's own memory layout, that require gradients."""
+    g = torch.Generator().manual_seed(seed)
+    inputs = {
+        "u": torch.randn(batch, channels, length, generator=g),
+        "delta": torch.rand(batch, channels, length, generator=g) * (4 if softplus else 0.3)
+        - (3 if softplus else 0),
+        "A": -torch.rand(channels, state, generator=g) * 2,
+        "B": torch.randn(batch, groups, state, length, generator=g),
+        "C": torch.randn(batch, groups, state, length, generator=g) / state,
+    }
+    if extras:
+        inputs |= {
+            "D": torch.randn(channels, generator=g),
+            "delta_bias": torch.rand(channels, generator=g) * 0.1,
+        }
+    return {name: x.requires_grad_() for name, x in inputs.items()}
+
+
+def value_and_gradients(inputs, softplus, backend):
+    y = selective_scan(**inputs, delta_softplus=softplus, backend=backend)
+    weights = torch.linspace(-1, 2, y.numel(), device=y.device).view_as(
+        y
+    )  # an upstream gradient without symmetry
+    return y.detach(), torch.autograd.grad((y.float() * weights).sum(), list(inputs.values()))
+
+
+def assert_backends_agree(inputs, softplus, one="reference", other="chunked"):
+    y, gradients = value_and_gradients(inputs, softplus, one)
+    y2, gradients2 = value_and_gradients(inputs, softplus, other)
+    assert y2.shape == y.shape and y2.dtype == y.dtype
+    torch.testing.assert_close(y2, y, atol=1e-5, rtol=1e-5)
+    for name, g, g2 in zip(inputs, gradients, gradients2):
+        assert g2.shape == inputs[name].shape
+        assert (g2 - g).norm() <= 1e-4 * g.norm(), name
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 64, 255, 256, 1000, 4099])
+def test_chunked_agrees_with_reference(length, groups):
+    for softplus, with_d, with_bias in (
+        [(s, d, b) for s in (False, True) for d in (False, True) for b in (False, True)]
+        if length < 100
+        else [(True, True, True)]
+        if length > 1000
+        else [(True, True, True), (False, False, False)]
+    ):
+        small = dict(batch=1, channels=4) if length > 1000 else {}
+        inputs = scan_inputs(length, groups, state=1 if with_d else 3, softplus=softplus, **small)
+        inputs = {
+            n: x for n, x in inputs.items() if (n != "D" or with_d) and (n != "delta_bias" or with_bias)
+        }
+        assert_backends_agree(inputs, softplus)
+
+
+@pytest.mark.parametrize("length", [2, 17, 100])
+def test_lanes_of_the_gpu_path_agree(monkeypatch, length):
+    monkeypatch.setattr(rcldm, "_lanes", lambda b: min(3, len(b)))
+    assert_backends_agree(scan_inputs(length, groups=2, state=2), softplus=True)
+
+
+def test_many_chunks_agree(monkeypatch):
+    monkeypatch.setattr(rcldm, "_steps_at_once", lambda u, A: 5)  # 13 chunks, the last of 3 steps
+    assert_backends_agree(scan_inputs(63, groups=2, state=2), softplus=True)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or rcldm._kernel_error() is not None, reason="no CUDA kernel here"
+)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("length", [1, 64, 255, 1000, 4099])
+def test_kernel_agrees_with_reference(length, groups):
+    inputs = scan_inputs(length, groups, state=4)
+    inputs = {name: x.detach().cuda().requires_grad_() for name, x in inputs.items()}
+    assert_backends_agree(inputs, True, other="mamba-ssm")
+    assert_backends_agree(inputs, True, other="chunked")
+    assert torch.equal(
+        *(selective_scan(**inputs, delta_softplus=True, backend=b) for b in ("auto", "mamba-ssm"))
+    )
+
+
+def test_overwhelming_decay_stays_finite():
+    inputs = {name: x.detach() for name, x in scan_inputs(300, 1, 2, softplus=False).items()}
+    inputs["delta"] = inputs["delta"] * 300  # exponents of -200 a step, -60,000 over the length
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    y, gradients = value_and_gradients(inputs, False, "chunked")
+    assert y.isfinite().all() and all(g.isfinite().all() for g in gradients)
+    torch.testing.assert_close(y, value_and_gradients(inputs, False, "reference")[0], rtol=1e-5, atol=1e-3)
+
+
+def test_one_group_may_leave_out_its_axis_and_groups_may_be_split():
+    inputs = scan_inputs(30, 1, 3)
+    y = selective_scan(**inputs)
+    assert torch.equal(selective_scan(**inputs | {"B": inputs["B"][:, 0], "C": inputs["C"][:, 0]}), y)
+    inputs = scan_inputs(30, 4, 3)
+    split = {name: inputs[name].unflatten(1, (4, 2)) for name in ("u", "delta")}
+    for backend in ("reference", "chunked"):
+        y = selective_scan(**inputs, backend=backend)
+        assert torch.equal(selective_scan(**inputs | split, backend=backend).flatten(1, 2), y)
+
+
+def test_the_state_is_float32_under_bfloat16():
+    inputs = {name: x.detach() for name, x in scan_inputs(500, 4, 2, softplus=False, extras=False).items()}
+    inputs["u"], inputs["B"], inputs["C"] = (torch.ones_like(inputs[name]) for name in ("u", "B", "C"))
+    inputs["delta"], inputs["A"] = torch.full_like(inputs["delta"], 2**-10), inputs["A"] * 0
+    low = {name: x.bfloat16() if name != "A" else x for name, x in inputs.items()}  # h grows by 2^-10 a step:
+    y = selective_scan(**low, backend="chunked")  # a bfloat16 state would stop growing at 0.25
+    assert y.dtype == torch.bfloat16
+    assert y[0, 0, -1].item() == pytest.approx(2 * 500 / 1024, rel=1e-2)
+    low = {name: x.detach().bfloat16().requires_grad_() for name, x in scan_inputs(20, 2, 2).items()}
+    y, gradients = value_and_gradients(low, True, "chunked")
+    y2, gradients2 = value_and_gradients(low, True, "reference")
+    torch.testing.assert_close(y, y2, rtol=2e-2, atol=2e-2)
+    for x, g, g2 in zip(low.values(), gradients, gradients2):
+        assert g.dtype == x.dtype and (g - g2).norm() <= 2e-2 * g2.norm()
+
+
+def test_autocast_does_not_touch_the_scan():
+    inputs = {name: x.detach() for name, x in scan_inputs(40, 2, 3).items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(selective_scan(**inputs), selective_scan(**inputs, backend="chunked"))
+        y = selective_scan(**inputs)
+    assert torch.equal(y, selective_scan(**inputs))
+
+
+def test_gradients_in_double_precision():
+    inputs = {
+        name: x.detach().double().requires_grad_()
+        for name, x in scan_inputs(5, 2, 2, batch=1, channels=4).items()
+    }
+
+    def scan(*values):
+        return selective_scan(**dict(zip(inputs, values)), delta_softplus=True, backend="chunked")
+
+    assert torch.autograd.gradcheck(scan, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_differentiating_twice_is_refused(linear):
+    inputs = scan_inputs(6, 1, 2)
+    y = selective_scan(**inputs, backend="chunked")
+    loss = y.sum() if linear else y.square().sum()
+    (g,) = torch.autograd.grad(loss, inputs["u"], create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(g.square().sum(), inputs["delta"])
+
+
+def test_states_are_not_kept():
+    inputs = scan_inputs(2048, 1, 16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        selective_scan(**inputs, backend="chunked")
+    states = inputs["u"].numel() * 16
+    assert max(kept) <= states / 4 and sum(kept) <= states / 2
+
+
+def test_auto_takes_the_kernel_only_where_it_runs(monkeypatch):
+    inputs = {name: x.detach() for name, x in scan_inputs(9, 1, 2).items()}
+    assert rcldm.scan_backend(inputs["u"])[0] == "chunked"
+    assert torch.equal(selective_scan(**inputs), selective_scan(**inputs, backend="chunked"))
+    on_cuda = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    monkeypatch.setattr(rcldm, "_kernel_error", lambda: None)
+    assert rcldm.scan_backend(on_cuda)[0] == "mamba-ssm"
+    assert rcldm.scan_backend(SimpleNamespace(is_cuda=True, dtype=torch.float64))[0] == "chunked"
+    monkeypatch.setattr(
+        rcldm, "_kernel_error", lambda: "ModuleNotFoundError: No module named 'selective_scan_cuda'"
+    )
+    backend, why = rcldm.scan_backend(on_cuda)
+    assert backend == "chunked" and "selective_scan_cuda" in why
+
+
+def test_the_kernel_without_its_means_is_one_clear_line(monkeypatch):
+    inputs = scan_inputs(4, 1, 2)
+    monkeypatch.setattr(rcldm, "_kernel_error", lambda: "ModuleNotFoundError: no selective_scan_cuda")
+    with pytest.raises(RuntimeError, match=r"requirements-cuda\.txt.*no selective_scan_cuda"):
+        selective_scan(**inputs, backend="mamba-ssm")
+    monkeypatch.setattr(rcldm, "_kernel_error", lambda: None)
+    with pytest.raises(RuntimeError, match="needs CUDA tensors, got cpu"):
+        selective_scan(**inputs, backend="mamba-ssm")
+
+
+def test_bad_arguments_of_the_scan():
+    inputs = scan_inputs(4, 2, 3)
+    with pytest.raises(ValueError, match="unknown backend 'triton'"):
+        selective_scan(**inputs, backend="triton")
+    wrong = {
+        "u and delta": {"delta": torch.ones(2, 8, 5)},
+        "A must be": {"A": torch.ones(7, 3)},
+        "B and C": {"C": torch.ones(2, 2, 3, 5)},
+        "D must be": {"D": torch.ones(3)},
+        "delta_bias must be": {"delta_bias": torch.ones(8, 1)},
+        "split into 4 groups": {"u": torch.ones(2, 4, 2, 4), "delta": torch.ones(2, 4, 2, 4)},
+    }
+    for message, changed in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            selective_scan(**inputs | changed)
+    with pytest.raises(ValueError, match="G a divisor of 8"):
+        selective_scan(**inputs | {"B": torch.ones(2, 3, 3, 4), "C": torch.ones(2, 3, 3, 4)})
+
+
+# ------------------------------------------------------------------------------------ four orders, VMamba
+
+
+def test_the_four_orders():
+    image = torch.arange(6.0).view(1, 1, 2, 3)
+    orders = [[0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5], [5, 4, 3, 2, 1, 0], [5, 2, 4, 1, 3, 0]]
+    assert cross_scan(image)[0, :, 0].int().tolist() == orders
+    assert torch.equal(cross_merge(cross_scan(image), 2, 3), 4 * image)
+    with pytest.raises(ValueError, match="ys must be"):
+        cross_merge(cross_scan(image), 3, 3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(*[st.integers(1, size) for size in (2, 3, 5, 5)], st.integers(0, 100))
+def test_cross_merge_is_the_adjoint_of_cross_scan(b, c, h, w, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(-9, 10, (b, c, h, w), generator=g).double().requires_grad_()
+    ys = torch.randint(-9, 10, (b, 4, c, h * w), generator=g).double().requires_grad_()
+    assert (cross_scan(x) * ys).sum() == (x * cross_merge(ys, h, w)).sum()  # whole numbers: exact
+    (gradient,) = torch.autograd.grad((cross_scan(x) * ys).sum(), x)
+    assert torch.equal(gradient, cross_merge(ys, h, w))
+    (gradient,) = torch.autograd.grad((cross_merge(ys, h, w) * x).sum(), ys)
+    assert torch.equal(gradient, cross_scan(x))
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_ss2d_is_what_it_says(gate):
+    """Against the plainest way to write it: one direction, one scan at a time."""
+    torch.manual_seed(0)
+    m = SS2D(8, d_state=3, ssm_ratio=2.0, dt_rank=2, gate=gate)
+    x = torch.randn(2, 3, 5, 8)
+    h = F.linear(x, m.in_proj.weight)
+    h, z = h.chunk(2, dim=-1) if gate else (h, None)
+    image = F.silu(m.conv2d(h.permute(0, 3, 1, 2)))
+    merged = 0
+    for k in range(4):
+        along = image.transpose(2, 3) if k % 2 else image
+        u = along.flatten(2) if k < 2 else along.flatten(2).flip(-1)
+        read = torch.einsum("bdl,cd->bcl", u, m.x_proj.weight.view(4, 8, 16)[k])
+        delta = torch.einsum("brl,dr->bdl", read[:, :2], m.dt_projs.weight.view(4, 16, 2)[k])
+        A, D, bias = -m.A_logs.view(4, 16, 3)[k].exp(), m.Ds.view(4, 16)[k], m.dt_projs_bias[k]
+        y = selective_scan(u, delta, A, read[:, 2:5], read[:, 5:], D, bias, True, backend="reference")
+        y = y if k < 2 else y.flip(-1)
+        merged = merged + (y.unflatten(2, (5, 3)).transpose(2, 3) if k % 2 else y.unflatten(2, (3, 5)))
+    expected = m.out_norm(merged.permute(0, 2, 3, 1)) * (F.silu(z) if gate else 1)
+    torch.testing.assert_close(m(x), m.out_proj(expected), rtol=1e-4, atol=1e-5)
+
+
+def vmamba_block(c, ratio, n, *, gate, conv_bias, mlp, spelling):
+    """Names and shapes of one block in VMamba's checkpoints (its vmamba.py), filled with random numbers."""
+    d, r, k = int(c * ratio), -(-c // 16), 4
+    shapes = {
+        "norm.weight": (c,),
+        "norm.bias": (c,),
+        "op.A_logs": (k * d, n),
+        "op.Ds": (k * d,),
+        "op.dt_projs_bias": (k, d),
+        "op.in_proj.weight": (d * (1 + gate), c),
+        "op.conv2d.weight": (d, 1, 3, 3),
+        "op.out_norm.weight": (d,),
+        "op.out_norm.bias": (d,),
+        "op.out_proj.weight": (c, d),
+    }
+    if spelling == "flat":
+        shapes |= {"op.x_proj.weight": (k * (r + 2 * n), d), "op.dt_projs.weight": (k * d, r)}
+    else:
+        shapes |= {"op.x_proj_weight": (k, r + 2 * n, d), "op.dt_projs_weight": (k, d, r)}
+    if conv_bias:
+        shapes["op.conv2d.bias"] = (d,)
+    if mlp:
+        shapes |= {
+            "norm2.weight": (c,),
+            "norm2.bias": (c,),
+            "mlp.fc1.weight": (4 * c, c),
+            "mlp.fc1.bias": (4 * c,),
+        }
+        shapes |= {"mlp.fc2.weight": (c, 4 * c), "mlp.fc2.bias": (c,)}
+    if spelling == "convolutions":  # channels-first models: 1×1 convolutions for linear layers
+        shapes |= {
+            name: (*s, 1, 1) for name, s in shapes.items() if len(s) == 2 and name.endswith("proj.weight")
+        }
+        shapes |= {name: (*s, 1, 1) for name, s in shapes.items() if name.startswith("mlp") and len(s) == 2}
+    if spelling == "oldest":
+        old = {"norm.": "ln_1.", "op.": "self_attention."}
+        for new, name in old.items():
+            shapes = {
+                name + s.removeprefix(new) if s.startswith(new) else s: shape for s, shape in shapes.items()
+            }
+    g = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+
+
+V2 = dict(ssm_d_state=1, mlp_ratio=4.0, ssm_conv_bias=False, forward_type="v05_noz")
+RELEASES = {  # width of the first stage, settings
+    "vmamba tiny s1l8": (96, dict(ssm_ratio=1.0, **V2)),
+    "vmamba tiny s2l5": (96, dict(ssm_ratio=2.0, **V2)),
+    "vmamba base s2l15": (128, dict(ssm_ratio=2.0, **V2)),
+    "vanilla vmamba tiny": (96, dict(ssm_ratio=2.0, ssm_d_state=16, mlp_ratio=0.0, forward_type="v0")),
+    "the code's defaults": (64, {}),
+}
+
+
+@pytest.mark.parametrize("spelling", ["flat", "stacked", "convolutions", "oldest"])
+@pytest.mark.parametrize("release", RELEASES)
+def test_vmamba_checkpoints_load(release, spelling):
+    width, settings = RELEASES[release]
+    for c in (width, 2 * width):
+        weights = vmamba_block(
+            c,
+            settings.get("ssm_ratio", 2.0),
+            settings.get("ssm_d_state", 16),
+            gate=not settings.get("forward_type", "v2").endswith("_noz"),
+            conv_bias=settings.get("ssm_conv_bias", True),
+            mlp=settings.get("mlp_ratio", 4.0) > 0,
+            spelling=spelling,
+        )
+        stage = torch.nn.Sequential(VSSBlock(c, **settings))  # nested, as blocks are in a checkpoint
+        stage.load_state_dict({f"0.{name}": w for name, w in weights.items()}, strict=True)
+        numbers = torch.cat([w.flatten() for w in weights.values()]).sort().values
+        assert torch.equal(
+            torch.cat([w.flatten() for w in stage.state_dict().values()]).sort().values, numbers
+        )
+    stacked = vmamba_block(16, 1.0, 2, gate=True, conv_bias=True, mlp=False, spelling="stacked")
+    block = VSSBlock(16, 2, 1.0, mlp_ratio=0.0)
+    block.load_state_dict(dict(stacked))
+    assert torch.equal(block.op.x_proj.weight[5:10], stacked["op.x_proj_weight"][1])
+    assert torch.equal(block.op.dt_projs.weight[32:48], stacked["op.dt_projs_weight"][2])
+
+
+def test_foreign_weights_are_refused():
+    block = VSSBlock(16, 2, 1.0, mlp_ratio=0.0)
+    weights = vmamba_block(16, 1.0, 2, gate=True, conv_bias=True, mlp=False, spelling="stacked")
+    for change in ({"op.x_proj_weight": torch.ones(4, 6, 16)}, {"op.in_proj.weight": torch.ones(16, 16)}):
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            block.load_state_dict(weights | change)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        block.load_state_dict(weights | {"op.x_proj_bias": torch.ones(4)})
+    with pytest.raises(ValueError, match="forward_type 'v051d'"):
+        VSSBlock(16, forward_type="v051d")
+
+
+# -------------------------------------------------------------------------------------------------- RCLDM
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        in_channels=16,
+        out_channels=16,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        cross_attention_dim=12,
+    )
+    return unet.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    g = torch.Generator().manual_seed(1)
+    latents, text = torch.randn(2, 16, 8, 8, generator=g), torch.randn(2, 5, 12, generator=g)
+    return latents, torch.tensor([10, 900]), text
+
+
+@pytest.fixture(scope="module")
+def grid():
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2)) * 2 - 1
+
+
+def edited(unet, model, inputs, condition):
+    down, mid = model(*inputs, condition, return_dict=False)
+    return unet(*inputs, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
+
+
+def awake(model, seed=0):
+    """The model with random numbers where it starts at zero."""
+    g = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.abs().max() == 0:
+            p.data = torch.randn(p.shape, generator=g) * 0.1
+    return model.eval()
+
+
+def all_residuals(output):
+    return [*output.down_block_res_samples, output.mid_block_res_sample]
+
+
+@pytest.mark.parametrize("design", rcldm.DESIGNS)
+def test_untrained_it_changes_no_bit(unet, inputs, grid, design):
+    model = RCLDM.from_unet(unet, design)
+    with torch.no_grad():
+        assert torch.equal(edited(unet, model, inputs, grid), unet(*inputs).sample)
+        assert not model.encode_condition(grid).any()
+    shapes = [(2, 16, 8, 8), (2, 16, 8, 8), (2, 16, 4, 4), (2, 32, 4, 4), (2, 32, 4, 4)]
+    assert [tuple(r.shape) for r in all_residuals(model(*inputs, grid))] == shapes
+
+
+@pytest.mark.parametrize("design", rcldm.DESIGNS)
+def test_everything_learns_from_the_third_step_on(unet, inputs, grid, design):
+    torch.manual_seed(0)
+    model = RCLDM.from_unet(unet, design, prompt_encoder_depth=2)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with_gradient = []
+    for _ in range(3):
+        optimiser.zero_grad()
+        (edited(unet, model, inputs, grid) - inputs[0]).square().mean().backward()
+        moving = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        with_gradient.append(moving)
+        optimiser.step()
+    names = {name for name, _ in model.named_parameters()}
+    assert with_gradient[0] and all("controlnet_" in name for name in with_gradient[0])
+    assert any(name.startswith("prompt_encoder") for name in with_gradient[1])
+    assert not names - with_gradient[2]
+    with torch.no_grad():
+        assert not torch.equal(edited(unet, model, inputs, grid), edited(unet, model, inputs, -grid))
+
+
+@pytest.mark.parametrize("design", rcldm.DESIGNS)
+def test_saved_and_loaded_it_is_the_same(unet, inputs, grid, design, tmp_path):
+    options = dict(prompt_encoder_depth=1, prompt_encoder_width=24, ssm_d_state=2, ssm_ratio=2.0)
+    model = awake(RCLDM.from_unet(unet, design, **options))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").exists()
+    assert json.loads((tmp_path / "config.json").read_text())["design"] == design
+    loaded = RCLDM.from_pretrained(tmp_path)
+    assert loaded.config.prompt_encoder_width == 24 and not loaded.training
+    assert set(loaded.state_dict()) == set(model.state_dict())
+    with torch.no_grad():
+        for a, b in zip(all_residuals(model(*inputs, grid)), all_residuals(loaded(*inputs, grid))):
+            assert a.any() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("design", rcldm.DESIGNS)
+def test_the_condition_may_be_encoded_once(unet, inputs, grid, design):
+    model = awake(RCLDM.from_unet(unet, design, prompt_encoder_depth=1))
+    with torch.no_grad():
+        encoding = model.encode_condition(grid)
+        assert encoding.shape == (2, 16, 8, 8) and encoding.any()
+        inline, once = (all_residuals(model(*inputs, condition)) for condition in (grid, encoding))
+        assert all(torch.equal(a, b) for a, b in zip(inline, once))
+        for_all = model(*inputs, encoding[:1]), model(*inputs, encoding[:1].expand(2, -1, -1, -1))
+        assert all(torch.equal(a, b) for a, b in zip(*map(all_residuals, for_all)))
+        halved = all_residuals(model(*inputs, encoding, conditioning_scale=0.5))
+        assert all(torch.equal(a * 0.5, b) for a, b in zip(once, halved))
+
+
+def test_other_factors_and_shapes_of_the_grid(unet, inputs):
+    for design, factor in (
+        ("vmamba", 4),
+        ("conv", 4),
+        ("vit", 16),
+        ("conv", 16),
+        ("vmamba", 2),
+        ("vit", 1),
+        ("conv", 1),
+    ):
+        model = RCLDM.from_unet(unet, design, factor=factor, prompt_encoder_depth=1)
+        latents = torch.randn(1, 16, 4, 6)
+        residuals = model(latents, 3, inputs[2][:1], torch.randn(1, 3, 4 * factor, 6 * factor))
+        assert residuals.down_block_res_samples[0].shape == (1, 16, 4, 6)
+
+
+def test_a_wrong_condition_is_one_clear_line(unet, inputs):
+    model = RCLDM.from_unet(unet, prompt_encoder_depth=1)
+    for shape in ((2, 3, 32, 32), (2, 3, 8, 8), (2, 4, 64, 64), (2, 16, 4, 4), (3, 3, 64, 64), (3, 64, 64)):
+        with pytest.raises(
+            ValueError, match=r"must be a grid \(2, 3, 64, 64\) or its encoding \(2, 16, 8, 8\)"
+        ):
+            model(*inputs, torch.zeros(shape))
+    with pytest.raises(ValueError, match="multiples of 8"):
+        model.encode_condition(torch.zeros(1, 3, 60, 64))
+    with pytest.raises(ValueError, match="unknown design 'swin'"):
+        RCLDM.from_unet(unet, "swin")
+    with pytest.raises(ValueError, match="power of two"):
+        RCLDM.from_unet(unet, factor=6)
+    with pytest.raises(ValueError, match="of design 'vmamba' or 'vit'"):
+        VisualPromptEncoder(16, design="conv")
+
+
+@pytest.mark.parametrize("design", ["vmamba", "vit"])
+def test_gradient_checkpointing_gives_the_same_gradients(unet, inputs, grid, design):
+    model = awake(RCLDM.from_unet(unet, design, prompt_encoder_depth=2)).train()
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        sum(r.square().sum() for r in all_residuals(model(*inputs, grid))).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.enable_gradient_checkpointing()
+    assert model.prompt_encoder.gradient_checkpointing
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("design", ["vmamba", "vit"])
+def test_one_block_sees_the_whole_grid(design):
+    torch.manual_seed(0)
+    encoder = awake(VisualPromptEncoder(16, depth=1, design=design))
+    grid = torch.randn(1, 3, 64, 64, requires_grad=True)
+    encoder(grid)[0, :, 1, 6].sum().backward()  # a location in the example's "after" panel
+    seen = F.max_pool2d(grid.grad.abs().amax(1, keepdim=True), 8)[0, 0]
+    assert (seen > 0).all()
+
+
+def test_zero_vmamba_contains_the_zero_convolution():
+    link = awake(ZeroVMamba(8))
+    x = torch.randn(2, 8, 4, 6)
+    assert not torch.equal(link(x), F.conv2d(x, link.zero_proj.weight[..., None, None], link.zero_proj.bias))
+    link.block.op.out_proj.weight.data.zero_()
+    convolved = F.conv2d(x, link.zero_proj.weight[..., None, None], link.zero_proj.bias)
+    torch.testing.assert_close(link(x), convolved, rtol=1e-5, atol=1e-6)
+    assert not ZeroVMamba(8)(x).any()
+
+
+def test_half_precision_runs(unet, inputs, grid):
+    model = awake(RCLDM.from_unet(unet, prompt_encoder_depth=1)).to(torch.bfloat16)
+    with torch.no_grad():
+        latents, timestep, text = inputs
+        residuals = all_residuals(model(latents.bfloat16(), timestep, text.bfloat16(), grid))
+    assert all(r.dtype == torch.bfloat16 and r.isfinite().all() for r in residuals)
+
+
+def test_it_fits_stable_diffusion_1_5():
+    with torch.device("meta"):  # shapes only
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the configuration of SD 1.5
+        model = RCLDM.from_unet(unet)
+        residuals = model(torch.empty(1, 4, 8, 8), 1, torch.empty(1, 77, 768), torch.empty(1, 3, 64, 64))
+    widths = [r.shape[1] for r in all_residuals(residuals)]
+    assert widths == [320] * 4 + [640] * 3 + [1280] * 6
+    links = sum(p.numel() for name, p in model.named_parameters() if "controlnet_" in name)
+    assert links < 0.15 * model.num_parameters()
+
+
+def test_the_worked_example_runs(capsys):
+    rcldm.main()
+    printed = capsys.readouterr().out
+    assert printed.count("unchanged to the last bit: True") == 3 and "backend: " in printed

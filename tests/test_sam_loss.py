@@ -1,0 +1,253 @@
+"""Selective-area matching: areas by hand and by a tiny Mask2Former, their cache, the proposal, the loss."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    PreTrainedTokenizerFast,
+    SwinConfig,
+)
+
+from sam_loss import SelectiveAreas, panoptic_area, propose_classes, selective_area_loss
+
+LABELS = ("person", "cat", "sky", "wall-other-merged")
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> Mask2FormerForUniversalSegmentation:
+    torch.manual_seed(0)
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    swin = {
+        "embed_dim": 8,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 1, 2, 2],
+        "window_size": 4,
+        "image_size": 64,
+    }
+    sizes = {
+        "feature_size": 32,
+        "mask_feature_size": 32,
+        "hidden_dim": 32,
+        "num_attention_heads": 2,
+        "num_queries": 1,
+    }
+    depths = {"encoder_layers": 1, "decoder_layers": 2, "encoder_feedforward_dim": 16, "dim_feedforward": 16}
+    names = {
+        "id2label": dict(enumerate(LABELS)),
+        "label2id": {label: index for index, label in enumerate(LABELS)},
+    }
+    config = Mask2FormerConfig(
+        backbone_config=SwinConfig(**swin, out_features=stages), **sizes, **depths, **names
+    )
+    model = Mask2FormerForUniversalSegmentation(config)
+    model.class_predictor.bias.data[0] = 9.0  # its one query takes whatever it finds for a person
+    return model
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.rand(3, 3, 64, 64) * 2 - 1
+
+
+def count_calls(areas: SelectiveAreas) -> list[int]:
+    """The sizes of the batches that `areas` hands to its segmenter from now on."""
+    calls, segment = [], areas.segment
+    areas.segment = lambda images: calls.append(len(images)) or segment(images)
+    return calls
+
+
+def queries(*found: tuple[int, float, slice, slice]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (Q, 5) and (Q, 8, 8) of queries; each: its class, the logit of that, its rows and columns."""
+    class_logits, mask_logits = torch.zeros(len(found), len(LABELS) + 1), torch.full((len(found), 8, 8), -6.0)
+    for query, (label, logit, rows, columns) in enumerate(found):
+        class_logits[query, label] = logit
+        mask_logits[query, rows, columns] = 6.0
+    return class_logits, mask_logits
+
+
+ALL, NOTHING = slice(None), len(LABELS)
+
+
+def test_area_is_the_segment_and_not_the_pixels_nobody_claims():
+    logits = queries((0, 9.0, slice(2, 4), slice(3, 6)), (NOTHING, 9.0, ALL, ALL))
+    area = panoptic_area(*logits, torch.tensor([0]), (8, 8))
+    assert area[2:4, 3:6].all() and area.sum() == 6
+
+    # Why transformers' own post-processing is not used: it gives the lone person every pixel of the image.
+    output = SimpleNamespace(class_queries_logits=logits[0][None], masks_queries_logits=logits[1][None])
+    theirs = Mask2FormerImageProcessor().post_process_panoptic_segmentation(
+        output, target_sizes=[(8, 8)], label_ids_to_fuse=set(), overlap_mask_area_threshold=0.0
+    )
+    assert (theirs[0]["segmentation"] == 1).all()
+
+
+def test_area_unites_instances_and_classes():
+    logits = queries((0, 9.0, slice(0, 2), ALL), (0, 9.0, slice(4, 5), ALL), (1, 9.0, slice(7, 8), ALL))
+    assert panoptic_area(*logits, torch.tensor([0]), (8, 8)).sum() == 24
+    assert panoptic_area(*logits, torch.tensor([0, 1]), (8, 8)).sum() == 32
+    assert panoptic_area(*logits, torch.tensor([2]), (8, 8)).sum() == 0
+
+
+def test_area_drops_improbable_and_hidden_segments():
+    assert not panoptic_area(*queries((0, 0.5, ALL, ALL)), torch.tensor([0]), (8, 8)).any()
+    hidden = queries(
+        (0, 4.0, ALL, slice(0, 4)), (2, 9.0, ALL, slice(0, 3))
+    )  # the sky takes 3/4 of the person
+    assert not panoptic_area(*hidden, torch.tensor([0]), (8, 8)).any()
+    assert panoptic_area(*hidden, torch.tensor([2]), (8, 8)).sum() == 24
+
+
+def test_area_is_scaled_to_the_image():
+    area = panoptic_area(*queries((0, 9.0, slice(0, 4), ALL)), torch.tensor([0]), (32, 16))
+    assert area.shape == (32, 16) and area[:15].all() and not area[17:].any()
+
+
+@pytest.mark.parametrize("processor", [None, Mask2FormerImageProcessor(size={"height": 96, "width": 96})])
+def test_areas_of_images(segmenter, images, processor):
+    areas = SelectiveAreas(segmenter, processor, LABELS, threshold=0.0, batch_size=2)
+    result = areas(images)
+    assert result.shape == (3, 1, 64, 64) and result.dtype == torch.float32
+    assert set(result.unique().tolist()) <= {0.0, 1.0}
+    for image, area in zip(images, result):  # neither the batch nor the cache changes the answer
+        torch.testing.assert_close(areas.segment(image[None]).float(), area)
+
+
+def test_cache_asks_for_each_image_once(segmenter, images, tmp_path):
+    areas = SelectiveAreas(segmenter, cache=tmp_path / "areas", batch_size=2)
+    calls = count_calls(areas)
+    first = areas(images)
+    assert calls == [2, 1] and 0 < first.mean() < 1
+    torch.testing.assert_close(areas(images.flip(0)), first.flip(0))
+    torch.testing.assert_close(areas(images[[0, 0]]), first[[0, 0]])
+    assert calls == [2, 1]
+
+    again = SelectiveAreas(segmenter, cache=tmp_path / "areas")
+    calls = count_calls(again)
+    torch.testing.assert_close(again(images), first)
+    assert calls == []
+    assert len(list((tmp_path / "areas").iterdir())) == 3  # no temporary file stays
+
+    cats = SelectiveAreas(segmenter, classes=["cat"], cache=tmp_path / "areas")
+    assert cats(images).sum() == 0  # areas of another class are other areas
+
+
+def test_cache_knows_a_segmenter_trained_anew(segmenter, images, tmp_path):
+    SelectiveAreas(segmenter, cache=tmp_path)(images)
+    trained = copy.deepcopy(segmenter)
+    trained.class_predictor.bias.data[1] = 20.0  # now it finds cats
+    assert SelectiveAreas(trained, cache=tmp_path)(images).sum() == 0
+
+
+def test_broken_cache_file_is_made_anew(segmenter, images, tmp_path):
+    first = SelectiveAreas(segmenter, cache=tmp_path)(images)
+    files = sorted(tmp_path.iterdir())
+    whole = files[0].read_bytes()
+    for content in (b"", b"no picture", whole[: len(whole) // 2], whole[:40] + b"\0\0\0\0" + whole[44:]):
+        files[0].write_bytes(content)
+        areas = SelectiveAreas(segmenter, cache=tmp_path)
+        calls = count_calls(areas)
+        torch.testing.assert_close(areas(images), first)
+        assert calls == [1] and files[0].read_bytes() == whole
+    assert Image.open(files[0]).mode == "1"
+
+
+def test_unknown_class_is_named_with_the_ones_close_to_it(segmenter):
+    with pytest.raises(ValueError, match=r"'persons'.*person"):
+        SelectiveAreas(segmenter, classes=["cat", "persons"])
+    with pytest.raises(ValueError, match=r"'zebra'.*sky"):
+        SelectiveAreas(segmenter, classes=["zebra"])
+    SelectiveAreas(segmenter, classes=["Person"])
+
+
+# --- The proposal -------------------------------------------------------------------------------------------
+
+
+class ScriptedModel:
+    """Replies as it is told; stands for a causal language model."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, tokenizer, reply: str):
+        self.reply = tokenizer(reply, return_tensors="pt")["input_ids"]
+
+    def generate(self, input_ids, **_):
+        return torch.cat([input_ids, self.reply], 1)
+
+
+@pytest.fixture(params=[None, "{% for turn in messages %}{{ turn['content'] }}{% endfor %}:"])
+def tokenizer(request) -> PreTrainedTokenizerFast:
+    """One token per byte, with and without a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate([*alphabet, "<eos>"])}
+    core = Tokenizer(models.BPE(vocabulary, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", chat_template=request.param)
+
+
+@pytest.mark.parametrize(
+    "reply, chosen",
+    [
+        ("person, cat", ("person", "cat")),
+        ("Cat.\n- Person\n- dragon", ("person", "cat")),
+        ("1. person; 2. wall-other-merged", ("person", "wall-other-merged")),
+        ("person, person", ("person",)),
+    ],
+)
+def test_proposal_keeps_labels_only(tokenizer, reply, chosen):
+    assert propose_classes(ScriptedModel(tokenizer, reply), tokenizer, LABELS) == chosen
+
+
+def test_proposal_without_a_label_falls_back(tokenizer):
+    model = ScriptedModel(tokenizer, "I would not choose any person at all")
+    with pytest.warns(UserWarning, match="person"):
+        assert propose_classes(model, tokenizer, LABELS) == ("person",)
+    with pytest.raises(ValueError, match="circle, face"):
+        propose_classes(model, tokenizer, ["circle", "face"])
+
+
+# --- The loss -----------------------------------------------------------------------------------------------
+
+
+def test_loss_by_hand():
+    predicted, target = torch.zeros(2, 2, 4, 4), torch.zeros(2, 2, 4, 4)
+    predicted[0, 0, 0, 0], predicted[0, :, 3, 3], predicted[1, :, 1, 1] = 2.0, 100.0, 1.0
+    area = torch.zeros(2, 1, 4, 4)
+    area[0, 0, 0, :2] = 1  # two pixels, an error of 2 in one of the two channels: 4 / (2 · 2) = 1
+    area[1, 0, 1, 1] = 1  # one pixel, an error of 1 in both channels: 1
+    predicted[1, 0, 1, 1] = 3.0  # … of 3 and 1: (9 + 1) / 2 = 5
+    assert selective_area_loss(predicted, target, area) == pytest.approx((1 + 5) / 2)
+    assert selective_area_loss(predicted, target, area, torch.tensor([0.5, 0.0])) == pytest.approx(0.5)
+    area[0] = 0
+    assert selective_area_loss(predicted, target, area) == pytest.approx(5)
+
+
+def test_loss_takes_the_share_that_the_area_covers():
+    predicted, area = torch.zeros(1, 4, 2, 2), torch.zeros(1, 1, 16, 16)
+    predicted[..., 0, 0], predicted[..., 0, 1] = 1.0, 2.0
+    area[..., :8, :8], area[..., :8, 8:12] = 1, 1  # all of the first patch and half of the second
+    expected = (1 * 1 + 0.5 * 4) / 1.5
+    assert selective_area_loss(predicted, torch.zeros_like(predicted), area) == pytest.approx(expected)
+
+
+def test_empty_areas_give_zero_and_zero_gradients():
+    predicted = torch.randn(2, 4, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    loss = selective_area_loss(predicted, torch.randn(2, 4, 8, 8), torch.zeros(2, 1, 64, 64), torch.ones(2))
+    loss.backward()
+    assert loss == 0 and predicted.grad.abs().max() == 0
+
+
+def test_gradient_stays_inside_the_area():
+    predicted, area = torch.randn(1, 4, 8, 8, requires_grad=True), torch.zeros(1, 1, 64, 64)
+    area[..., 16:32, 16:32] = 1
+    selective_area_loss(predicted, torch.zeros(1, 4, 8, 8), area).backward()
+    inside = predicted.grad[..., 2:4, 2:4]
+    assert inside.abs().min() > 0 and predicted.grad.abs().sum() == inside.abs().sum()

@@ -1,0 +1,585 @@
+"""Trains the toy parts from scratch, each saved in the layout of the library that loads the real one.
+
+    python toy/pretrain.py                  # everything missing under toy/weights, resumable at any moment
+    python toy/pretrain.py vae unet         # only these stages
+    python toy/pretrain.py --report         # measure the saved parts on pictures they have not seen
+
+    vae          AutoencoderKL, 64×64 pictures <-> 8×8 latents of 16 channels           (diffusers)
+    unet         text encoder and text-to-image U-Net, single scenes and 2×2 collages    (diffusers, transformers)
+    clip         a CLIP for editing-shift matching and the dataset filter                (open_clip)
+    clip_eval    another of a different seed, for evaluation only                        (open_clip)
+    segmenter    Mask2Former                                                             (transformers)
+    llm          a Llama that maps what people say to the canonical instruction          (transformers)
+
+What the backbone has seen: pictures of the toy world in every look, alone and in collages whose panels may
+show the same scene again with other properties, as the pages of comics do.  It has seen no instruction and
+no two rows that share an edit, so the editor still has everything about editing left to learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from toy import world
+
+WEIGHTS = Path(__file__).parent / "weights"
+LATENT_CHANNELS = 16
+CONTEXT = 48  # tokens of a prompt
+
+
+# ----------------------------------------------------------------------------------------------------------
+# One loop for every stage
+
+
+def fit(
+    name: str,
+    module: nn.Module,
+    loss_of_step: Callable[[int], dict[str, Tensor]],
+    *,
+    steps: int,
+    lr: float,
+    runs: Path,
+    weight_decay: float = 0.0,
+    ema_decay: float = 0.999,
+    warmup: int = 100,
+) -> None:
+    """Trains `module` with AdamW, warm-up and cosine decay; leaves the averaged weights in it.
+
+    `loss_of_step(step)` draws its own data from the step's number and returns named losses, the first of
+    which is minimised.  A checkpoint is written every minute; a stage that is started again goes on from it.
+    """
+    from train import load_checkpoint, save_checkpoint
+
+    module.train()
+    average = torch.optim.swa_utils.AveragedModel(
+        module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay), use_buffers=True
+    )
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
+    folder = runs / name
+    start = load_checkpoint(folder, {"model": module, "average": average}, optimizer)
+    saved = time.monotonic()
+    progress = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
+    for step in progress:
+        schedule = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * max(schedule, 0.01)
+        losses = loss_of_step(step)
+        next(iter(losses.values())).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update_parameters(module)
+        if step % 20 == 0:
+            progress.set_postfix({k: f"{v.item():.4f}" for k, v in losses.items()}, refresh=False)
+        if time.monotonic() - saved > 60 or step + 1 == steps:
+            save_checkpoint(folder, step + 1, {"model": module, "average": average}, optimizer, keep=1)
+            saved = time.monotonic()
+    module.load_state_dict(average.module.state_dict())
+    module.eval()
+
+
+def pictures(count: int, seed: int) -> tuple[Tensor, list[world.Scene]]:
+    """Random pictures: (count, 3, 64, 64) uint8, and the scenes they show."""
+    rng = random.Random(seed)
+    scenes = [world.random_picture(rng) for _ in range(count)]
+    pixels = np.stack([np.asarray(world.render(scene)) for scene in scenes])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), scenes
+
+
+def to_float(pixels: Tensor, device: torch.device) -> Tensor:
+    """uint8 pixels -> floats in [-1, 1]."""
+    return pixels.to(device).float() / 127.5 - 1
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step: a resumed run draws what an uninterrupted one would have drawn."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# VAE
+
+
+def new_vae() -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 24, 48, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=world.PANEL,
+    )
+
+
+def train_vae(args: argparse.Namespace) -> None:
+    vae = new_vae().to(args.device, memory_format=torch.channels_last)
+    pool, _ = pictures(20_000, seed=args.seed)
+    batch = 16
+
+    def loss(step: int) -> dict[str, Tensor]:
+        g = generator(args.seed, step)
+        x = to_float(pool[torch.randint(len(pool), (batch,), generator=g)], args.device)
+        posterior = vae.encode(x).latent_dist
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g).to(x.device)
+        error = vae.decode(z).sample - x
+        # The KL term is a whisper: it only keeps the latents' scale in bounds.
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        pixel = error.abs().mean() + 4 * error.square().mean()
+        return {"loss": pixel + 1e-4 * kl, "mse": error.square().mean(), "kl": kl}
+
+    fit("vae", vae, loss, steps=args.scaled(2200), lr=2e-3, runs=args.runs, ema_decay=0.995)
+    with torch.no_grad():
+        z = vae.encode(to_float(pool[:512], args.device)).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4))
+    save(vae.half().save_pretrained, args.out / "stable-diffusion" / "vae")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Text encoder and U-Net
+
+
+def new_tokenizer(seed: int):
+    """CLIP's kind of tokenizer (byte-level BPE), trained on the toy world's captions and instructions."""
+    from transformers import CLIPTokenizer
+
+    rng = random.Random(seed)
+    texts = [world.random_picture(rng).caption() for _ in range(2000)]
+    for edit in world.every_edit():
+        texts += [edit.instruction] + [world.say(edit, rng) for _ in range(3)]
+    tokenizer = CLIPTokenizer().train_new_from_iterator(texts, vocab_size=1024, show_progress=False)
+    tokenizer.model_max_length = CONTEXT
+    return tokenizer
+
+
+def tokenize(tokenizer, texts: list[str], device: torch.device) -> Tensor:
+    padding = {"padding": "max_length", "truncation": True, "max_length": CONTEXT}
+    return tokenizer(texts, return_tensors="pt", **padding).input_ids.to(device)
+
+
+def new_text_encoder(tokenizer) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def new_unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    # Attention only at the coarser of two resolutions: there, four by four tokens make a panel.
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(64, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=8,
+        norm_num_groups=16,
+    )
+
+
+def new_scheduler():
+    from diffusers import DDIMScheduler
+
+    # v-prediction down to pure noise: a tiny model paints flat areas in the right colour only if sampling
+    # starts where training ends (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed").
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def vary(scene: world.Scene, rng: random.Random) -> world.Scene:
+    """The same scene as another panel of a comic might show it: one or two properties drawn anew."""
+    for _ in range(rng.choice((1, 1, 2))):
+        other = world.random_picture(rng)
+        what = rng.randrange(6)
+        if what == 0:
+            scene = replace(scene, background=other.background)
+        elif what == 1:
+            scene = replace(scene, look=other.look)
+        elif what == 2 and len(scene.things) > 1:
+            scene = replace(scene, things=scene.things[:-1])
+        elif what == 3 and (free := scene.empty_places()):
+            scene = scene.put(rng.choice(scene.things), place=rng.choice(free))
+        elif free := scene.empty_places():
+            kinds = [kind for kind in world.CLASSES[1:] if not scene.find(kind)]
+            new = world.random_thing(rng, rng.choice(kinds), rng.choice(free))
+            things = scene.things if what == 4 else scene.things[1:]
+            scene = replace(scene, things=(*things, new))
+        else:
+            thing = rng.choice(scene.things)
+            scene = scene.put(
+                thing,
+                **{
+                    k: getattr(world.random_thing(rng, thing.kind, thing.place), k)
+                    for k in ("colour", "size", "mouth", "glasses")
+                },
+            )
+    return scene
+
+
+PANEL_NAMES = ("top left", "top right", "bottom left", "bottom right")
+
+
+def train_unet(args: argparse.Namespace) -> None:
+    from diffusers import AutoencoderKL
+
+    folder = args.out / "stable-diffusion"
+    vae = AutoencoderKL.from_pretrained(folder / "vae").to(args.device).eval().requires_grad_(False)
+    rng = random.Random(args.seed + 1)
+    tokenizer, scheduler = new_tokenizer(args.seed), new_scheduler()
+    model = nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(tokenizer)}).to(args.device)
+
+    # The pool: strips of four pictures, the first and three variations of it.
+    strips = []
+    for _ in range(args.scaled(8000)):
+        scene = world.random_picture(rng)
+        strips.append([scene] + [vary(scene, rng) for _ in range(3)])
+    latents = encode_scenes(vae, [scene for strip in strips for scene in strip], args.device)
+    latents = latents.unflatten(0, (-1, 4))
+    blank = encode_images(vae, torch.full((1, 3, world.PANEL, world.PANEL), 0.0, device=args.device))[0].cpu()
+    batch = 32
+
+    def draw(step: int) -> tuple[Tensor, list[str]]:
+        rng = random.Random(args.seed * 1_000_003 + step)
+        if step % 5 == 0:  # single scenes, a cheap batch at a quarter of the size
+            chosen = [(rng.randrange(len(strips)), rng.randrange(4)) for _ in range(2 * batch)]
+            texts = [strips[i][j].caption() if rng.random() < 0.8 else "" for i, j in chosen]
+            return torch.stack([latents[i, j] for i, j in chosen]), texts
+        grids, texts = [], []
+        for _ in range(batch):
+            # Rows of one strip or of two; within a row the same panel twice, or two variations.
+            first, second = rng.randrange(len(strips)), rng.randrange(len(strips))
+            rows = (first, first) if rng.random() < 0.3 else (first, second)
+            panels = [(row, rng.randrange(4)) for row in rows for _ in range(2)]
+            for right in (1, 3):
+                if rng.random() < 0.3:
+                    panels[right] = panels[right - 1]
+            tiles = [latents[i, j] for i, j in panels]
+            shown = rng.choice((0, 1, 2, 3, 3, 3))
+            if rng.random() < 0.1:
+                tiles[:2] = [blank, blank]
+                shown = 3
+            grids.append(torch.cat([torch.cat(tiles[:2], -1), torch.cat(tiles[2:], -1)], -2))
+            i, j = panels[shown]
+            caption = f"four pictures, the {PANEL_NAMES[shown]} shows {strips[i][j].caption()}"
+            texts.append(caption if rng.random() < 0.75 else "")
+        return torch.stack(grids), texts
+
+    def loss(step: int) -> dict[str, Tensor]:
+        x, texts = draw(step)
+        x, g = x.to(args.device).float(), generator(args.seed + 1, step)
+        noise = torch.randn(x.shape, generator=g).to(args.device)
+        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x),), generator=g).to(args.device)
+        states = model["text"](tokenize(tokenizer, texts, args.device)).last_hidden_state
+        output = model["unet"](scheduler.add_noise(x, noise, t), t, states).sample
+        return {"loss": F.mse_loss(output, scheduler.get_velocity(x, noise, t))}
+
+    fit("unet", model, loss, steps=args.scaled(2600), lr=1e-3, runs=args.runs, ema_decay=0.997)
+    save(model["unet"].half().save_pretrained, folder / "unet")
+    save(model["text"].half().save_pretrained, folder / "text_encoder")
+    save(tokenizer.save_pretrained, folder / "tokenizer")
+    save(scheduler.save_pretrained, folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+@torch.no_grad()
+def encode_images(vae: nn.Module, images: Tensor) -> Tensor:
+    return vae.encode(images).latent_dist.mean * vae.config.scaling_factor
+
+
+def encode_scenes(vae: nn.Module, scenes: list[world.Scene], device: torch.device) -> Tensor:
+    """The scenes' latents, (N, 16, 8, 8) half floats on the CPU."""
+    latents = []
+    for start in tqdm(range(0, len(scenes), 250), desc="encode", mininterval=10):
+        pixels = np.stack([np.asarray(world.render(scene)) for scene in scenes[start : start + 250]])
+        images = to_float(torch.from_numpy(pixels).permute(0, 3, 1, 2), device)
+        latents.append(encode_images(vae, images).cpu().half())
+    return torch.cat(latents)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# CLIP
+
+
+def train_clip(args: argparse.Namespace, name: str = "clip", seed: int = 10) -> None:
+    import open_clip
+
+    torch.manual_seed(args.seed + seed)
+    tokenizer = new_tokenizer(args.seed)
+    config = {
+        "embed_dim": 64,
+        "vision_cfg": {
+            "image_size": world.PANEL,
+            "patch_size": 8,
+            "width": 96,
+            "layers": 4,
+            "head_width": 24,
+        },
+        "text_cfg": {
+            "context_length": CONTEXT,
+            "vocab_size": len(tokenizer),
+            "width": 96,
+            "heads": 4,
+            "layers": 2,
+            "hf_tokenizer_name": "local",  # open_clip reads the tokenizer that lies in the same folder
+            "pool_type": "argmax" if tokenizer.eos_token_id == len(tokenizer) - 1 else "eos",
+            "eos_id": tokenizer.eos_token_id,
+        },
+    }
+    clip = open_clip.CLIP(**{k: v for k, v in config.items()}).to(args.device)
+    pool, scenes = pictures(args.scaled(20_000), seed=args.seed + seed)
+    captions = torch.cat(
+        [
+            tokenize(tokenizer, [s.caption() for s in scenes[i : i + 500]], args.device)
+            for i in range(0, len(scenes), 500)
+        ]
+    )
+    batch = 96
+
+    def loss(step: int) -> dict[str, Tensor]:
+        chosen = torch.randint(len(pool), (batch,), generator=generator(args.seed + seed, step))
+        images, texts, scale = clip(to_float(pool[chosen], args.device), captions[chosen])
+        logits = scale * images @ texts.T
+        truth = torch.arange(batch, device=args.device)
+        return {"loss": (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2}
+
+    fit(name, clip, loss, steps=args.scaled(900), lr=1e-3, runs=args.runs, weight_decay=0.02)
+
+    def write(folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        tokenizer.save_pretrained(folder)
+        preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
+        text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2)
+        (folder / "open_clip_config.json").write_text(text + "\n")
+        weights = {k: v.half().contiguous() for k, v in clip.state_dict().items()}
+        save_file(weights, folder / "open_clip_model.safetensors")
+
+    save(write, args.out / name)
+
+
+def train_clip_eval(args: argparse.Namespace) -> None:
+    train_clip(args, "clip-eval", seed=20)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Mask2Former
+
+
+def train_segmenter(args: argparse.Namespace) -> None:
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessor,
+        SwinConfig,
+    )
+
+    labels = dict(enumerate(world.CLASSES))
+    backbone = SwinConfig(
+        image_size=world.PANEL,
+        patch_size=4,
+        embed_dim=24,
+        depths=[1, 1, 1, 1],
+        num_heads=[2, 2, 4, 8],
+        window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        feature_size=48,
+        mask_feature_size=48,
+        hidden_dim=48,
+        encoder_feedforward_dim=96,
+        dim_feedforward=96,
+        encoder_layers=2,
+        decoder_layers=3,
+        num_attention_heads=4,
+        num_queries=8,
+        train_num_points=512,
+        id2label=labels,
+        label2id={v: k for k, v in labels.items()},
+    )
+    model = Mask2FormerForUniversalSegmentation(config).to(args.device)
+    _, scenes = pictures(args.scaled(10_000), seed=args.seed + 2)
+    batch = 8
+
+    def loss(step: int) -> dict[str, Tensor]:
+        torch.manual_seed(args.seed + step)  # the loss samples points
+        rng = random.Random(args.seed * 1_000_003 + step)
+        chosen = [rng.choice(scenes) for _ in range(batch)]
+        pixels = np.stack([np.asarray(world.render(scene)) for scene in chosen])
+        images = to_float(torch.from_numpy(pixels).permute(0, 3, 1, 2), args.device)
+        masks, classes = [], []
+        for scene in chosen:
+            shown = torch.from_numpy(world.render_classes(scene)).to(args.device)
+            present = shown.unique().long()
+            classes.append(present)
+            masks.append((shown[None] == present[:, None, None]).float())
+        return {"loss": model(pixel_values=images, mask_labels=masks, class_labels=classes).loss}
+
+    fit("segmenter", model, loss, steps=args.scaled(2000), lr=5e-4, runs=args.runs, weight_decay=0.01)
+    processor = Mask2FormerImageProcessor(
+        size={"height": world.PANEL, "width": world.PANEL},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        ignore_index=255,
+        do_reduce_labels=False,
+    )
+    save(
+        lambda folder: (model.half().save_pretrained(folder), processor.save_pretrained(folder)),
+        args.out / "segmenter",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Language model
+
+
+def train_llm(args: argparse.Namespace) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = new_tokenizer(args.seed)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|say|>"]})
+    # The model knows one task, so its template renders the wish alone, without the examples for larger models.
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}<|say|>"
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config).to(args.device)
+    edits = list(world.every_edit())
+    families: dict[str, list[world.Edit]] = {}
+    for edit in edits:
+        families.setdefault(edit.family, []).append(edit)
+    say = tokenizer.convert_tokens_to_ids("<|say|>")
+    batch = 64
+
+    def loss(step: int) -> dict[str, Tensor]:
+        rng = random.Random(args.seed * 1_000_003 + step)
+        rows = []
+        for _ in range(batch):
+            edit = rng.choice(edits if rng.random() < 0.5 else rng.choice(list(families.values())))
+            wish = world.say(edit, rng) if rng.random() < 0.9 else edit.instruction
+            prompt = tokenizer(wish, add_special_tokens=False).input_ids + [say]
+            reply = tokenizer(edit.instruction, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            rows.append((prompt, reply))
+        length = max(len(p) + len(r) for p, r in rows)
+        pad = [[tokenizer.pad_token_id] * (length - len(p) - len(r)) for p, r in rows]
+        ids = torch.tensor([p + r + x for (p, r), x in zip(rows, pad)], device=args.device)
+        labels = torch.tensor([[-100] * len(p) + r + [-100] * len(x) for (p, r), x in zip(rows, pad)])
+        return {"loss": model(input_ids=ids, labels=labels.to(args.device)).loss}
+
+    fit("llm", model, loss, steps=args.scaled(2500), lr=2e-3, runs=args.runs, weight_decay=0.05)
+    save(
+        lambda folder: (model.half().save_pretrained(folder), tokenizer.save_pretrained(folder)),
+        args.out / "llm",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio, dB; values in [-1, 1]."""
+    mse = (a.clamp(-1, 1) - b).square().flatten(1).mean(1)
+    return (10 * torch.log10(4 / mse)).mean().item()
+
+
+def save(write: Callable[..., object], folder: Path) -> None:
+    """Writes a model folder in one piece: a killed run leaves the old one or the new one."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    write(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def main() -> None:
+    stages = {
+        "vae": train_vae,
+        "unet": train_unet,
+        "clip": train_clip,
+        "clip_eval": train_clip_eval,
+        "segmenter": train_segmenter,
+        "llm": train_llm,
+    }
+    parser = argparse.ArgumentParser(description="Train the toy parts.")
+    parser.add_argument("stages", nargs="*", choices=[[], *stages], default=[])
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--runs", type=Path, default=Path("runs/pretrain"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--scale", type=float, default=1.0, help="of all training lengths")
+    args = parser.parse_args()
+    args.device = torch.device(args.device)
+    args.scaled = lambda steps: max(1, round(args.scale * steps))
+    for name in args.stages or stages:
+        torch.manual_seed(args.seed)
+        stages[name](args)
+
+
+if __name__ == "__main__":
+    main()
