@@ -48,18 +48,17 @@ class Preset:
     editor: str | None = None
 
 
-_TOY = HERE / "toy" / "weights"
 PRESETS = {
     "toy": Preset(
-        stable_diffusion=str(_TOY / "stable-diffusion"),
-        clip=str(_TOY / "clip"),
-        clip_eval=str(_TOY / "clip-eval"),
-        segmenter=str(_TOY / "segmenter"),
-        llm=str(_TOY / "llm"),
+        stable_diffusion="toy/weights/stable-diffusion",
+        clip="toy/weights/clip",
+        clip_eval="toy/weights/clip-eval",
+        segmenter="toy/weights/segmenter",
+        llm="toy/weights/llm",
         panel=64,
         classes=("face",),
-        data=str(HERE / "data" / "toy"),
-        editor=str(_TOY / "editor"),
+        data="data/toy",
+        editor="toy/weights/editor",
     ),
     # Choice: panels of 256 pixels, so that the grid has the 512 that Stable Diffusion 1.5 was trained at. A
     # language model small enough to stand beside it on one GPU.
@@ -83,12 +82,14 @@ def preset(name: str) -> Preset:
 
 
 def data_folder(source: str) -> str:
-    """A dataset's folder or hub id as it is; the toy world's folder is written first if it is not there yet."""
-    folder = Path(source)
-    if source == PRESETS["toy"].data and not folder.exists():
-        print(f"writing the toy world to {folder} (once, about a minute)", flush=True)
+    """A dataset's folder or hub id as it is; the toy world's folder is written first where it is missing."""
+    if source != PRESETS["toy"].data:
+        return source
+    folder = HERE / source
+    if not folder.exists():
+        print(f"writing the toy world to {folder}, once", flush=True)
         subprocess.run([sys.executable, HERE / "toy" / "world.py", "--out", folder], check=True)
-    return source
+    return str(folder)
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -138,7 +139,22 @@ def load_stable_diffusion(
     return StableDiffusion(*models, tokenizer, scheduler)
 
 
-def load_clip(source: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+@torch.no_grad()
+def encode_text(sd: StableDiffusion, texts: list[str]) -> torch.Tensor:
+    """Texts → their embeddings (B, T, D) for cross-attention, T the tokenizer's full length."""
+    inputs = sd.tokenizer(
+        texts,
+        padding="max_length",
+        truncation=True,
+        max_length=sd.tokenizer.model_max_length,
+        return_tensors="pt",
+    )
+    return sd.text_encoder(inputs.input_ids.to(sd.text_encoder.device)).last_hidden_state
+
+
+def load_clip(
+    source: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """An open_clip model (a folder with `open_clip_config.json`, or a hub id of one), frozen."""
     import open_clip
 
@@ -189,8 +205,9 @@ def load_editor(
     """An editor that `train.py` has saved: its RCLDM, frozen, and its settings. Raises BackboneError."""
     from rcldm import RCLDM
 
-    with _clear_errors(folder, "an editor's folder as train.py saves it"):
-        settings = json.loads((Path(folder) / "instructgie.json").read_text(encoding="utf-8"))
+    source, folder = folder, _folder(folder)
+    with _clear_errors(source, "an editor's folder as train.py saves it"):
+        settings = json.loads((folder / "instructgie.json").read_text(encoding="utf-8"))
         model = RCLDM.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     return _freeze(model, device), settings
 
@@ -205,9 +222,10 @@ _VARIANTS = ("*.fp16.*", "*.non_ema.*", "*.bf16.*")
 
 
 def _folder(source: str | Path, patterns: list[str] | None = None) -> Path:
-    """A local folder as it is; a hub id's snapshot, of which only safe files are fetched."""
-    if Path(source).is_dir():
-        return Path(source).resolve()
+    """A local folder, also one given relative to this repository; or a hub id's snapshot, only its safe files."""
+    for folder in (Path(source), HERE / source):
+        if folder.is_dir():
+            return folder.resolve()
     if str(source).count("/") != 1 or str(source).startswith((".", "/")):
         raise BackboneError(f"{source}: no such folder; give a model's folder or a hub id, owner/name")
     from huggingface_hub import snapshot_download

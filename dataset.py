@@ -214,10 +214,13 @@ class VisualPromptDataset(Dataset):
         pair = self.pairs[i]
         return to_panel(load_image(pair.input), self.size), to_panel(load_image(pair.output), self.size)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int | tuple[int, int]) -> dict[str, Any]:
         """`panels` (4, 3, P, P) float32 in [-1, 1], in the order of `compose_grid`; `instruction`; `index`
-        and `example_index` (into `pairs`); `flipped`. Raises ImageError, which names the broken picture."""
-        query, example, flip = self.draw(i)
+        and `example_index` (into `pairs`); `flipped`. Raises ImageError, which names the broken picture.
+
+        An index (epoch, i) asks for item `i` of that epoch, so that a sampler may run on over epochs."""
+        epoch, i = i if isinstance(i, tuple) else (None, i)
+        query, example, flip = self.draw(i, epoch)
         panels = torch.stack([*self.load_pair(example), *self.load_pair(query)])
         return {
             "panels": panels.flip(-1) if flip else panels,

@@ -18,31 +18,41 @@ The file reads from top to bottom: settings, what the frozen parts make of the d
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import json
 import math
 import os
 import shutil
-import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import backbone
 import esm
 import liu
 import sam_loss
-from dataset import VisualPromptDataset, compose_grid, drop_example, mask_query, read_pairs, split_grid
+from checkpoint import load_checkpoint, save_checkpoint
+from dataset import (
+    DatasetError,
+    VisualPromptDataset,
+    answer_panel,
+    compose_grid,
+    drop_example,
+    mask_query,
+    read_pairs,
+    tensor_to_image,
+)
+from edit import Editor
 from rcldm import RCLDM
 
 # ----------------------------------------------------------------------------------------------------------
@@ -82,7 +92,12 @@ def settings() -> argparse.Namespace:
     add("--weight-decay", type=float, default=0.01)
     add("--clip-norm", type=float, default=1.0, help="largest norm of the gradient")
     add("--ema", type=float, default=0.998, help="decay of the averaged weights, which are what is saved")
-    add("--answer-weight", type=float, default=4.0, help="of the answer panel in L_dm; the given panels have 1")
+    add(
+        "--answer-weight",
+        type=float,
+        default=4.0,
+        help="of the answer panel in L_dm; the given panels have 1",
+    )
     add("--es-weight", type=float, default=0.05, help="λ_es")
     add("--es-samples", type=int, default=4, help="answers decoded for L_es in a batch at most: memory, time")
     add("--sam-weight", type=float, default=0.1, help="λ_sam")
@@ -92,10 +107,16 @@ def settings() -> argparse.Namespace:
     add("--drop-text", type=float, default=0.3, help="share of samples without the instruction")
     add("--drop-example", type=float, default=0.15, help="share of samples without the example pair")
     add("--drop-both", type=float, default=0.05, help="share of samples without either")
+    add("--panel", type=int, help="P, pixels along a panel's side (default: the preset's)")
     add("--flip", action="store_true", help="mirror half of the grids; encodes every step instead of once")
 
     add("--workers", type=int, default=1, help="processes that decode pictures")
-    add("--cache", type=Path, default=Path("data/cache"), help="what the frozen parts computed, kept for later runs")
+    add(
+        "--cache",
+        type=Path,
+        default=Path("data/cache"),
+        help="what the frozen parts computed, kept for later runs",
+    )
     add("--checkpoint-every", type=int, default=100, help="steps")
     add("--keep", type=int, default=2, help="checkpoints that stay")
     add("--validate-every", type=int, default=500, help="steps")
@@ -107,12 +128,11 @@ def settings() -> argparse.Namespace:
 # What the frozen parts make of the data, computed once where pictures are not flipped
 
 
-@dataclass
-class Facts:
-    """What training needs to know of edit pairs besides their pictures.
+class Facts(NamedTuple):
+    """What training needs to know of N edit pairs besides their pictures.
 
-    latents: (N, 2, C, p, p), of before and after. shifts: (N, 2, E), their CLIP embeddings, or None.
-    areas: (N, 1, p, p) in [0, 1], the selected areas of the after picture on the latent's raster, or None.
+    latents: (N, 2, C, p, p), of before and after. embeddings: (N, 2, E), CLIP's, or None without ESM.
+    areas: (N, 1, p, p) in [0, 1], the after picture's selected area on the latent's raster, or None.
     """
 
     latents: Tensor
@@ -120,41 +140,374 @@ class Facts:
     areas: Tensor | None
 
 
-@torch.no_grad()
-def observe(panels: Tensor, vae: nn.Module, clip: nn.Module | None, areas) -> Facts:
-    """Facts of pairs of pictures (N, 2, 3, P, P) in [-1, 1].
+class Frozen(NamedTuple):
+    """The frozen parts that look at pictures."""
 
-    Choice: each panel passes the VAE by itself, where the figure encodes the grid. The latents tile to the
-    same grid, panels do not leak into each other at their borders, and a picture is encoded once, in
-    whatever grid it appears.
-    """
-    flat = panels.flatten(0, 1)
-    latents = vae.encode(flat.to(vae.dtype)).latent_dist.mean
-    latents = (latents - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
-    area = areas and F.interpolate(areas(panels[:, 1]), latents.shape[-2:], mode="area")
-    embeddings = clip and esm.embed(clip, flat).unflatten(0, panels.shape[:2])
-    return Facts(latents.float().unflatten(0, panels.shape[:2]), embeddings, area)
+    vae: nn.Module
+    clip: nn.Module | None
+    areas: sam_loss.SelectiveAreas | None
+
+    @torch.no_grad()
+    def observe(self, panels: Tensor) -> Facts:
+        """Facts of pairs of pictures (N, 2, 3, P, P) in [-1, 1].
+
+        Choice: each panel passes the VAE by itself, where the figure encodes the grid. The latents tile to
+        the same grid, panels do not leak into each other at their borders, and a picture is encoded once,
+        in whatever grid it appears.
+        """
+        flat = panels.flatten(0, 1)
+        vae = self.vae
+        latents = vae.encode(flat.to(vae.dtype)).latent_dist.mean.float()
+        latents = (latents - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+        embeddings = areas = None
+        if self.clip is not None:
+            embeddings = esm.embed(self.clip, flat).unflatten(0, panels.shape[:2])
+        if self.areas is not None:
+            areas = F.interpolate(self.areas(panels[:, 1]), latents.shape[-2:], mode="area")
+        return Facts(latents.unflatten(0, panels.shape[:2]), embeddings, areas)
+
+    def key(self) -> list[str]:
+        """What facts depend on besides the pictures: a sample of each part's weights, and the classes."""
+        models = [self.vae, self.clip, self.areas and self.areas.model]
+        weights = [
+            list(model.parameters())[-1].flatten()[:512].tolist() for model in models if model is not None
+        ]
+        return [repr(weights), repr(self.areas and self.areas.classes), repr(self.clip is None)]
 
 
-def observe_all(data: VisualPromptDataset, args, parts, accelerator: Accelerator) -> Facts:
-    """Facts of every pair of the dataset, from the cache on disk where a run before has left them."""
-    vae, clip, areas = parts
-    key = [args.data, args.split, len(data), data.size, data.pairs[0].input, data.pairs[-1].output]
-    key += [fingerprint(model) for model in (vae, clip, areas and areas.model) if model is not None]
-    key += [bool(clip), areas.classes if areas else None]
+class Pairs(Dataset):
+    """The pictures of each edit pair, (2, 3, P, P), decoded on worker processes."""
+
+    def __init__(self, data: VisualPromptDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.stack(self.data.load_pair(i))
+
+
+def observe_all(
+    data: VisualPromptDataset, frozen: Frozen, args: argparse.Namespace, device: torch.device
+) -> Facts:
+    """Facts of every pair of the dataset, from the cache on disk where an earlier run has left them."""
+    key = [
+        str(args.data),
+        args.split,
+        len(data),
+        data.size,
+        str(data.pairs[0]),
+        str(data.pairs[-1]),
+        frozen.key(),
+    ]
     path = args.cache / f"facts-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
-    with accelerator.main_process_first():
-        if not path.is_file():
-            loader = DataLoader(Pairs(data), batch_size=64, num_workers=args.workers)
-            seen = [
-                observe(panels.to(accelerator.device), *parts)
-                for panels in tqdm(loader, desc="encoding the pictures, once", mininterval=2)
-            ]
-            columns = {name: [getattr(facts, name) for facts in seen] for name in asdict_names(Facts)}
-            tensors = {k: torch.cat(v).cpu().half() for k, v in columns.items() if v[0] is not None}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}")
-            save_file(tensors, temporary)
-            os.replace(temporary, path)
+    if not path.is_file():
+        loader = DataLoader(Pairs(data), batch_size=32, num_workers=args.workers)
+        batches = tqdm(loader, desc="looking at the pictures, once", mininterval=2, unit="batch")
+        seen = [frozen.observe(panels.to(device)) for panels in batches]
+        columns = {name: [getattr(facts, name) for facts in seen] for name in Facts._fields}
+        tensors = {k: torch.cat(v).half().cpu().contiguous() for k, v in columns.items() if v[0] is not None}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        save_file(tensors, temporary)
+        os.replace(temporary, path)
     tensors = load_file(path)
-    return Facts(*(tensors.get(name) for name in asdict_names(Facts)))
+    return Facts(*(tensors.get(name) for name in Facts._fields))
+
+
+@torch.no_grad()
+def read_instructions(
+    data: VisualPromptDataset, sd: backbone.StableDiffusion, unifier: liu.InstructionUnifier | None
+) -> tuple[Tensor, Tensor]:
+    """Every distinct instruction through U and the text encoder, once.
+
+    Returns the text embeddings (K + 1, T, D), the last of them of no text, and the row of each pair (N,).
+    """
+    instructions = list(dict.fromkeys(pair.instruction for pair in data.pairs))
+    row = {instruction: k for k, instruction in enumerate(instructions)}
+    texts = instructions
+    if unifier:
+        texts = unifier.unify(instructions)
+        print(f"{len(instructions)} instructions unified to {len(set(texts))} forms", flush=True)
+    states = [backbone.encode_text(sd, texts[k : k + 64]) for k in range(0, len(texts), 64)]
+    states.append(backbone.encode_text(sd, [""]))
+    return torch.cat(states), torch.tensor([row[pair.instruction] for pair in data.pairs])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# One step's losses
+
+
+def dropout(batch: int, args: argparse.Namespace, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which samples keep their instruction and which their example pair: two (B,) of bool."""
+    u = torch.rand(batch, generator=g)
+    both, text = args.drop_both, args.drop_both + args.drop_text
+    return u >= text, ~((u < both) | ((u >= text) & (u < text + args.drop_example)))
+
+
+class Losses:
+    """L = L_dm + λ_es · L_es + λ_sam · L_sam, for batches of the data loader."""
+
+    def __init__(self, args, sd: backbone.StableDiffusion, frozen: Frozen, facts: Facts | None, texts, rows):
+        self.args, self.sd, self.frozen, self.facts, self.texts, self.rows = (
+            args,
+            sd,
+            frozen,
+            facts,
+            texts,
+            rows,
+        )
+        grey = torch.zeros(1, 2, 3, args.panel, args.panel, device=sd.vae.device)
+        self.grey = Frozen(sd.vae, None, None).observe(grey).latents[0, 0]  # (C, p, p)
+
+    def look_up(self, batch: dict, device: torch.device) -> Facts:
+        """Facts (2B, …) of a batch: of the example pairs, then of the query pairs."""
+        if self.facts is None:  # the pictures are flipped at random: nothing is known beforehand
+            example, query = batch["panels"].to(device).unflatten(1, (2, 2)).unbind(1)
+            return self.frozen.observe(torch.cat([example, query]))
+        index = torch.cat([batch["example_index"], batch["index"]])
+        known = (None if fact is None else fact[index].to(device).float() for fact in self.facts)
+        return Facts(*known)
+
+    def __call__(self, model: nn.Module, batch: dict, g: torch.Generator) -> dict[str, Tensor]:
+        args, scheduler = self.args, self.sd.scheduler
+        device = self.sd.unet.device
+        count = len(batch["index"])
+        keep_text, keep_example = dropout(count, args, g)
+        facts = self.look_up(batch, device)
+
+        condition = mask_query(compose_grid(*batch["panels"].to(device).unbind(1)))
+        latents = facts.latents.clone()
+        gone = ~keep_example
+        condition[gone] = drop_example(condition[gone])
+        latents[:count][gone] = self.grey.to(latents)  # the model is not asked to invent an example
+        x_0 = compose_grid(*latents[:count].unbind(1), *latents[count:].unbind(1))
+        noise = torch.randn(x_0.shape, generator=g).to(device)
+        t = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=g).to(device)
+        x_t = scheduler.add_noise(x_0, noise, t)
+        row = torch.where(keep_text, self.rows[batch["index"]], len(self.texts) - 1)
+        states = self.texts[row.to(self.texts.device)].to(device)
+
+        down, mid = model(x_t, t, states, condition, return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        prediction = self.sd.unet(x_t, t, states, **residuals).sample.float()
+
+        velocity = scheduler.config.prediction_type == "v_prediction"
+        target = scheduler.get_velocity(x_0, noise, t) if velocity else noise
+        # Choice: the given panels only have to be copied, so the answer's error counts for more.
+        weight = torch.ones_like(target[:1, :1])
+        answer_panel(weight).fill_(args.answer_weight)
+        losses = {"dm": (weight * (prediction - target).square()).mean() / weight.mean()}
+
+        x_0_hat = esm.predict_x0(x_t, prediction, t, scheduler)
+        trust = esm.noise_weight(t, scheduler)  # (B,)
+        if not args.no_esm:
+            chosen = trust.nonzero()[: args.es_samples, 0]
+            before, after = facts.embeddings[count:][chosen].unbind(1)
+            if len(chosen):
+                drawn = esm.decode_answer(self.sd.vae, x_0_hat[chosen])
+                losses["es"] = esm.editing_shift_loss(self.frozen.clip, before, drawn, after, trust[chosen])
+            else:
+                losses["es"] = 0 * losses["dm"]
+        if not args.no_sam:
+            panels = answer_panel(x_0_hat), answer_panel(x_0)
+            losses["sam"] = sam_loss.selective_area_loss(*panels, facts.areas[count:], trust)
+        weights = {"dm": 1.0, "es": args.es_weight, "sam": args.sam_weight}
+        return {"loss": sum(weights[name] * value for name, value in losses.items()), **losses}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The result
+
+
+def save_editor(model: RCLDM, args: argparse.Namespace, step: int) -> None:
+    """The averaged weights and the settings, in the folder that `edit.py --model` takes."""
+    folder = args.output / "editor"
+    temporary = args.output / f".editor.{os.getpid()}"
+    model.save_pretrained(temporary)
+    record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    record |= {"llm": None if args.no_liu else args.llm, "trained_steps": step}
+    # Choice: guidance and steps for editing, found on the toy world's `seen` split; see docs/choices.md.
+    record |= {"steps": 20, "guidance_text": 1.5, "guidance_visual": 1.0}
+    (temporary / "instructgie.json").write_text(json.dumps(record, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Validation pictures
+
+
+class Validation:
+    """The same few queries each time, drawn by the seed from the validation split."""
+
+    def __init__(self, data: VisualPromptDataset, unifier: liu.InstructionUnifier | None, args) -> None:
+        g = torch.Generator().manual_seed(args.seed)
+        chosen = torch.randperm(len(data), generator=g)[: args.validation_pictures].tolist()
+        items = [data[0, i] for i in chosen]
+        self.panels = torch.stack([item["panels"] for item in items])  # (N, 4, 3, P, P)
+        self.texts = [item["instruction"] for item in items]
+        if unifier:
+            self.texts = unifier.unify(self.texts)
+
+    def picture(self, model: RCLDM, sd: backbone.StableDiffusion) -> Tensor:
+        """(3, H, W) in [-1, 1]: a row per query with example before and after, input, answer, truth."""
+        panels = self.panels.to(sd.unet.device)
+        editor = Editor(sd, model.eval(), None, panels.shape[-1])
+        latents = editor.sample(panels[:, :2], None, panels[:, 2], self.texts, seeds=list(range(len(panels))))
+        answers = editor.decode_answers(latents).to(panels)
+        shown = torch.stack([*panels[:, :3].unbind(1), answers, panels[:, 3]], 1)  # (N, 5, 3, P, P)
+        return torch.cat([torch.cat(list(row), -1) for row in shown], -2).cpu().clamp(-1, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training
+
+
+def draw_order(count: int, batch: int, seed: int, steps: range, rank: int, processes: int) -> Iterator[list]:
+    """The items (epoch, index) of each step, one permutation an epoch; every process takes its share.
+
+    A function of the step alone, so that a resumed run goes on with the pictures it would have seen.
+    """
+    permutations: dict[int, list[int]] = {}
+    for step in steps:
+        first = (step * processes + rank) * batch
+        items = []
+        for position in range(first, first + batch):
+            epoch, place = divmod(position, count)
+            if epoch not in permutations:
+                g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                permutations = {
+                    **dict(list(permutations.items())[-1:]),
+                    epoch: torch.randperm(count, generator=g).tolist(),
+                }
+            items.append((epoch, permutations[epoch][place]))
+        yield items
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    progress = step / max(1, args.steps)
+    return args.lr * min(1, (step + 1) / args.warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay for matrices alone: not for norms, biases and the scan's own parameters."""
+    plain = ("A_logs", "Ds", "dt_projs_bias")
+    decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(plain)]
+    others = [p for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith(plain)]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def validation_data(data: VisualPromptDataset, args: argparse.Namespace) -> VisualPromptDataset:
+    try:
+        return VisualPromptDataset(read_pairs(args.data, args.validation_split), args.panel, False, args.seed)
+    except DatasetError as error:
+        print(f"validation pictures are drawn from --split {args.split}: {error}", flush=True)
+        return data
+
+
+def main() -> None:
+    args = settings()
+    preset = backbone.preset(args.backbone)
+    for part in ("stable_diffusion", "clip", "segmenter", "llm", "panel", "data"):
+        if getattr(args, part) is None:
+            setattr(args, part, getattr(preset, part))
+    if args.data is None:
+        raise ValueError(f"--backbone {args.backbone} has no dataset of its own; give one with --data")
+    if args.output.exists() and any(args.output.glob("checkpoint-*")) and not args.resume:
+        raise ValueError(f"--output {args.output} holds a run already; add --resume or choose another folder")
+
+    device = backbone.pick_device(args.device)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=args.precision,
+        gradient_accumulation_steps=args.accumulate,
+    )
+    device, is_main = accelerator.device, accelerator.is_main_process
+    torch.manual_seed(args.seed)
+
+    with accelerator.main_process_first():  # the first process computes, the others find it cached
+        args.data = backbone.data_folder(args.data)
+        data = VisualPromptDataset(read_pairs(args.data, args.split), args.panel, args.flip, args.seed)
+        sd = backbone.load_stable_diffusion(args.stable_diffusion, device)
+        clip = None if args.no_esm else backbone.load_clip(args.clip, device)
+        areas = None
+        if not args.no_sam:
+            segmenter, processor = backbone.load_segmenter(args.segmenter, device)
+            classes = args.sam_classes or preset.classes
+            if args.sam_propose:
+                llm = backbone.load_llm(args.llm, device)
+                classes = sam_loss.propose_classes(*llm, segmenter.config.id2label.values())
+            areas = sam_loss.SelectiveAreas(segmenter, processor, classes)
+        frozen = Frozen(sd.vae, clip, areas)
+        facts = None if args.flip else observe_all(data, frozen, args, device)
+        unifier = None
+        if not args.no_liu:
+            unifier = liu.InstructionUnifier(*backbone.load_llm(args.llm, device), cache=args.cache / "liu")
+        texts, rows = read_instructions(data, sd, unifier)
+        validation = Validation(validation_data(data, args), unifier, args)
+        del unifier
+    losses_of = Losses(args, sd, frozen, facts, texts, rows)
+
+    design = "conv" if args.no_rcldm else args.encoder
+    factor = args.panel // losses_of.grey.shape[-1]
+    model = RCLDM.from_unet(sd.unet, design, factor=factor).to(device)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.99))
+    start = (
+        load_checkpoint(args.output, {"model": model, "average": average}, optimizer) if args.resume else 0
+    )
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+
+    shares = accelerator.process_index, accelerator.num_processes
+    steps = range(start * args.accumulate, args.steps * args.accumulate)
+    order = list(draw_order(len(data), args.batch, args.seed, steps, *shares))
+    loader = DataLoader(data, batch_sampler=order, num_workers=args.workers)
+    writer = SummaryWriter(args.output / "tensorboard") if is_main else None
+    progress = tqdm(total=args.steps, initial=start, desc="train", mininterval=2, disable=not is_main)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters to train, {len(data)} pairs")
+
+    wrapped.train()
+    smooth: dict[str, float] = {}
+    for micro, batch in zip(steps, loader):
+        step = micro // args.accumulate
+        g = torch.Generator().manual_seed((args.seed * 1_000_003 + micro) * shares[1] + shares[0])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        with accelerator.accumulate(wrapped):
+            with accelerator.autocast():
+                losses = losses_of(wrapped, batch, g)
+            accelerator.backward(losses["loss"])
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), args.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, value in losses.items():
+            smooth[name] = 0.95 * smooth.get(name, value.item()) + 0.05 * value.item()
+        if not accelerator.sync_gradients:
+            continue
+        average.update_parameters(model)
+        step += 1
+        progress.update()
+        progress.set_postfix({name: f"{value:.4f}" for name, value in smooth.items()}, refresh=False)
+        if not is_main:
+            continue
+        if step % 20 == 0:
+            for name, value in smooth.items():
+                writer.add_scalar(f"loss/{name}", value, step)
+        if step % args.checkpoint_every == 0 or step == args.steps:
+            modules = {"model": model, "average": average}
+            save_checkpoint(args.output, step, modules, optimizer.optimizer, args.keep)
+        if step % args.validate_every == 0 or step == args.steps:
+            save_editor(average.module, args, step)
+            picture = validation.picture(average.module, sd)
+            writer.add_image("validation", (picture + 1) / 2, step)
+            tensor_to_image(picture).save(args.output / f"validation-{step:07d}.png")
+    progress.close()
+    print(f"the editor is in {args.output / 'editor'}")
+
+
+if __name__ == "__main__":
+    with backbone.one_line_errors("train.py"):
+        main()

@@ -722,7 +722,7 @@ def draw_split(split: str, instructions: int, pairs_each: int, seed: int) -> lis
 
 
 # Sizes of the default dataset: about the paper's 2,000 instructions in train.
-SPLITS = {"train": (2000, 8), "seen": (300, 2), "unseen_combination": (300, 2), "unseen_task": (300, 2)}
+SPLITS = {"train": (2000, 6), "seen": (300, 2), "unseen_combination": (300, 2), "unseen_task": (300, 2)}
 
 
 def write_split(folder: Path, pairs: list[Pair]) -> None:

@@ -1,0 +1,53 @@
+"""Checkpoints of a training run: safetensors and JSON alone, whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def save_checkpoint(
+    folder: Path, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, keep: int
+) -> None:
+    """Writes `folder/checkpoint-STEP` whole or not at all, then deletes all but the newest `keep`.
+
+    Safetensors only: weights under their module's name, the optimiser's state as `optimizer/<index>/<name>`.
+    """
+    tensors = {f"{name}/{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{i}/{k}": torch.as_tensor(v) for k, v in state.items()}
+    temporary = folder / f".checkpoint.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    save_file(tensors, temporary / "state.safetensors")
+    (temporary / "step.json").write_text(json.dumps({"step": step}))
+    target = folder / f"checkpoint-{step:07d}"
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    for old in sorted(folder.glob("checkpoint-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
+    """Loads the newest checkpoint of `folder` in place; returns its step, 0 where there is none."""
+    checkpoints = sorted(folder.glob("checkpoint-*"))
+    if not checkpoints:
+        return 0
+    tensors = load_file(checkpoints[-1] / "state.safetensors")
+    for name, module in modules.items():
+        prefix = f"{name}/"
+        module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, i, name = key.split("/")
+            state.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return json.loads((checkpoints[-1] / "step.json").read_text())["step"]

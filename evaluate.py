@@ -1,0 +1,249 @@
+"""Edits a split of a dataset and keeps every answer beside what it answers, for metrics to be computed from.
+
+    python evaluate.py                                        # the shipped editor, toy world, split `seen`
+    python evaluate.py runs/train/editor --split unseen_task --mode both pair instruction --sheet 24
+    python toy/score.py out/eval/seen/both                    # exact metrics of what is saved
+
+Below `--output` each split and mode has a folder: `<k>.png` the answer to query k, lossless; `answers.jsonl`
+with a line for each; `settings.json`. A run that was stopped goes on where it stood when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import backbone
+from dataset import VisualPromptDataset, load_image, read_pairs, tensor_to_image
+from edit import Editor
+
+MODES = ("both", "pair", "instruction")  # what the editor is given besides the query
+
+
+class Query(NamedTuple):
+    """A query: the pair it asks for and the pair it shows, by index into the dataset; the noise's seed."""
+
+    index: int
+    example: int
+    seed: int
+
+
+def draw_queries(data: VisualPromptDataset, count: int, seed: int) -> list[Query]:
+    """The first `count` items of the dataset in an order that only the seed decides: nothing is picked."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()[:count]
+    return [Query(i, data.draw(i, epoch=0).example, seed + k) for k, i in enumerate(order)]
+
+
+def describe(data: VisualPromptDataset, query: Query) -> dict[str, Any]:
+    """What a line of `answers.jsonl` says of the query; the metadata's further keys are kept."""
+    pair, example = data.pairs[query.index], data.pairs[query.example]
+    return {
+        **pair.extra,
+        "input": str(pair.input),
+        "output": str(pair.output),
+        "input_caption": pair.input_caption,
+        "output_caption": pair.output_caption,
+        "example_input": str(example.input),
+        "example_output": str(example.output),
+        "instruction": pair.instruction,
+        "seed": query.seed,
+    }
+
+
+# --- Files that are whole or not there ----------------------------------------------------------------------
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """`write` makes the file under another name, which becomes `path` when it is done."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finished(answers: Path) -> set[str]:
+    """Names of the answers that have a line; a last line cut by a killed run is taken off the file."""
+    text = answers.read_bytes() if answers.exists() else b""
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        os.truncate(answers, len(whole))
+    try:
+        return {json.loads(line)["answer"] for line in whole.splitlines()}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{answers}: damaged; remove its folder and start again") from None
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Stores the settings beside the answers; raises ValueError where answers of other settings lie there."""
+    path = folder / "settings.json"
+    if not path.exists() or not finished(folder / "answers.jsonl"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: file.write_text(json.dumps(settings, indent=2) + "\n"))
+    stored = json.loads(path.read_bytes())
+    other = [key for key in {**settings, **stored} if stored.get(key) != settings.get(key)]
+    if other:
+        now = ", ".join(f"{key} {stored.get(key)}, now {settings.get(key)}" for key in other[:3])
+        raise ValueError(f"{folder} holds answers of other settings ({now}); give another --output")
+
+
+def fingerprint(model: str) -> str:
+    """Of an editor's files, so that answers of a model trained anew do not mix with the old one's."""
+    folder = next((f for f in (Path(model), backbone.HERE / model) if f.is_dir()), None)
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*")) if folder else ():
+        if file.suffix in (".json", ".safetensors"):
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+# --- Answers ------------------------------------------------------------------------------------------------
+
+
+def answer_all(
+    editor: Editor,
+    data: VisualPromptDataset,
+    queries: list[Query],
+    folder: Path,
+    mode: str,
+    sampling: dict[str, Any],
+    batch: int,
+) -> None:
+    """Answers every query that has no answer in `folder` yet: a batch's pictures first, then its lines."""
+    names = [f"{k:05d}.png" for k in range(len(queries))]
+    done = finished(folder / "answers.jsonl")
+    to_do = [k for k, name in enumerate(names) if name not in done]
+    if not to_do:
+        return
+    texts = [data.pairs[query.index].instruction for query in queries]
+    unified = [""] * len(texts) if mode == "pair" else editor.unify(texts)
+    progress = tqdm(total=len(queries), initial=len(queries) - len(to_do), desc=folder.name, unit="answer")
+    with progress, open(folder / "answers.jsonl", "a", encoding="utf-8") as lines:
+        for ks in (to_do[first : first + batch] for first in range(0, len(to_do), batch)):
+            panels = torch.stack([data[0, queries[k].index]["panels"] for k in ks])  # (B, 4, 3, P, P)
+            latents = editor.sample(
+                panels[:, :2],
+                [mode != "instruction"] * len(ks),
+                panels[:, 2],
+                [unified[k] for k in ks],
+                seeds=[queries[k].seed for k in ks],
+                **sampling,
+            )
+            for k, answer in zip(ks, editor.decode_answers(latents)):
+                image = tensor_to_image(answer)
+                write_whole(folder / names[k], lambda file, image=image: image.save(file, format="PNG"))
+            records = ({"answer": names[k], "mode": mode, "unified": unified[k]} for k in ks)
+            records = [record | describe(data, queries[k]) for k, record in zip(ks, records)]
+            lines.write("".join(json.dumps(record) + "\n" for record in records))
+            lines.flush()
+            progress.update(len(ks))
+
+
+def contact_sheet(
+    data: VisualPromptDataset, queries: list[Query], folder: Path, mode: str, side: int = 96
+) -> Image.Image:
+    """A row of five panels, `side` pixels each, for each query: example pair, input, answer and truth.
+
+    Two queries stand side by side. An example that the editor was not given is left grey.
+    """
+    names = ("example before", "example after", "input", "answer", "truth")
+    line, gap, font = 16, 12, ImageFont.load_default(size=11)
+    width, height = 5 * side + gap, side + line
+    columns = min(2, len(queries))
+    rows = -(-len(queries) // columns)
+    sheet = Image.new("RGB", (columns * width + gap, rows * height + line + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column in range(columns):
+        for j, name in enumerate(names):
+            draw.text((gap + column * width + j * side + 2, 1), name, "grey", font)
+    for k, query in enumerate(queries):
+        x, y = gap + k % columns * width, line + k // columns * height
+        panels = [tensor_to_image(panel) for i in (query.example, query.index) for panel in data.load_pair(i)]
+        if mode == "instruction":
+            panels[:2] = [Image.new("RGB", (side, side), "grey")] * 2
+        panels.insert(3, load_image(folder / f"{k:05d}.png"))
+        withheld = "not told: " if mode == "pair" else ""
+        draw.text((x + 2, y + 1), withheld + data.pairs[query.index].instruction, "black", font)
+        for j, panel in enumerate(panels):
+            panel = panel.resize((side, side), Image.Resampling.BICUBIC)
+            sheet.paste(panel, (x + j * side, y + line))
+    return sheet
+
+
+# --- The program --------------------------------------------------------------------------------------------
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    toy = backbone.preset("toy")
+    parser = argparse.ArgumentParser(
+        description="Edit a split of a dataset and keep every answer.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", nargs="?", default=toy.editor, metavar="MODEL", help="an editor's folder, of train.py")
+    add("--data", default=toy.data, help="dataset: a folder or a hub id")
+    add("--split", default="seen")
+    add("--output", type=Path, default=Path("out/eval"), help="each split and mode gets a folder below it")
+    add("--mode", nargs="+", default=["both"], choices=MODES, help="what is given besides the input")
+    add("--count", type=int, default=512, help="queries, or all where the split has fewer")
+    add("--batch", type=int, default=32, help="edited at a time")
+    add("--steps", type=int, help="of sampling (default: the editor's)")
+    add("--guidance-text", type=float, help="guidance scale of the instruction (default: the editor's)")
+    add("--guidance-visual", type=float, help="guidance scale of the example (default: the editor's)")
+    add("--seed", type=int, default=0, help="of the order of the queries, their examples and the noise")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--sheet", type=int, default=0, metavar="N", help="write sheet.png, with the first N queries")
+    args = parser.parse_args(argv)
+    for name in ("count", "batch"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: give 1 or more")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    editor = Editor.load(args.model, device=args.device)
+    data = read_pairs(backbone.data_folder(args.data), args.split)
+    data = VisualPromptDataset(data, size=editor.panel, flip=False, seed=args.seed)
+    queries = draw_queries(data, args.count, args.seed)
+    given = {name: getattr(args, name) for name in ("steps", "guidance_text", "guidance_visual")}
+    sampling = {k: editor.settings[k] if value is None else value for k, value in given.items()}
+    asked = json.dumps([describe(data, query) for query in queries], sort_keys=True)
+    settings = {
+        "model": str(args.model),
+        "model_fingerprint": fingerprint(args.model),
+        "data": str(args.data),
+        "split": args.split,
+        "count": len(queries),
+        "queries_fingerprint": hashlib.sha256(asked.encode()).hexdigest()[:16],
+        "seed": args.seed,
+        "panel": editor.panel,
+        **sampling,
+    }
+    for mode in dict.fromkeys(args.mode):
+        folder = args.output / args.split / mode
+        check_settings(folder, {**settings, "mode": mode})
+        answer_all(editor, data, queries, folder, mode, sampling, args.batch)
+        if args.sheet > 0:
+            sheet = contact_sheet(data, queries[: args.sheet], folder, mode)
+            write_whole(folder / "sheet.png", lambda file, sheet=sheet: sheet.save(file, format="PNG"))
+        print(f"{len(queries)} answers in {folder}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    with backbone.one_line_errors("evaluate.py"):
+        run(arguments(argv))
+
+
+if __name__ == "__main__":
+    main()

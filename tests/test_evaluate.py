@@ -1,0 +1,277 @@
+"""evaluate.py with an editor that knows the answers, and toy/score.py on answers made by hand."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from dataset import VisualPromptDataset, load_image, read_pairs, to_panel
+from toy import score, world
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "toy"
+    world.write_dataset(out, seed=2, sizes={"seen": (4, 2)})
+    return out
+
+
+class FakeEditor:
+    """Answers with the truth, or with the query; notes what it was asked."""
+
+    panel = 64
+
+    def __init__(self, data, copies: bool = False) -> None:
+        self.settings = {"steps": 7, "guidance_text": 1.5, "guidance_visual": 1.0}
+        self.copies, self.calls, self.stop_after = copies, [], None
+        pairs = [
+            [to_panel(load_image(picture), 64) for picture in (pair.input, pair.output)]
+            for pair in read_pairs(data, "seen")
+        ]
+        self.answers = {before.numpy().tobytes(): after for before, after in pairs}
+
+    def unify(self, texts):
+        return [f"unified {text}" for text in texts]
+
+    def sample(self, examples, has_example, queries, instructions, seeds, **sampling):
+        if len(self.calls) == self.stop_after:
+            raise KeyboardInterrupt
+        assert examples.shape == (len(queries), 2, 3, 64, 64)
+        self.calls.append((has_example, instructions, seeds, sampling))
+        return queries
+
+    def decode_answers(self, latents):
+        if self.copies:
+            return latents
+        return torch.stack([self.answers[query.numpy().tobytes()] for query in latents])
+
+
+@pytest.fixture
+def editor(data, monkeypatch):
+    fake = FakeEditor(data)
+    monkeypatch.setattr(evaluate.Editor, "load", lambda *args, **kwargs: fake)
+    return fake
+
+
+def run(data, output, *more: str) -> None:
+    evaluate.main(["model", "--data", str(data), "--output", str(output), "--batch", "3", *more])
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+
+
+# --- evaluate.py --------------------------------------------------------------------------------------------
+
+
+def test_every_query_is_answered_once_with_what_it_answers(data, tmp_path, editor):
+    run(data, tmp_path)
+    records = lines(tmp_path / "seen" / "both")
+    pairs = {pair.input: pair for pair in read_pairs(data, "seen")}
+    assert sorted(record["input"] for record in records) == sorted(pairs)
+    assert [record["answer"] for record in records] == [f"{k:05d}.png" for k in range(8)]
+    for k, record in enumerate(records):
+        pair = pairs[record["input"]]
+        assert record["output"] == pair.output and record["instruction"] == pair.instruction
+        assert record["example_input"] != record["input"]
+        assert pairs[record["example_input"]].instruction == pair.instruction
+        assert pairs[record["example_input"]].output == record["example_output"]
+        assert record["unified"] == f"unified {pair.instruction}"
+        assert (record["mode"], record["seed"]) == ("both", k)
+        assert {key: record[key] for key in pair.extra} == pair.extra
+        answer = load_image(tmp_path / "seen" / "both" / record["answer"])
+        assert answer.tobytes() == load_image(pair.output).tobytes()  # lossless
+    assert [len(call[0]) for call in editor.calls] == [3, 3, 2]
+    assert editor.calls[0][3] == editor.settings
+
+
+def test_each_mode_withholds_what_it_says(data, tmp_path, editor):
+    run(data, tmp_path, "--mode", "pair", "instruction", "--count", "2", "--guidance-text", "3")
+    pair, instruction = editor.calls
+    assert (pair[0], pair[1]) == ([True, True], ["", ""])
+    assert instruction[0] == [False, False] and all(text.startswith("unified") for text in instruction[1])
+    assert pair[3] == {"steps": 7, "guidance_text": 3.0, "guidance_visual": 1.0}
+    assert [record["mode"] for record in lines(tmp_path / "seen" / "pair")] == ["pair"] * 2
+    assert {record["unified"] for record in lines(tmp_path / "seen" / "pair")} == {""}
+
+
+def test_queries_are_the_seeds(data):
+    dataset = VisualPromptDataset(read_pairs(data, "seen"), size=64, flip=False)
+    assert evaluate.draw_queries(dataset, 8, 0)[:3] == evaluate.draw_queries(dataset, 3, 0)
+    assert evaluate.draw_queries(dataset, 8, 0) != evaluate.draw_queries(dataset, 8, 1)
+    assert [query.index for query in evaluate.draw_queries(dataset, 8, 0)] != list(range(8))
+
+
+def test_a_stopped_run_goes_on_where_it_stood(data, tmp_path, editor):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(data, whole)
+    editor.calls.clear()
+    editor.stop_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        run(data, stopped)
+    file = stopped / "seen" / "both" / "answers.jsonl"
+    assert len(lines(file.parent)) == 6
+    file.write_bytes(file.read_bytes()[:-20])  # and the last line is cut
+    editor.calls.clear()
+    run(data, stopped)
+    assert [call[2] for call in editor.calls] == [[5, 6, 7]]
+    assert file.read_bytes() == (whole / "seen" / "both" / "answers.jsonl").read_bytes()
+    names = [sorted(path.name for path in folder.rglob("*")) for folder in (whole, stopped)]
+    assert names[0] == names[1]
+    editor.calls.clear()
+    run(data, stopped)
+    assert not editor.calls
+
+
+def test_answers_of_other_settings_are_refused(data, tmp_path, editor, capsys):
+    run(data, tmp_path, "--count", "2")
+    before = (tmp_path / "seen" / "both" / "answers.jsonl").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(data, tmp_path, "--count", "2", "--steps", "9")
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message.count("\n") == 1 and "steps 7, now 9" in message
+    assert (tmp_path / "seen" / "both" / "answers.jsonl").read_bytes() == before
+
+
+def test_settings_without_an_answer_bind_nobody(data, tmp_path, editor):
+    editor.stop_after = 0
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path, "--count", "2", "--steps", "9")
+    editor.stop_after = None
+    run(data, tmp_path, "--count", "2")
+    assert json.loads((tmp_path / "seen" / "both" / "settings.json").read_text())["steps"] == 7
+
+
+def test_a_model_trained_anew_has_another_fingerprint(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"old")
+    old = evaluate.fingerprint(str(tmp_path))
+    assert evaluate.fingerprint(str(tmp_path)) == old
+    weights.write_bytes(b"new")
+    assert evaluate.fingerprint(str(tmp_path)) != old
+
+
+@pytest.mark.parametrize(
+    "more", [["--count", "0"], ["--batch", "0"], ["--split", "none"], ["--data", "/nowhere/at/all"]]
+)
+def test_bad_input_is_one_line_and_exit_code_2(data, tmp_path, editor, capsys, more):
+    with pytest.raises(SystemExit) as stopped:
+        run(data, tmp_path / "out", *more)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("evaluate.py: error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_sheet_shows_the_first_queries(data, tmp_path, editor):
+    run(data, tmp_path, "--sheet", "3", "--mode", "both", "instruction")
+    with Image.open(tmp_path / "seen" / "both" / "sheet.png") as sheet:
+        both = np.asarray(sheet)
+    assert both.shape == (2 * (96 + 16) + 16 + 12, 2 * (5 * 96 + 12) + 12, 3)
+    answer, truth = (both[32 : 32 + 96, 12 + 96 * j : 12 + 96 * (j + 1)] for j in (3, 4))
+    assert np.array_equal(answer, truth) and len(np.unique(answer)) > 2
+    with Image.open(tmp_path / "seen" / "instruction" / "sheet.png") as sheet:
+        example = np.asarray(sheet)[32 : 32 + 96, 12 : 12 + 2 * 96]
+    assert (example == 128).all()
+
+
+# --- toy/score.py -------------------------------------------------------------------------------------------
+
+
+def make_answers(folder, answer, count: int = 4) -> list[world.Pair]:
+    """A folder of answers: `answer(before, after)` of arrays (64, 64, 3)."""
+    folder.mkdir(parents=True)
+    pairs = world.draw_split("seen", count, 2, seed=3)[::2]
+    with open(folder / "answers.jsonl", "w") as file:
+        for k, pair in enumerate(pairs):
+            before, after = (np.asarray(world.render(scene)) for scene in (pair.before, pair.after))
+            Image.fromarray(answer(before, after)).save(folder / f"{k}.png")
+            texts = {"scene": json.dumps(asdict(pair.before)), "edit": json.dumps(asdict(pair.edit))}
+            file.write(json.dumps({"answer": f"{k}.png", "mode": folder.name, **texts}) + "\n")
+    return pairs
+
+
+def noisy(before, after):
+    noise = np.random.default_rng(0).normal(0, 4, after.shape)
+    return (after + noise).clip(0, 255).round().astype(np.uint8)
+
+
+def test_truth_scores_1_a_copy_0_and_small_noise_1(tmp_path, capsys):
+    answers = {"truth": lambda before, after: after, "copy": lambda before, after: before, "noisy": noisy}
+    folders = [tmp_path / "seen" / name for name in answers]
+    for folder in folders:
+        pairs = make_answers(folder, answers[folder.name])
+    out = tmp_path / "new" / "score.json"
+    table = tmp_path / "score.md"
+    score.main([*map(str, folders), "--json", str(out), "--markdown", str(table)])
+    truth, copy, noise = json.loads(out.read_text())
+
+    families = {pair.edit.family for pair in pairs}
+    assert [result["accuracy"] for result in (truth, copy, noise)] == [1, 0, 1]
+    assert truth["mae_inside"] == truth["mae_outside"] == 0
+    assert copy["mae_inside"] > 8 and copy["mae_outside"] < 1
+    assert 2 < noise["mae_outside"] < 5
+    assert truth["chance"] == pytest.approx(
+        np.mean([1 / len(score.candidates(pair.before)[0]) for pair in pairs])
+    )
+    assert set(truth["families"]) == families
+    assert all(set(nearest) == {"unedited"} for nearest in copy["confusion"].values())
+    assert all(set(nearest) == {family} for family, nearest in truth["confusion"].items())
+    assert truth["n"] == 4 and len(truth["answers"]) == 4
+
+    printed = capsys.readouterr().out
+    assert printed == table.read_text()
+    assert len(printed.splitlines()) == 5
+    assert printed.splitlines()[2].startswith("| seen | truth | 4 | 100.0 (51.0 … 100.0) |")
+
+
+def test_scores_of_an_evaluated_copy(data, tmp_path, editor):
+    editor.copies = True
+    run(data, tmp_path, "--count", "2")
+    (result,) = score.score([tmp_path / "seen" / "both"])
+    assert (result["split"], result["mode"], result["n"], result["accuracy"]) == ("seen", "both", 2, 0)
+
+
+def test_edits_of_one_and_the_same_picture_are_one_candidate(monkeypatch):
+    face = world.Thing("face", "pale", "top left")
+    scene = world.Scene("white", (face,))
+    edited = scene.put(face, mouth="smile")
+    made = [(world.Edit("smile", "face"), edited), (world.Edit("frown", "face"), edited)]
+    monkeypatch.setattr(world, "candidates", lambda scene: made)
+    pictures, families = score.candidates(scene)
+    assert families == ["unedited", "smile"] and len(pictures) == 2
+
+
+def test_face_error_is_that_of_the_face():
+    face = world.Thing("face", "pale", "top left")
+    scene = world.Scene("white", (face, world.Thing("star", "red", "bottom right")))
+    truth = score.Truth(scene, world.Edit("smile", "face"))
+    answer = truth.picture.copy()
+    answer[32:] = 255 - answer[32:]  # all but the face
+    scored = truth.score(answer)
+    assert scored["mae_face"] == scored["mae_inside"] == 0 and scored["mae_outside"] > 50
+    gone = score.Truth(scene, world.Edit("remove", "face"))
+    assert gone.score(gone.picture)["mae_face"] is None
+
+
+def test_wilson_interval():
+    # Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263, and 0 of 20.
+    assert score.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert score.wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]\n", '{"answer": "0.png"}\n', "{\n", "cut"])
+def test_what_are_no_toy_answers_is_one_line(tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "answers.jsonl").write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        score.main([str(tmp_path), "--json", str(tmp_path / "out.json")])
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message.startswith("score.py: error: ") and "answers.jsonl" in message
+    assert not (tmp_path / "out.json").exists()

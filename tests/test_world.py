@@ -1,0 +1,304 @@
+"""The toy world: edits are exact, splits hold out what they say, and the folder is in the public format."""
+
+import json
+import random
+from collections import Counter
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataset import load_image, read_pairs
+from toy import world
+
+few = settings(max_examples=15, deadline=None)
+seeds = st.integers(0, 2**32 - 1)
+VISIBLE = 8  # levels of 255: what toy/score.py takes for a change
+SIZES = {split: (6, 2) for split in world.SPLITS}
+
+
+def pixels(scene: world.Scene) -> np.ndarray:
+    return np.asarray(world.render(scene)).astype(int)
+
+
+# --- Scenes and edits ---------------------------------------------------------------------------------------
+
+
+@few
+@given(seeds)
+def test_every_family_changes_the_scene_and_its_picture(seed):
+    rng = random.Random(seed)
+    scene = world.random_scene(rng)
+    by_family = {}
+    for edit, edited in world.candidates(scene):
+        by_family.setdefault(edit.family, []).append((edit, edited))
+    for made in by_family.values():
+        edit, edited = rng.choice(made)
+        assert edited == edit.apply(scene) != scene
+        assert np.abs(pixels(edited) - pixels(scene)).max() > VISIBLE, edit
+
+
+def test_every_family_can_be_made_of_some_scene():
+    rng = random.Random(0)
+    scenes = [world.random_scene(rng) for _ in range(60)]
+    families = {edit.family for scene in scenes for edit, _ in world.candidates(scene)}
+    assert families == set(world.FAMILIES)
+
+
+@few
+@given(seeds)
+def test_an_edit_changes_what_it_names_and_nothing_else(seed):
+    rng = random.Random(seed)
+    scene = world.random_scene(rng)
+    edit, edited = rng.choice(world.candidates(scene))
+    thing = scene.find(edit.target)
+    changed = {
+        "recolour": lambda: scene.put(thing, colour=edit.value),
+        "reshape": lambda: scene.put(thing, kind=edit.value),
+        "remove": lambda: replace(scene, things=tuple(t for t in scene.things if t.kind != edit.target)),
+        "move": lambda: scene.put(thing, place=edit.value),
+        "resize": lambda: scene.put(thing, size=edit.value),
+        "background": lambda: replace(scene, background=edit.value),
+        "smile": lambda: scene.put(thing, mouth="smile"),
+        "frown": lambda: scene.put(thing, mouth="frown"),
+        "glasses": lambda: scene.put(thing, glasses=True),
+        "hat": lambda: scene.put(thing, hat=True),
+        "mirror": lambda: replace(scene, mirrored=True),
+    }
+    if edit.family in changed:
+        assert edited == changed[edit.family]()
+    elif edit.family == "add":
+        assert edited.things[:-1] == scene.things
+        assert edited.things[-1].place == edit.value and edited.things[-1].kind == edit.target.split()[1]
+    elif edit.family == "swap":
+        pair = (edit.target, edit.value)
+        assert [edited.find(kind).colour for kind in pair] == [scene.find(kind).colour for kind in pair[::-1]]
+    else:
+        assert replace(edited, look="plain") == scene
+
+
+def test_edits_that_cannot_be_made_are_none():
+    scene = world.Scene("white", (world.Thing("circle", "red", "top left"),))
+    for edit in (
+        world.Edit("recolour", "circle", "red"),
+        world.Edit("recolour", "star", "blue"),
+        world.Edit("reshape", "star", "ring"),
+        world.Edit("remove", "face"),
+        world.Edit("add", "red circle", "top right"),
+        world.Edit("add", "red star", "top left"),
+        world.Edit("move", "circle", "top left"),
+        world.Edit("smile", "face"),
+        world.Edit("swap", "circle", "star"),
+        world.Edit("background", "", "white"),
+    ):
+        assert edit.apply(scene) is None, edit
+
+
+def test_mirroring_flips_the_picture():
+    scene = world.random_scene(random.Random(3))
+    mirrored = world.Edit("mirror").apply(scene)
+    assert np.array_equal(pixels(mirrored), pixels(scene)[:, ::-1])
+    assert np.array_equal(world.render_classes(mirrored), world.render_classes(scene)[:, ::-1])
+
+
+@few
+@given(seeds)
+def test_candidates_of_a_plain_scene_are_many_and_different(seed):
+    edits = world.candidates(world.random_scene(random.Random(seed)))
+    assert len(edits) >= 90
+    assert len({edit for edit, _ in edits}) == len(edits)
+
+
+@few
+@given(seeds, st.sampled_from(list(world.SPLITS)))
+def test_candidates_include_the_truth(seed, split):
+    for pair in world.draw_split(split, 2, 2, seed):
+        assert (pair.edit, pair.after) in world.candidates(pair.before)
+
+
+@few
+@given(seeds)
+def test_scenes_and_edits_come_back_from_json(seed):
+    (pair, *_) = world.draw_split("train", 1, 2, seed)
+    record = json.loads(json.dumps(asdict(pair.before)))
+    assert world.scene_from_json(record) == pair.before
+    assert world.Edit(**json.loads(json.dumps(asdict(pair.edit)))) == pair.edit
+
+
+# --- Pictures -----------------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_rgb_and_the_same_every_time():
+    for seed in range(5):
+        scene = world.random_picture(random.Random(seed))
+        picture = world.render(scene)
+        assert picture.mode == "RGB" and picture.size == (64, 64)
+        again = world.render(world.scene_from_json(json.loads(json.dumps(asdict(scene)))))
+        assert picture.tobytes() == again.tobytes()
+
+
+@few
+@given(seeds)
+def test_classes_are_where_things_are_painted(seed):
+    scene = world.random_scene(random.Random(seed))
+    classes = world.render_classes(scene)
+    assert classes.shape == (64, 64) and classes.dtype == np.uint8
+    kinds = {world.CLASSES[index] for index in np.unique(classes)}
+    assert kinds == {"background", *(thing.kind for thing in scene.things)}
+    empty = pixels(replace(scene, things=()))
+    painted = (pixels(scene) != empty).any(axis=-1)
+    assert not (painted & (classes == 0)).any()  # whatever is painted has a class
+    for thing in scene.things:
+        without = pixels(replace(scene, things=tuple(t for t in scene.things if t is not thing)))
+        shown = (pixels(scene) != without).any(axis=-1)
+        labelled = classes == world.CLASSES.index(thing.kind)
+        # All but the faintest pixels of its smoothed edge, where a sixteenth of colour rounds to nothing.
+        assert (shown & labelled).sum() >= 0.95 * max(shown.sum(), labelled.sum())
+
+
+# --- Wording ------------------------------------------------------------------------------------------------
+
+
+def test_canonical_wording_fills_its_places():
+    assert world.Edit("add", "orange star", "top left").instruction == "add an orange star at the top left"
+    assert world.Edit("recolour", "star", "orange").instruction == "make the star orange"
+    assert world.Edit("swap", "ring", "cross").instruction == "swap the colours of the ring and the cross"
+    for edit in world.every_edit():
+        assert "{" not in edit.instruction and "a orange" not in edit.instruction
+        for word in (edit.target, edit.value):
+            assert word in edit.instruction or world.FAMILIES[edit.family].rule is world._look
+
+
+def test_canonical_wordings_differ():
+    wordings = Counter(edit.instruction for edit in world.every_edit())
+    assert max(wordings.values()) == 1
+
+
+def test_sayings_of_training_and_held_out_ones_are_disjoint():
+    for name, family in world.FAMILIES.items():
+        assert len(family.held_out_sayings) >= 2, name
+        assert len(family.trained_sayings) >= 2, name
+        assert (*family.trained_sayings, *family.held_out_sayings) == family.sayings
+        assert len({*family.sayings, family.canonical}) == len(family.sayings) + 1, name
+        for saying in family.sayings:
+            for placeholder in ("{target}", "{value}"):
+                assert (placeholder in saying) == (placeholder in family.canonical), saying
+
+
+def test_training_splits_never_say_a_held_out_saying():
+    rng = random.Random(0)
+    for edit in list(world.every_edit())[::7]:
+        family = world.FAMILIES[edit.family]
+        trained = [edit.worded(saying) for saying in family.trained_sayings]
+        held_out = [edit.worded(saying) for saying in family.held_out_sayings]
+        assert world.say(edit, rng).endswith(tuple(trained))
+        assert world.say(edit, rng, held_out=True).endswith(tuple(held_out))
+
+
+# --- Splits -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict[str, list[world.Pair]]:
+    return {split: world.draw_split(split, 30, 2, seed=1) for split in world.SPLITS}
+
+
+def combinations(scene: world.Scene) -> set:
+    return {(thing.colour, thing.kind) for thing in scene.things} & world.HELD_OUT_COMBINATIONS
+
+
+@pytest.mark.parametrize("split", ["train", "seen", "unseen_task"])
+def test_held_out_combinations_are_held_out(splits, split):
+    assert not any(combinations(pair.before) | combinations(pair.after) for pair in splits[split])
+
+
+def test_unseen_combinations_are_in_every_pair(splits):
+    assert all(combinations(pair.before) | combinations(pair.after) for pair in splits["unseen_combination"])
+
+
+def test_held_out_families_are_held_out(splits):
+    for split, pairs in splits.items():
+        families = {pair.edit.family for pair in pairs}
+        if split == "unseen_task":
+            assert families == world.HELD_OUT_FAMILIES
+        else:
+            assert not families & world.HELD_OUT_FAMILIES
+
+
+def test_pairs_are_what_they_say_and_every_instruction_has_two(splits):
+    for pairs in splits.values():
+        assert all(pair.edit.apply(pair.before) == pair.after for pair in pairs)
+        assert min(Counter(pair.instruction for pair in pairs).values()) >= 2
+
+
+def test_held_out_combinations_leave_every_colour_and_shape():
+    assert len(world.HELD_OUT_COMBINATIONS) == 8
+    assert {colour for colour, _ in world.HELD_OUT_COMBINATIONS} == set(world.COLOURS)
+    assert max(Counter(shape for _, shape in world.HELD_OUT_COMBINATIONS).values()) < len(world.COLOURS) / 2
+
+
+def test_a_split_is_the_seeds():
+    assert world.draw_split("seen", 3, 2, 5) == world.draw_split("seen", 3, 2, 5)
+    assert world.draw_split("seen", 3, 2, 5) != world.draw_split("seen", 3, 2, 6)
+
+
+# --- The folder ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "toy"
+    world.write_dataset(out, seed=1, sizes=SIZES)
+    return out
+
+
+def test_our_reader_reads_it(folder):
+    assert sorted(path.name for path in folder.iterdir()) == sorted(SIZES)
+    for split in SIZES:
+        pairs = read_pairs(folder, split)
+        assert len(pairs) == 12
+        assert min(Counter(pair.instruction for pair in pairs).values()) >= 2
+        for pair in pairs:
+            scene = world.scene_from_json(json.loads(pair.extra["scene"]))
+            edit = world.Edit(**json.loads(pair.extra["edit"]))
+            assert load_image(pair.input).tobytes() == world.render(scene).tobytes()
+            assert load_image(pair.output).tobytes() == world.render(edit.apply(scene)).tobytes()
+            assert pair.input_caption == scene.caption()
+            assert pair.output_caption == edit.apply(scene).caption()
+            assert (pair.extra["family"], pair.extra["canonical"]) == (edit.family, edit.instruction)
+
+
+def test_the_datasets_library_reads_it(folder, tmp_path):
+    import datasets
+
+    table = datasets.load_dataset(
+        "imagefolder", data_dir=str(folder / "seen"), split="train", cache_dir=str(tmp_path)
+    )
+    assert len(table) == 12
+    assert table[0]["input"].size == table[0]["output"].size == (64, 64)
+    assert [row["instruction"] for row in table] == [p.instruction for p in read_pairs(folder, "seen")]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    written = []
+
+    def stop_in_the_second_split(folder, pairs):
+        if written:
+            raise KeyboardInterrupt
+        written.append(folder)
+        folder.mkdir(parents=True)
+
+    monkeypatch.setattr(world, "write_split", stop_in_the_second_split)
+    with pytest.raises(KeyboardInterrupt):
+        world.write_dataset(tmp_path / "toy", sizes=SIZES)
+    assert written and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "mine").write_text("mine")
+    monkeypatch.setattr("sys.argv", ["world.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="exists already"):
+        world.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
