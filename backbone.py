@@ -222,7 +222,7 @@ _VARIANTS = ("*.fp16.*", "*.non_ema.*", "*.bf16.*")
 
 
 def _folder(source: str | Path, patterns: list[str] | None = None) -> Path:
-    """A local folder, also one given relative to this repository; or a hub id's snapshot, only its safe files."""
+    """A local folder, also relative to this repository; or a hub id's snapshot, of which only safe files."""
     for folder in (Path(source), HERE / source):
         if folder.is_dir():
             return folder.resolve()

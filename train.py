@@ -72,6 +72,7 @@ def settings() -> argparse.Namespace:
     add("--validation-split", default="seen", help="to draw validation pictures from")
     add("--output", type=Path, default=Path("runs/train"), help="checkpoints, pictures and the final editor")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    add("--init", help="an editor's folder whose weights to start from, instead of the U-Net's")
     add("--seed", type=int, default=0, help="of weights, data order and noise")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="no", choices=("no", "bf16", "fp16"), help="of autocast")
@@ -110,6 +111,7 @@ def settings() -> argparse.Namespace:
     add("--panel", type=int, help="P, pixels along a panel's side (default: the preset's)")
     add("--flip", action="store_true", help="mirror half of the grids; encodes every step instead of once")
 
+    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     add("--workers", type=int, default=1, help="processes that decode pictures")
     add(
         "--cache",
@@ -346,7 +348,7 @@ class Validation:
         g = torch.Generator().manual_seed(args.seed)
         chosen = torch.randperm(len(data), generator=g)[: args.validation_pictures].tolist()
         items = [data[0, i] for i in chosen]
-        self.panels = torch.stack([item["panels"] for item in items])  # (N, 4, 3, P, P)
+        self.panels = torch.stack([item["panels"] for item in items]) if items else None  # (N, 4, 3, P, P)
         self.texts = [item["instruction"] for item in items]
         if unifier:
             self.texts = unifier.unify(self.texts)
@@ -418,6 +420,10 @@ def main() -> None:
     if args.output.exists() and any(args.output.glob("checkpoint-*")) and not args.resume:
         raise ValueError(f"--output {args.output} holds a run already; add --resume or choose another folder")
 
+    for name in ("steps", "batch", "accumulate", "warmup", "checkpoint_every", "keep", "validate_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+
     device = backbone.pick_device(args.device)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
@@ -448,11 +454,22 @@ def main() -> None:
         texts, rows = read_instructions(data, sd, unifier)
         validation = Validation(validation_data(data, args), unifier, args)
         del unifier
+        if facts is not None:
+            frozen = frozen._replace(areas=None)  # the segmenter has seen everything
     losses_of = Losses(args, sd, frozen, facts, texts, rows)
 
     design = "conv" if args.no_rcldm else args.encoder
     factor = args.panel // losses_of.grey.shape[-1]
     model = RCLDM.from_unet(sd.unet, design, factor=factor).to(device)
+    if args.init:
+        trained, _ = backbone.load_editor(args.init)
+        try:
+            model.load_state_dict(trained.state_dict())
+        except RuntimeError:
+            raise ValueError(f"--init {args.init}: an editor of another architecture") from None
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+        sd.unet.enable_gradient_checkpointing()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.99))
     start = (
@@ -501,9 +518,10 @@ def main() -> None:
             save_checkpoint(args.output, step, modules, optimizer.optimizer, args.keep)
         if step % args.validate_every == 0 or step == args.steps:
             save_editor(average.module, args, step)
-            picture = validation.picture(average.module, sd)
-            writer.add_image("validation", (picture + 1) / 2, step)
-            tensor_to_image(picture).save(args.output / f"validation-{step:07d}.png")
+            if args.validation_pictures:
+                picture = validation.picture(average.module, sd)
+                writer.add_image("validation", (picture + 1) / 2, step)
+                tensor_to_image(picture).save(args.output / f"validation-{step:07d}.png")
     progress.close()
     print(f"the editor is in {args.output / 'editor'}")
 

@@ -62,7 +62,7 @@ def save_editor(folder, sd_folder, unet, trained=True, **settings):
             if "zero_proj" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
-    settings = {"stable_diffusion": str(sd_folder), "llm": None, "panel": P, "steps": 3} | settings
+    settings = {"stable_diffusion": str(sd_folder), "llm": None, "panel": P, "steps": 2} | settings
     (folder / "instructgie.json").write_text(json.dumps(settings))
     return folder
 
@@ -94,7 +94,7 @@ def draw(editor, edits, which=(0, 1, 2), has_example=None, texts=None, seeds=Non
     examples, queries, instructions = edits
     i = list(which)
     texts = [instructions[k] for k in i] if texts is None else texts
-    return editor.sample(examples[i], has_example, queries[i], texts, seeds or i, **{"steps": 3} | options)
+    return editor.sample(examples[i], has_example, queries[i], texts, seeds or i, **{"steps": 2} | options)
 
 
 def apart(a, b):
@@ -128,7 +128,7 @@ def test_a_sample_depends_on_its_own_seed_alone(editor, edits, scheduler):
     together = draw(editor, edits, **options)
     assert together.isfinite().all() and together.dtype == torch.float32
     assert torch.equal(together, draw(editor, edits, **options))
-    for k in range(3):
+    for k in (0, 1):
         alone = draw(editor, edits, [k], **options | {"has_example": options["has_example"][k : k + 1]})
         torch.testing.assert_close(alone[0], together[k], atol=1e-3, rtol=1e-3)
     assert apart(draw(editor, edits, seeds=[0, 1, 9], **options)[2], together[2]) > 0.1
@@ -145,7 +145,7 @@ def branches(editor, edits, monkeypatch, **options):
     draw(editor, edits, **options)
     hook.remove()
     monkeypatch.undo()
-    assert len(sizes) == 3 and len(set(sizes)) == 1 and encoded == sizes[:1]
+    assert len(sizes) == 2 and len(set(sizes)) == 1 and encoded == sizes[:1]
     return sizes[0] // 3
 
 
@@ -157,7 +157,8 @@ NO_PAIR, NO_TEXT = {"has_example": [False] * 3}, {"texts": [""] * 3}
     [
         (1, 1, {}, 1),
         (2, 1, {}, 2),
-        (1, 2, {}, 2),
+        (2, 2, {}, 2),
+        (1, 2, {}, 3),
         (2, 1.5, {}, 3),
         (2, 1.5, NO_PAIR, 2),
         (2, 1.5, NO_TEXT, 2),
@@ -173,14 +174,17 @@ def test_guidance_leaves_out_the_branches_that_nobody_needs(
     assert branches(editor, edits, monkeypatch, **options) == count
 
 
-def test_guidance_is_the_formula(editor, edits, monkeypatch):
+def test_guidance_is_the_formula(editor, edits):
     """One DDIM step is linear in the prediction: so is x_0 in the three branches' x_0."""
+    # The first timestep is the noisiest, where x_0 depends most on the prediction.
+    scheduler = DDIMScheduler.from_config(editor.sd.scheduler.config, timestep_spacing="trailing")
+    editor = Editor(editor.sd._replace(scheduler=scheduler), editor.rcldm, None, P)
     e00 = draw(editor, edits, **NO_PAIR, **NO_TEXT, guidance_text=1, steps=1)
     e0v = draw(editor, edits, **NO_TEXT, guidance_text=1, steps=1)
     etv = draw(editor, edits, guidance_text=1, steps=1)
-    assert min(apart(e00, e0v), apart(e0v, etv)) > 1e-4
+    assert min(apart(e00, e0v), apart(e0v, etv)) > 0.01
     guided = draw(editor, edits, guidance_text=3.0, guidance_visual=2.0, steps=1)
-    torch.testing.assert_close(guided, e00 + 2 * (e0v - e00) + 3 * (etv - e0v), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(guided, e00 + 2 * (e0v - e00) + 3 * (etv - e0v), atol=1e-3, rtol=1e-5)
 
 
 def test_pair_and_instruction_each_have_a_say_and_an_absent_pair_has_none(editor, edits):
@@ -209,7 +213,7 @@ def test_wrong_calls_are_told_apart(editor, edits):
 
 def test_bfloat16(folders, edits):
     editor = Editor.load(folders / "editor", "cpu", torch.bfloat16)
-    latents = draw(editor, edits)
+    latents = draw(editor, edits, steps=1)
     assert latents.dtype == torch.float32 and editor.decode_answers(latents).isfinite().all()
 
 
@@ -289,11 +293,11 @@ def test_pair_alone_instruction_alone_and_both(command, capsys):
 
 
 def test_settings_are_stored_and_make_the_answer_again(command):
-    options = "--steps", "2", "--guidance-text", "2", "--guidance-visual", "1.25", "--scheduler", "euler-a"
+    options = "--steps", "3", "--guidance-text", "2", "--guidance-visual", "1.25", "--scheduler", "euler-a"
     common = *PAIR, "--instruction", "add a hat", "--input", "x.png"
     command(*common, "--seed", "7", *options, "--output", "a.png")
     record = json.loads(Image.open("a.png").text["instructgie"])
-    wanted = {"instruction": "add a hat", "unified": "add a hat", "input": "x.png", "seed": 7, "steps": 2}
+    wanted = {"instruction": "add a hat", "unified": "add a hat", "input": "x.png", "seed": 7, "steps": 3}
     wanted |= {"guidance_text": 2.0, "guidance_visual": 1.25, "scheduler": "euler-a", "dtype": "float32"}
     wanted |= {"prompt_pair": ["before.png", "after.png"]}
     assert wanted.items() <= record.items() and record["model"].endswith("editor")
@@ -301,7 +305,7 @@ def test_settings_are_stored_and_make_the_answer_again(command):
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
     command(*common, "--output", "c.png")  # the editor's own settings, and the class's where it has none
     record = json.loads(Image.open("c.png").text["instructgie"])
-    assert (record["steps"], record["guidance_text"], record["guidance_visual"]) == (3, 1.5, 1.0)
+    assert (record["steps"], record["guidance_text"], record["guidance_visual"]) == (2, 1.5, 1.0)
 
 
 def test_folders_clashing_stems_several_images_and_grids(command, here):

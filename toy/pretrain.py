@@ -5,7 +5,7 @@
     python toy/pretrain.py --report         # measure the saved parts on pictures they have not seen
 
     vae          AutoencoderKL, 64×64 pictures <-> 8×8 latents of 16 channels           (diffusers)
-    unet         text encoder and text-to-image U-Net, single scenes and 2×2 collages    (diffusers, transformers)
+    unet         text encoder and text-to-image U-Net; single scenes, 2×2 collages      (diffusers)
     clip         a CLIP for editing-shift matching and the dataset filter                (open_clip)
     clip_eval    another of a different seed, for evaluation only                        (open_clip)
     segmenter    Mask2Former                                                             (transformers)
@@ -187,8 +187,8 @@ def train_vae(args: argparse.Namespace) -> None:
         g = generator(args.seed, step)
         x = to_float(pool[torch.randint(len(pool), (batch,), generator=g)], args.device)
         posterior = vae.encode(x).latent_dist
-        # Choice: noise of one fixed strength on the latents and a whisper of a penalty on their size, in place
-        # of a learned variance. Both only keep the latents' scale in bounds and their space smooth.
+        # Choice: noise of one fixed strength on the latents and a whisper of a penalty on their size, in
+        # place of a learned variance. Both only keep the latents' scale in bounds and their space smooth.
         z = posterior.mean + 0.05 * torch.randn(posterior.mean.shape, generator=g).to(x.device)
         error = vae.decode(z).sample - x
         pixel = error.abs().mean() / 4 + error.square().mean()
@@ -548,7 +548,7 @@ def train_llm(args: argparse.Namespace) -> None:
 
     tokenizer = new_tokenizer(args.seed)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|say|>"]})
-    # The model knows one task, so its template renders the wish alone, without the examples for larger models.
+    # The model knows one task, so its template renders the wish alone, without examples for larger models.
     tokenizer.chat_template = "{{ messages[-1]['content'] }}<|say|>"
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -576,8 +576,8 @@ def train_llm(args: argparse.Namespace) -> None:
         for _ in range(batch):
             edit = rng.choice(edits if rng.random() < 0.5 else rng.choice(list(families.values())))
             wish = world.say(edit, rng) if rng.random() < 0.9 else edit.instruction
-            prompt = tokenizer(wish, add_special_tokens=False).input_ids + [say]
-            reply = tokenizer(edit.instruction, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            prompt = [*tokenizer(wish, add_special_tokens=False).input_ids, say]
+            reply = [*tokenizer(edit.instruction, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             rows.append((prompt, reply))
         length = max(len(p) + len(r) for p, r in rows)
         pad = [[tokenizer.pad_token_id] * (length - len(p) - len(r)) for p, r in rows]

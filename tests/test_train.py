@@ -1,0 +1,197 @@
+"""train.py from the command line to the editor: the switches, exact resume, and errors in one line."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_edit import save_stable_diffusion
+from transformers import (
+    CLIPTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    SwinConfig,
+)
+
+import backbone
+import train
+from edit import Editor
+
+P = 32
+
+
+def save_clip(folder):
+    vision = {"image_size": P, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16}
+    text = {"context_length": 16, "vocab_size": 64, "layers": 1, "width": 32, "heads": 2}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    folder.mkdir()
+    record = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(record))
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+
+
+def save_segmenter(folder):
+    stages = [f"stage{k}" for k in range(1, 5)]
+    sizes = dict(embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4, patch_size=4)
+    swin = SwinConfig(image_size=P, out_features=stages, **sizes)
+    labels = {0: "person", 1: "sky"}
+    sizes = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32)
+    sizes |= dict(
+        dim_feedforward=32, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=4
+    )
+    names = dict(id2label=labels, label2id={name: k for k, name in labels.items()})
+    config = Mask2FormerConfig(backbone_config=swin, **sizes, **names)
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    Mask2FormerImageProcessor(size={"height": P, "width": P}, ignore_index=255).save_pretrained(folder)
+
+
+def save_llm(folder):
+    tokenizer = CLIPTokenizer().train_new_from_iterator(["make it night", "remove the dog"], vocab_size=600)
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    tokenizer.save_pretrained(folder)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+
+
+def save_data(folder, instructions=("make it night", "remove the dog"), pairs=3):
+    rng = np.random.default_rng(0)
+    for split in ("train", "seen"):
+        (folder / split).mkdir(parents=True)
+        lines = []
+        for k, instruction in enumerate(i for i in instructions for _ in range(pairs)):
+            names = f"{k}_before.png", f"{k}_after.png"
+            for name in names:
+                pixels = rng.integers(0, 256, (P, P, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name)
+            keys = ("input_file_name", "output_file_name", "instruction")
+            lines.append(json.dumps(dict(zip(keys, (*names, instruction)))))
+        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    save_stable_diffusion(root / "sd")
+    save_clip(root / "clip")
+    save_segmenter(root / "segmenter")
+    save_llm(root / "llm")
+    save_data(root / "data")
+    return root
+
+
+@pytest.fixture
+def run(parts, monkeypatch, tmp_path):
+    """Runs train.py's main in this process; options override the tiny defaults."""
+
+    def start(*options, **paths):
+        given = {
+            "stable_diffusion": "sd",
+            "clip": "clip",
+            "segmenter": "segmenter",
+            "llm": "llm",
+            "data": "data",
+        }
+        sources = {name: paths.get(name, parts / folder) for name, folder in given.items()}
+        argv = [str(x) for name, source in sources.items() for x in (f"--{name.replace('_', '-')}", source)]
+        argv += ["--backbone", "sd15", "--panel", str(P), "--batch", "2", "--workers", "0", "--device", "cpu"]
+        argv += ["--cache", str(parts / "cache"), "--validation-pictures", "2", "--warmup", "1"]
+        argv += ["--output", str(paths.get("output", tmp_path / "run")), *options]
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+        with backbone.one_line_errors("train.py"):
+            train.main()
+
+    return start
+
+
+def weights(folder):
+    return load_file(folder / "editor" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:instruction")
+def test_a_run_makes_an_editor_with_pictures_and_checkpoints(run, tmp_path, capsys):
+    run("--steps", "3", "--checkpoint-every", "1", "--keep", "2", "--validate-every", "3")
+    output = tmp_path / "run"
+    assert sorted(p.name for p in output.glob("checkpoint-*")) == ["checkpoint-0000002", "checkpoint-0000003"]
+    picture = Image.open(output / "validation-0000003.png")
+    assert picture.size == (5 * P, 2 * P)  # example before and after, input, answer, truth
+    assert list((output / "tensorboard").iterdir())
+    editor = Editor.load(output / "editor", "cpu")
+    assert editor.panel == P and editor.settings["trained_steps"] == 3
+    assert all(term in capsys.readouterr().err for term in ("loss=", "dm=", "es=", "sam="))
+
+
+@pytest.mark.filterwarnings("ignore:instruction")
+def test_resumed_is_bit_equal_to_uninterrupted(run, tmp_path):
+    options = ("--steps", "4", "--checkpoint-every", "2", "--keep", "9", "--validate-every", "9")
+    run(*options, output=tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for gone in ("checkpoint-0000004", "editor"):
+        shutil.rmtree(tmp_path / "cut" / gone)
+    run(*options, "--resume", output=tmp_path / "cut")
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[k], cut[k]) for k in whole)
+
+
+def test_a_switched_off_contribution_loads_nothing(run, parts, tmp_path):
+    nowhere = {name: parts / "nowhere" for name in ("clip", "segmenter", "llm")}
+    switches = ("--no-rcldm", "--no-esm", "--no-liu", "--no-sam")
+    run(*switches, "--steps", "1", "--flip", **nowhere)
+    settings = json.loads((tmp_path / "run" / "editor" / "instructgie.json").read_text())
+    assert settings["llm"] is None
+    assert json.loads((tmp_path / "run" / "editor" / "config.json").read_text())["design"] == "conv"
+
+
+def test_training_goes_on_from_an_editor(run, tmp_path):
+    quick = ("--no-esm", "--no-liu", "--no-sam", "--steps", "1")
+    run(*quick, "--lr", "1e-2", output=tmp_path / "first")
+    run(*quick, "--lr", "1e-9", "--init", str(tmp_path / "first" / "editor"), output=tmp_path / "second")
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.allclose(first[k], second[k], atol=1e-6) for k in first)
+
+
+@pytest.mark.parametrize(
+    ("options", "paths", "words"),
+    [
+        ((), {"data": "single"}, "second edit pair"),
+        ((), {"data": "nowhere"}, "no such folder"),
+        ((), {"stable_diffusion": "clip"}, "not a Stable Diffusion folder"),
+        ((), {"stable_diffusion": "owner/no-such-model"}, "hub"),
+        ((), {"segmenter": "llm"}, "not a Mask2Former folder"),
+        (("--sam-classes", "persn"), {}, "person"),
+        (("--device", "cuda"), {}, "--device cuda"),
+        (("--backbone", "sd16"), {}, "sd15"),
+        (("--steps", "0"), {}, "--steps"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    run, parts, tmp_path, capsys, monkeypatch, options, paths, words
+):
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("CUDA is here")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if not (parts / "single").exists():
+        save_data(parts / "single", pairs=1)
+    paths = {k: v if "/" in v else parts / v for k, v in paths.items()}
+    with pytest.raises(SystemExit) as stopped:
+        run(*options, **paths)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: error:")]
+    assert stopped.value.code == 2 and len(lines) == 1 and words in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_editor_folder_of_another_architecture_is_refused(run, tmp_path, capsys):
+    quick = ("--no-esm", "--no-liu", "--no-sam", "--steps", "1")
+    run(*quick, "--no-rcldm", output=tmp_path / "conv")
+    with pytest.raises(SystemExit) as stopped:
+        run(*quick, "--init", str(tmp_path / "conv" / "editor"))
+    assert stopped.value.code == 2 and "another architecture" in capsys.readouterr().err
