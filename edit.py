@@ -108,6 +108,10 @@ class Editor:
         missing = {"stable_diffusion", "llm", "panel"} - set(settings)
         if missing:
             raise backbone.BackboneError(f"{folder}: instructgie.json lacks {', '.join(sorted(missing))}")
+        kinds = {"panel": int, "steps": int, "guidance_text": int | float, "guidance_visual": int | float}
+        for name, kind in ({"stable_diffusion": str, "llm": str | None} | kinds).items():
+            if name in settings and not isinstance(settings[name], kind):
+                raise backbone.BackboneError(f"{folder}: instructgie.json has {name} {settings[name]!r}")
         sd = backbone.load_stable_diffusion(settings["stable_diffusion"], device, dtype)
         unifier = None
         if llm and settings["llm"]:  # Choice: no cache on disk here, since a greedy model only repeats itself
@@ -299,6 +303,10 @@ def output_paths(output: Path, inputs: list[Path], count: int, read: set[Path]) 
                 raise ValueError(f"--output {output}: an answer would overwrite a picture that is read")
             if not written & taken:
                 break
+        for target in paths:
+            above = next(folder for folder in target.parents if folder.exists())
+            if target.is_dir() or not above.is_dir():
+                raise ValueError(f"--output {output}: {target} cannot be written, a folder or file is there")
         taken |= written
         targets.append(paths)
     return targets
@@ -333,6 +341,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     instruction = " ".join(args.instruction.split())
+    instruction.encode()  # raises a ValueError for bytes that are no text
     if not args.prompt_pair and not instruction:
         raise ValueError("nothing says which edit to make: give --prompt-pair, --instruction or both")
     for name, value in vars(args).items():

@@ -367,6 +367,9 @@ INPUT, OUTPUT = ("--input", "x.png"), ("--output", "out")
         ((*PAIR, *INPUT, "--output", "out.jpg"), "one answer goes to a .png file"),
         ((*PAIR, *INPUT, "--output", "notes"), "--output notes: is a file"),
         ((*PAIR, *INPUT, "--output", "x.png"), "overwrite a picture that is read"),
+        ((*PAIR, *INPUT, "--output", "taken"), "cannot be written"),
+        ((*PAIR, *INPUT, "--output", "notes/a.png"), "cannot be written"),
+        (("--instruction", "a \udcff hat", *INPUT, *OUTPUT), "codec can't encode"),
         ((*PAIR, *INPUT, "--output", "."), "overwrite a picture that is read"),
         pytest.param(
             (*PAIR, *INPUT, *OUTPUT, "--model", "EDITOR", "--device", "cuda"),
@@ -379,6 +382,7 @@ def test_an_error_is_one_line_and_leaves_nothing(command, here, folders, capsys,
     (here / "corrupt.png").write_bytes((here / "x.png").read_bytes()[:500])
     (here / "notes").write_text("")
     (here / "empty").mkdir()
+    (here / "taken" / "x.png").mkdir(parents=True)
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
     options = [f"{folders}/./editor" if option == "EDITOR" else option for option in options]
     with pytest.raises(SystemExit) as exit:
@@ -397,6 +401,11 @@ def test_settings_that_lack_something(folders, command, here, capsys):
     with pytest.raises(SystemExit):
         command(*PAIR, *INPUT, *OUTPUT, "--model", str(here / "editor"))
     assert "instructgie.json lacks llm, stable_diffusion" in capsys.readouterr().err
+    wrong = {"panel": "32", "llm": None, "stable_diffusion": str(folders / "sd")}
+    (here / "editor" / "instructgie.json").write_text(json.dumps(wrong))
+    with pytest.raises(SystemExit):
+        command(*PAIR, *INPUT, *OUTPUT, "--model", str(here / "editor"))
+    assert "instructgie.json has panel '32'" in capsys.readouterr().err
 
 
 def test_an_interrupted_write_leaves_no_file(here, monkeypatch):

@@ -2,7 +2,8 @@
 
 A scene is a background and one to three things, each in its own quarter of a 64×64 picture; a thing is a
 flat shape or a face.  An edit is a rule from scene to scene, so the right answer to any instruction on any
-scene is known to the pixel.  That is what photographs cannot give, and why the project's numbers are measured here.
+scene is known to the pixel.  That is what photographs cannot give, and why the project's numbers are
+measured here.
 
     python toy/world.py --out data/toy        # writes the splits in the public dataset format
 
@@ -151,7 +152,7 @@ def random_scene(rng: random.Random) -> Scene:
 
 
 def random_picture(rng: random.Random) -> Scene:
-    """A scene as the toy *backbone* sees the world: in every look, hats included, like pictures on the web."""
+    """A scene as the toy *backbone* sees the world: in every look, hats included."""
     scene = random_scene(rng)
     face = scene.find("face")
     if face and rng.random() < 0.25:
