@@ -330,7 +330,7 @@ def save_editor(model: RCLDM, args: argparse.Namespace, step: int) -> None:
     model.save_pretrained(temporary)
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     record |= {"llm": None if args.no_liu else args.llm, "trained_steps": step}
-    # Choice: guidance and steps for editing, found on the toy world's `seen` split; see docs/choices.md.
+    # Choice: how to sample, unless edit.py is told otherwise.
     record |= {"steps": 20, "guidance_text": 1.5, "guidance_visual": 1.0}
     (temporary / "instructgie.json").write_text(json.dumps(record, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
@@ -401,9 +401,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def validation_data(data: VisualPromptDataset, args: argparse.Namespace) -> VisualPromptDataset:
+def validation_data(data: VisualPromptDataset, source: str, args: argparse.Namespace) -> VisualPromptDataset:
     try:
-        return VisualPromptDataset(read_pairs(args.data, args.validation_split), args.panel, False, args.seed)
+        return VisualPromptDataset(read_pairs(source, args.validation_split), args.panel, False, args.seed)
     except DatasetError as error:
         print(f"validation pictures are drawn from --split {args.split}: {error}", flush=True)
         return data
@@ -434,8 +434,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     with accelerator.main_process_first():  # the first process computes, the others find it cached
-        args.data = backbone.data_folder(args.data)
-        data = VisualPromptDataset(read_pairs(args.data, args.split), args.panel, args.flip, args.seed)
+        source = backbone.data_folder(args.data)
+        data = VisualPromptDataset(read_pairs(source, args.split), args.panel, args.flip, args.seed)
         sd = backbone.load_stable_diffusion(args.stable_diffusion, device)
         clip = None if args.no_esm else backbone.load_clip(args.clip, device)
         areas = None
@@ -452,7 +452,7 @@ def main() -> None:
         if not args.no_liu:
             unifier = liu.InstructionUnifier(*backbone.load_llm(args.llm, device), cache=args.cache / "liu")
         texts, rows = read_instructions(data, sd, unifier)
-        validation = Validation(validation_data(data, args), unifier, args)
+        validation = Validation(validation_data(data, source, args), unifier, args)
         del unifier
         if facts is not None:
             frozen = frozen._replace(areas=None)  # the segmenter has seen everything
@@ -522,6 +522,7 @@ def main() -> None:
                 picture = validation.picture(average.module, sd)
                 writer.add_image("validation", (picture + 1) / 2, step)
                 tensor_to_image(picture).save(args.output / f"validation-{step:07d}.png")
+    progress.refresh()
     progress.close()
     print(f"the editor is in {args.output / 'editor'}")
 

@@ -127,7 +127,8 @@ def test_a_run_makes_an_editor_with_pictures_and_checkpoints(run, tmp_path, caps
     assert list((output / "tensorboard").iterdir())
     editor = Editor.load(output / "editor", "cpu")
     assert editor.panel == P and editor.settings["trained_steps"] == 3
-    assert all(term in capsys.readouterr().err for term in ("loss=", "dm=", "es=", "sam="))
+    progress = capsys.readouterr().err
+    assert all(term in progress for term in ("loss=", "dm=", "es=", "sam="))
 
 
 @pytest.mark.filterwarnings("ignore:instruction")

@@ -10,6 +10,7 @@
     clip_eval    another of a different seed, for evaluation only                        (open_clip)
     segmenter    Mask2Former                                                             (transformers)
     llm          a Llama that maps what people say to the canonical instruction          (transformers)
+    editor       InstructGIE itself, by train.py
 
 What the backbone has seen: pictures of the toy world in every look, alone and in collages whose panels may
 show the same scene again with other properties, as the pages of comics do.  It has seen no instruction and
@@ -24,6 +25,7 @@ import math
 import os
 import random
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -595,12 +597,6 @@ def train_llm(args: argparse.Namespace) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio, dB; values in [-1, 1]."""
-    mse = (a.clamp(-1, 1) - b).square().flatten(1).mean(1)
-    return (10 * torch.log10(4 / mse)).mean().item()
-
-
 def save(write: Callable[..., object], folder: Path) -> None:
     """Writes a model folder in one piece: a killed run leaves the old one or the new one."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -608,6 +604,81 @@ def save(write: Callable[..., object], folder: Path) -> None:
     write(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The editor: what `python train.py` makes, in half precision
+
+
+def train_editor(args: argparse.Namespace) -> None:
+    from rcldm import RCLDM
+
+    run = args.runs.parent / "editor"
+    command = [sys.executable, "train.py", "--output", run, "--seed", args.seed, "--device", args.device]
+    command += ["--steps", args.scaled(20_000), "--batch", 16, "--lr", 7e-4, "--ema", 0.999]
+    command += ["--resume"] if run.exists() else []
+    subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[1], check=True)
+    model = RCLDM.from_pretrained(run / "editor").half()
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        shutil.copy(run / "editor" / "instructgie.json", folder)
+
+    save(write, args.out / "editor")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What the parts can do, on pictures and sayings they have not seen
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio, dB; values in [-1, 1]."""
+    mse = (a.clamp(-1, 1) - b).square().flatten(1).mean(1)
+    return (10 * torch.log10(4 / mse)).mean().item()
+
+
+@torch.no_grad()
+def report(args: argparse.Namespace) -> dict[str, float]:
+    """Measures every part under `--out` that was trained; `python toy/pretrain.py --report` prints it."""
+    import backbone
+    from liu import InstructionUnifier
+
+    results: dict[str, float] = {}
+    out, device = args.out, args.device
+    pixels, scenes = pictures(512, seed=args.seed + 999)
+    images = to_float(pixels, device)
+    sd = backbone.load_stable_diffusion(str(out / "stable-diffusion"), device)
+    decoded = [sd.vae.decode(sd.vae.encode(x).latent_dist.mean).sample for x in images.split(64)]
+    results["VAE: PSNR, dB"] = psnr(torch.cat(decoded), images)
+    for name in ("clip", "clip-eval"):
+        clip = backbone.load_clip(str(out / name), device)
+        tokens = backbone.load_clip_tokenizer(str(out / name))([scene.caption() for scene in scenes]).to(
+            device
+        )
+        shown, told = clip.encode_image(images, normalize=True), clip.encode_text(tokens, normalize=True)
+        nearest = (shown @ told.T).argmax(1).cpu() == torch.arange(len(images))
+        results[f"{name}: right caption of 512"] = nearest.float().mean().item()
+    model, processor = backbone.load_segmenter(str(out / "segmenter"), device)
+    both, either = torch.zeros(len(world.CLASSES)), torch.zeros(len(world.CLASSES))
+    for start in range(0, len(scenes), 64):
+        output = model(pixel_values=images[start : start + 64])
+        sizes = [(world.PANEL, world.PANEL)] * len(output.class_queries_logits)
+        found = processor.post_process_semantic_segmentation(output, target_sizes=sizes)
+        for scene, guess in zip(scenes[start : start + 64], found):
+            truth, guess = torch.from_numpy(world.render_classes(scene)), guess.cpu()
+            for k in range(len(world.CLASSES)):
+                both[k] += ((truth == k) & (guess == k)).sum()
+                either[k] += ((truth == k) | (guess == k)).sum()
+    results["segmenter: mean IoU"] = (both / either).mean().item()
+    results["segmenter: IoU of faces"] = (both / either)[world.CLASSES.index("face")].item()
+    unifier = InstructionUnifier(*backbone.load_llm(str(out / "llm"), device), batch_size=64)
+    rng = random.Random(args.seed)
+    edits = [rng.choice(list(world.every_edit())) for _ in range(256)]
+    for kind, held_out in (("trained", False), ("held-out", True)):
+        replies = unifier.unify([world.say(edit, rng, held_out) for edit in edits])
+        right = [reply == edit.instruction for reply, edit in zip(replies, edits)]
+        results[f"llm: exact matches, {kind} sayings"] = sum(right) / len(right)
+    return results
 
 
 def main() -> None:
@@ -618,6 +689,7 @@ def main() -> None:
         "clip_eval": train_clip_eval,
         "segmenter": train_segmenter,
         "llm": train_llm,
+        "editor": train_editor,
     }
     parser = argparse.ArgumentParser(description="Train the toy parts.")
     parser.add_argument("stages", nargs="*", choices=[[], *stages], default=[])
@@ -626,9 +698,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", type=float, default=1.0, help="of all training lengths")
+    parser.add_argument("--report", action="store_true", help="measure the saved parts, train nothing")
     args = parser.parse_args()
     args.device = torch.device(args.device)
     args.scaled = lambda steps: max(1, round(args.scale * steps))
+    if args.report:
+        for name, value in report(args).items():
+            print(f"{name:40} {value:8.3f}")
+        return
     for name in args.stages or stages:
         torch.manual_seed(args.seed)
         stages[name](args)
