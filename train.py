@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -41,7 +40,7 @@ import backbone
 import esm
 import liu
 import sam_loss
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import averaged, load_checkpoint, save_checkpoint
 from dataset import (
     DatasetError,
     VisualPromptDataset,
@@ -470,7 +469,7 @@ def main() -> None:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
         sd.unet.enable_gradient_checkpointing()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    average = averaged(model, args.ema)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.99))
     start = (
         load_checkpoint(args.output, {"model": model, "average": average}, optimizer) if args.resume else 0

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import averaged, load_checkpoint, save_checkpoint
 from toy import world
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -69,9 +69,7 @@ def fit(
     which is minimised.  A checkpoint is written every minute; a stage that is started again goes on from it.
     """
     module.train()
-    average = torch.optim.swa_utils.AveragedModel(
-        module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay), use_buffers=True
-    )
+    average = averaged(module, ema_decay)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
     folder = runs / name
