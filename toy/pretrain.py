@@ -648,7 +648,7 @@ def report(args: argparse.Namespace) -> dict[str, float]:
     sd = backbone.load_stable_diffusion(str(out / "stable-diffusion"), device)
     decoded = [sd.vae.decode(sd.vae.encode(x).latent_dist.mean).sample for x in images.split(64)]
     results["VAE: PSNR, dB"] = psnr(torch.cat(decoded), images)
-    for name in ("clip", "clip-eval"):
+    for name in (name for name in ("clip", "clip-eval") if (out / name).is_dir()):
         clip = backbone.load_clip(str(out / name), device)
         tokens = backbone.load_clip_tokenizer(str(out / name))([scene.caption() for scene in scenes]).to(
             device
