@@ -323,7 +323,8 @@ def train_unet(args: argparse.Namespace) -> None:
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(args.device).eval().requires_grad_(False)
     rng = random.Random(args.seed + 1)
     tokenizer, scheduler = new_tokenizer(args.seed), new_scheduler()
-    model = nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(tokenizer)}).to(args.device)
+    model = nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(tokenizer)})
+    model.to(args.device, memory_format=torch.channels_last)
 
     # The pool: strips of four pictures, the first and three variations of it.
     strips = []
