@@ -84,11 +84,13 @@ def settings() -> argparse.Namespace:
     add("--no-sam", action="store_true", help="without selective-area matching")
 
     # Choice: all numbers below. The paper gives none of them.
-    add("--steps", type=int, default=1200, help="optimiser steps; on two CPU cores half an hour in all")
+    add("--steps", type=int, default=900, help="optimiser steps; on two CPU cores half an hour in all")
     add("--batch", type=int, default=16, help="grids per step and process")
     add("--accumulate", type=int, default=1, help="batches per optimiser step")
-    add("--lr", type=float, default=7e-4, help="peak learning rate; warm-up, then cosine to a tenth of it")
+    add("--lr", type=float, default=1e-3, help="peak learning rate; warm-up, then cosine to a tenth of it")
     add("--warmup", type=int, default=50, help="steps")
+    add("--encoder-steps", type=int, default=1200, help="before all others, of the prompt encoder alone")
+    add("--noise-power", type=float, default=1.7, help="above 1: strong noise comes more often than weak")
     add("--weight-decay", type=float, default=0.01)
     add("--clip-norm", type=float, default=1.0, help="largest norm of the gradient")
     add("--ema", type=float, default=0.998, help="decay of the averaged weights, which are what is saved")
@@ -251,14 +253,8 @@ class Losses:
     """L = L_dm + λ_es · L_es + λ_sam · L_sam, for batches of the data loader."""
 
     def __init__(self, args, sd: backbone.StableDiffusion, frozen: Frozen, facts: Facts | None, texts, rows):
-        self.args, self.sd, self.frozen, self.facts, self.texts, self.rows = (
-            args,
-            sd,
-            frozen,
-            facts,
-            texts,
-            rows,
-        )
+        self.args, self.sd, self.frozen = args, sd, frozen
+        self.facts, self.texts, self.rows = facts, texts, rows
         grey = torch.zeros(1, 2, 3, args.panel, args.panel, device=sd.vae.device)
         self.grey = Frozen(sd.vae, None, None).observe(grey).latents[0, 0]  # (C, p, p)
 
@@ -271,21 +267,39 @@ class Losses:
         known = (None if fact is None else fact[index].to(device).float() for fact in self.facts)
         return Facts(*known)
 
-    def __call__(self, model: nn.Module, batch: dict, g: torch.Generator) -> dict[str, Tensor]:
-        args, scheduler = self.args, self.sd.scheduler
-        device = self.sd.unet.device
+    def draw(
+        self, batch: dict, g: torch.Generator, device: torch.device
+    ) -> tuple[Tensor, Tensor, Facts, Tensor]:
+        """A step's condition grids, their latents x_0, facts, and which samples keep their text (B,)."""
         count = len(batch["index"])
-        keep_text, keep_example = dropout(count, args, g)
+        keep_text, keep_example = dropout(count, self.args, g)
         facts = self.look_up(batch, device)
-
         condition = mask_query(compose_grid(*batch["panels"].to(device).unbind(1)))
         latents = facts.latents.clone()
         gone = ~keep_example
         condition[gone] = drop_example(condition[gone])
         latents[:count][gone] = self.grey.to(latents)  # the model is not asked to invent an example
         x_0 = compose_grid(*latents[:count].unbind(1), *latents[count:].unbind(1))
+        return condition, x_0, facts, keep_text
+
+    def by_panel(self, error: Tensor) -> Tensor:
+        """Mean of errors (B, C, 2p, 2p).
+
+        Choice: the given panels only have to be copied, so the answer's error counts for more.
+        """
+        weight = torch.ones_like(error[:1, :1])
+        answer_panel(weight).fill_(self.args.answer_weight)
+        return (weight * error).mean() / weight.mean()
+
+    def __call__(self, model: nn.Module, batch: dict, g: torch.Generator) -> dict[str, Tensor]:
+        args, scheduler = self.args, self.sd.scheduler
+        device = self.sd.unet.device
+        count = len(batch["index"])
+        condition, x_0, facts, keep_text = self.draw(batch, g, device)
         noise = torch.randn(x_0.shape, generator=g).to(device)
-        t = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=g).to(device)
+        # Choice: at weak noise x_t itself shows the answer, and nothing is learnt of the condition.
+        share = 1 - (1 - torch.rand(count, generator=g)) ** args.noise_power  # in [0, 1)
+        t = (share * scheduler.config.num_train_timesteps).long().to(device)
         x_t = scheduler.add_noise(x_0, noise, t)
         row = torch.where(keep_text, self.rows[batch["index"]], len(self.texts) - 1)
         states = self.texts[row.to(self.texts.device)].to(device)
@@ -296,10 +310,7 @@ class Losses:
 
         velocity = scheduler.config.prediction_type == "v_prediction"
         target = scheduler.get_velocity(x_0, noise, t) if velocity else noise
-        # Choice: the given panels only have to be copied, so the answer's error counts for more.
-        weight = torch.ones_like(target[:1, :1])
-        answer_panel(weight).fill_(args.answer_weight)
-        losses = {"dm": (weight * (prediction - target).square()).mean() / weight.mean()}
+        losses = {"dm": self.by_panel((prediction - target).square())}
 
         x_0_hat = esm.predict_x0(x_t, prediction, t, scheduler)
         trust = esm.noise_weight(t, scheduler)  # (B,)
@@ -316,6 +327,46 @@ class Losses:
             losses["sam"] = sam_loss.selective_area_loss(*panels, facts.areas[count:], trust)
         weights = {"dm": 1.0, "es": args.es_weight, "sam": args.sam_weight}
         return {"loss": sum(weights[name] * value for name, value in losses.items()), **losses}
+
+
+def teach_prompt_encoder(model: RCLDM, losses_of: Losses, data: VisualPromptDataset, args) -> None:
+    """Before all else, the prompt encoder alone learns to tell the whole grid's latents from the condition.
+
+    Choice: the paper's encoder starts from nothing, and behind a projection that is zero. It and the links,
+    zero as well, then wait for each other, and a step of the whole model costs four of the encoder. So the
+    encoder first learns, through a linear head, to guess the latents of all four panels, the answer too: a
+    blurred guess, the mean of what may be right, but it has to read the example and find the query. Then
+    head and the U-Net's first convolution (of a flat area) become its projection, and so the trainable copy
+    sees the guess as it knows to see pictures. The links are zero still, and the model changes nothing.
+    """
+    encoder, device = model.prompt_encoder, model.device
+    place = "conv_out" if hasattr(encoder, "conv_out") else "zero_proj"
+    projection, channels = getattr(encoder, place), len(losses_of.grey)
+    if place == "zero_proj":
+        head = nn.Linear(projection.in_features, channels).to(device)
+    else:
+        head = nn.Conv2d(projection.in_channels, channels, 3, padding=1).to(device)
+    setattr(encoder, place, head)
+    optimizer = torch.optim.AdamW(encoder.parameters(), betas=(0.9, 0.99))
+    order = list(draw_order(len(data), args.batch, args.seed + 1, range(args.encoder_steps), 0, 1))
+    loader = DataLoader(data, batch_sampler=order, num_workers=args.workers)
+    progress = tqdm(loader, desc="prompt encoder", mininterval=2)
+    for step, batch in enumerate(progress):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / args.encoder_steps)
+        g = torch.Generator().manual_seed((args.seed + 1) * 1_000_003 + step)
+        condition, x_0, *_ = losses_of.draw(batch, g, device)
+        loss = losses_of.by_panel((encoder(condition) - x_0).square())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    setattr(encoder, place, projection)
+    with torch.no_grad():
+        first = model.trainable_copy.conv_in.weight.sum((2, 3))  # (C0, C)
+        projection.weight.copy_(torch.einsum("oc,c...->o...", first, head.weight))
+        projection.bias.copy_(first @ head.bias)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -422,6 +473,10 @@ def main() -> None:
     for name in ("steps", "batch", "accumulate", "warmup", "checkpoint_every", "keep", "validate_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.encoder_steps < 0:
+        raise ValueError(f"--encoder-steps must be at least 0, not {args.encoder_steps}")
+    if not 0 < args.noise_power < math.inf:
+        raise ValueError(f"--noise-power must be above 0 and finite, not {args.noise_power}")
 
     device = backbone.pick_device(args.device)
     accelerator = Accelerator(
@@ -466,6 +521,8 @@ def main() -> None:
             model.load_state_dict(trained.state_dict())
         except RuntimeError:
             raise ValueError(f"--init {args.init}: an editor of another architecture") from None
+    elif args.encoder_steps and not (args.resume and any(args.output.glob("checkpoint-*"))):
+        teach_prompt_encoder(model, losses_of, data, args)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
         sd.unet.enable_gradient_checkpointing()

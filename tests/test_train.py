@@ -105,6 +105,7 @@ def run(parts, monkeypatch, tmp_path):
         argv = [str(x) for name, source in sources.items() for x in (f"--{name.replace('_', '-')}", source)]
         argv += ["--backbone", "sd15", "--panel", str(P), "--batch", "2", "--workers", "0", "--device", "cpu"]
         argv += ["--cache", str(parts / "cache"), "--validation-pictures", "2", "--warmup", "1"]
+        argv += ["--encoder-steps", "2"]
         argv += ["--output", str(paths.get("output", tmp_path / "run")), *options]
         monkeypatch.setattr(sys, "argv", ["train.py", *argv])
         with backbone.one_line_errors("train.py"):
@@ -152,6 +153,18 @@ def test_a_switched_off_contribution_loads_nothing(run, parts, tmp_path):
     assert json.loads((tmp_path / "run" / "editor" / "config.json").read_text())["design"] == "conv"
 
 
+@pytest.mark.parametrize("design", [(), ("--no-rcldm",), ("--encoder", "vit")])
+def test_what_the_prompt_encoder_learns_alone_stays_behind_the_links(run, tmp_path, design):
+    quick = ("--no-esm", "--no-liu", "--no-sam", "--steps", "1", "--lr", "0", *design)
+    run(*quick, "--encoder-steps", "0", output=tmp_path / "without")
+    run(*quick, "--encoder-steps", "3", output=tmp_path / "with")
+    before, after = weights(tmp_path / "without"), weights(tmp_path / "with")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("prompt_encoder.") for name in moved)
+    links = [name for name in after if "controlnet_" in name and ("zero_proj" in name or design)]
+    assert links and not any(after[name].any() for name in links)
+
+
 def test_training_goes_on_from_an_editor(run, tmp_path):
     quick = ("--no-esm", "--no-liu", "--no-sam", "--steps", "1")
     run(*quick, "--lr", "1e-2", output=tmp_path / "first")
@@ -172,6 +185,8 @@ def test_training_goes_on_from_an_editor(run, tmp_path):
         (("--device", "cuda"), {}, "--device cuda"),
         (("--backbone", "sd16"), {}, "sd15"),
         (("--steps", "0"), {}, "--steps"),
+        (("--encoder-steps", "-1"), {}, "--encoder-steps"),
+        (("--noise-power", "nan"), {}, "--noise-power"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(

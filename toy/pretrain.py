@@ -198,6 +198,20 @@ def train_vae(args: argparse.Namespace) -> None:
     fit("vae-linear", vae, loss, steps=args.scaled(2000), lr=3e-3, runs=args.runs, ema_decay=0.99)
     shell.grow(to_float(pool[:64], args.device))
     fit("vae", vae, loss, steps=args.scaled(3000), lr=1e-3, runs=args.runs, ema_decay=0.99)
+
+    # Last, the decoder alone, for latents without noise.
+    def sharpness(step: int) -> dict[str, Tensor]:
+        g = generator(args.seed + 1, step)
+        x = to_float(pool[torch.randint(len(pool), (batch,), generator=g)], args.device)
+        with torch.no_grad():
+            z = vae.encode(x).latent_dist.mean
+        error = vae.decode(z).sample - x
+        return {"loss": error.abs().mean() / 8 + error.square().mean(), "mse": error.square().mean()}
+
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    vae.post_quant_conv.requires_grad_(False)
+    fit("vae-decoder", vae, sharpness, steps=args.scaled(2000), lr=1e-3, runs=args.runs, ema_decay=0.99)
     with torch.no_grad():
         quant = vae.quant_conv
         quant.weight[LATENT_CHANNELS:], quant.bias[LATENT_CHANNELS:] = (
@@ -614,7 +628,18 @@ def train_editor(args: argparse.Namespace) -> None:
 
     run = args.runs.parent / "editor"
     command = [sys.executable, "train.py", "--output", run, "--seed", args.seed, "--device", args.device]
-    command += ["--steps", args.scaled(20_000), "--batch", 16, "--lr", 7e-4, "--ema", 0.999]
+    command += [
+        "--encoder-steps",
+        args.scaled(12_000),
+        "--steps",
+        args.scaled(6000),
+        "--batch",
+        16,
+        "--lr",
+        1e-3,
+        "--ema",
+        0.999,
+    ]
     command += ["--resume"] if run.exists() else []
     subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[1], check=True)
     model = RCLDM.from_pretrained(run / "editor").half()
