@@ -48,10 +48,9 @@ def save_stable_diffusion(folder: Path) -> None:
     CLIPTextModel(text).half().save_pretrained(folder / "text_encoder")
     # The vocabulary of CLIP's text encoder comes with open_clip.
     bpe = SimpleTokenizer()
-    merges = [" ".join(pair) for pair in bpe.bpe_ranks]
     special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {special.get(token, token): index for token, index in bpe.encoder.items()}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=list(bpe.bpe_ranks))
     tokenizer.model_max_length = 77
     tokenizer.save_pretrained(folder / "tokenizer")
     DDIMScheduler(
@@ -157,6 +156,7 @@ def main() -> None:
             ),
             *("--output", folder / "run", "--cache", folder / "cache", "--steps", args.steps, "--batch", 1),
             *("--workers", 0, "--validation-pictures", 0, "--gradient-checkpointing"),
+            *("--encoder-steps", 1),
         )
         picture = folder / "data" / "train" / "0_before.png"
         pair = picture, folder / "data" / "train" / "0_after.png"
