@@ -514,6 +514,7 @@ def main() -> None:
 
     design = "conv" if args.no_rcldm else args.encoder
     factor = args.panel // losses_of.grey.shape[-1]
+    torch.manual_seed(args.seed)  # the same weights whether the facts above were computed or cached
     model = RCLDM.from_unet(sd.unet, design, factor=factor).to(device)
     if args.init:
         trained, _ = backbone.load_editor(args.init)
