@@ -600,6 +600,19 @@ def _sin_cos_positions(x: Tensor) -> Tensor:
     return torch.cat([rows, columns], dim=-1)[..., :dim].to(x.dtype)
 
 
+def _interleave(x: Tensor) -> Tensor:
+    """The four panels of grids (B, 2h, 2w, C) dealt out like cards: the same place of all is a block of 2×2.
+
+    Pixel (y, x) of panel (i, j) moves from (i·h + y, j·w + x) to (2y + i, 2x + j).
+    """
+    return x.unflatten(1, (2, -1)).unflatten(3, (2, -1)).permute(0, 2, 1, 4, 3, 5).reshape(x.shape)
+
+
+def _deinterleave(x: Tensor) -> Tensor:
+    """The way back."""
+    return x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 2, 1, 4, 3, 5).reshape(x.shape)
+
+
 class VisualPromptEncoder(nn.Module):
     """The condition grid (B, 3, H, W) in [-1, 1] → (B, out_channels, H/factor, W/factor), 0 at the start.
 
@@ -609,6 +622,10 @@ class VisualPromptEncoder(nn.Module):
 
     Choice: depth 4, the width of the U-Net's first level, MLP ratio 2, blocks at latent resolution, N = 1
     without gate (VMamba v2). The paper gives none of these.
+    Choice: every other VMamba block, the first among them, reads the grid interleaved. On the plain grid a
+    pixel's twin in the next panel is half a grid of scanning away, and a state that decays as it goes must
+    carry each pixel that far to compare or copy it. Interleaved, the twins are neighbours, and the block
+    itself stays VMamba's. The blocks between see the panels whole.
     Choice: design "vit" has the same patch embedding, depth, width and MLP: only the way of mixing differs.
     """
 
@@ -642,6 +659,7 @@ class VisualPromptEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.zero_proj = _zero(nn.Linear(width, out_channels))
         self.positions = design == "vit"  # VMamba needs none: its scans and convolutions know where they are
+        self.interleaved = design == "vmamba"  # to attention all places are equally near
         self.gradient_checkpointing = False
 
     def forward(self, grid: Tensor) -> Tensor:
@@ -651,9 +669,12 @@ class VisualPromptEncoder(nn.Module):
             x = norm(conv(x).permute(0, 2, 3, 1))  # (B, H, W, C)
         if self.positions:
             x = x + _sin_cos_positions(x)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            interleaved = self.interleaved and i % 2 == 0
+            x = _interleave(x) if interleaved else x
             checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
             x = self._gradient_checkpointing_func(block, x) if checkpointed else block(x)
+            x = _deinterleave(x) if interleaved else x
         return self.zero_proj(self.norm(x)).permute(0, 3, 1, 2)
 
 
@@ -732,9 +753,9 @@ class RCLDM(ModelMixin, ConfigMixin):
 
         Zeros of the encoding's shape mean "no visual prompt": the trainable copy then sees the latents alone.
         """
-        factor = self.config.factor
-        if grid.dim() != 4 or grid.shape[1] != 3 or grid.shape[2] % factor or grid.shape[3] % factor:
-            wanted = f"(B, 3, H, W) with H and W multiples of {factor}"
+        sides = 2 * self.config.factor  # two panels, each a whole number of latents
+        if grid.dim() != 4 or grid.shape[1] != 3 or grid.shape[2] % sides or grid.shape[3] % sides:
+            wanted = f"(B, 3, H, W) with H and W multiples of {sides}"
             raise ValueError(f"the condition grid must be {wanted}, got {(*grid.shape,)}")
         return self.prompt_encoder(grid.to(self.dtype))
 

@@ -84,12 +84,13 @@ def settings() -> argparse.Namespace:
     add("--no-sam", action="store_true", help="without selective-area matching")
 
     # Choice: all numbers below. The paper gives none of them.
-    add("--steps", type=int, default=900, help="optimiser steps; on two CPU cores half an hour in all")
+    add("--steps", type=int, default=600, help="optimiser steps; on two CPU cores half an hour in all")
     add("--batch", type=int, default=16, help="grids per step and process")
     add("--accumulate", type=int, default=1, help="batches per optimiser step")
     add("--lr", type=float, default=1e-3, help="peak learning rate; warm-up, then cosine to a tenth of it")
     add("--warmup", type=int, default=50, help="steps")
-    add("--encoder-steps", type=int, default=1200, help="before all others, of the prompt encoder alone")
+    add("--encoder-steps", type=int, default=2000, help="before all others, of the prompt encoder alone")
+    add("--encoder-width", type=int, help="channels of its blocks (default: as the U-Net's first level)")
     add("--noise-power", type=float, default=1.7, help="above 1: strong noise comes more often than weak")
     add("--weight-decay", type=float, default=0.01)
     add("--clip-norm", type=float, default=1.0, help="largest norm of the gradient")
@@ -329,7 +330,9 @@ class Losses:
         return {"loss": sum(weights[name] * value for name, value in losses.items()), **losses}
 
 
-def teach_prompt_encoder(model: RCLDM, losses_of: Losses, data: VisualPromptDataset, args) -> None:
+def teach_prompt_encoder(
+    model: RCLDM, losses_of: Losses, data: VisualPromptDataset, args: argparse.Namespace, is_main: bool
+) -> None:
     """Before all else, the prompt encoder alone learns to tell the whole grid's latents from the condition.
 
     Choice: the paper's encoder starts from nothing, and behind a projection that is zero. It and the links,
@@ -337,7 +340,8 @@ def teach_prompt_encoder(model: RCLDM, losses_of: Losses, data: VisualPromptData
     encoder first learns, through a linear head, to guess the latents of all four panels, the answer too: a
     blurred guess, the mean of what may be right, but it has to read the example and find the query. Then
     head and the U-Net's first convolution (of a flat area) become its projection, and so the trainable copy
-    sees the guess as it knows to see pictures. The links are zero still, and the model changes nothing.
+    sees the guess as it knows to see pictures; eight times as strong, lest the noise it is added to drown it.
+    The links are zero still, and the model changes nothing.
     """
     encoder, device = model.prompt_encoder, model.device
     place = "conv_out" if hasattr(encoder, "conv_out") else "zero_proj"
@@ -348,10 +352,14 @@ def teach_prompt_encoder(model: RCLDM, losses_of: Losses, data: VisualPromptData
         head = nn.Conv2d(projection.in_channels, channels, 3, padding=1).to(device)
     setattr(encoder, place, head)
     optimizer = torch.optim.AdamW(encoder.parameters(), betas=(0.9, 0.99))
-    order = list(draw_order(len(data), args.batch, args.seed + 1, range(args.encoder_steps), 0, 1))
+    folder = args.output / "prompt-encoder"
+    start = load_checkpoint(folder, {"encoder": encoder}, optimizer) if args.resume else 0
+    steps = range(start, args.encoder_steps)
+    order = list(draw_order(len(data), args.batch, args.seed + 1, steps, 0, 1))
     loader = DataLoader(data, batch_sampler=order, num_workers=args.workers)
-    progress = tqdm(loader, desc="prompt encoder", mininterval=2)
-    for step, batch in enumerate(progress):
+    total = args.encoder_steps
+    progress = tqdm(loader, "prompt encoder", total, initial=start, mininterval=2, disable=not is_main)
+    for step, batch in zip(steps, progress):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / args.encoder_steps)
         g = torch.Generator().manual_seed((args.seed + 1) * 1_000_003 + step)
@@ -362,9 +370,11 @@ def teach_prompt_encoder(model: RCLDM, losses_of: Losses, data: VisualPromptData
         optimizer.zero_grad()
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        if is_main and ((step + 1) % args.checkpoint_every == 0 or step + 1 == args.encoder_steps):
+            save_checkpoint(folder, step + 1, {"encoder": encoder}, optimizer, keep=1)
     setattr(encoder, place, projection)
     with torch.no_grad():
-        first = model.trainable_copy.conv_in.weight.sum((2, 3))  # (C0, C)
+        first = 8 * model.trainable_copy.conv_in.weight.sum((2, 3))  # (C0, C)
         projection.weight.copy_(torch.einsum("oc,c...->o...", first, head.weight))
         projection.bias.copy_(first @ head.bias)
 
@@ -467,7 +477,8 @@ def main() -> None:
             setattr(args, part, getattr(preset, part))
     if args.data is None:
         raise ValueError(f"--backbone {args.backbone} has no dataset of its own; give one with --data")
-    if args.output.exists() and any(args.output.glob("checkpoint-*")) and not args.resume:
+    begun = any(args.output.glob("checkpoint-*"))
+    if (begun or (args.output / "prompt-encoder").exists()) and not args.resume:
         raise ValueError(f"--output {args.output} holds a run already; add --resume or choose another folder")
 
     for name in ("steps", "batch", "accumulate", "warmup", "checkpoint_every", "keep", "validate_every"):
@@ -515,15 +526,16 @@ def main() -> None:
     design = "conv" if args.no_rcldm else args.encoder
     factor = args.panel // losses_of.grey.shape[-1]
     torch.manual_seed(args.seed)  # the same weights whether the facts above were computed or cached
-    model = RCLDM.from_unet(sd.unet, design, factor=factor).to(device)
+    options = {"factor": factor, "prompt_encoder_width": args.encoder_width}
+    model = RCLDM.from_unet(sd.unet, design, **options).to(device)
     if args.init:
         trained, _ = backbone.load_editor(args.init)
         try:
             model.load_state_dict(trained.state_dict())
         except RuntimeError:
             raise ValueError(f"--init {args.init}: an editor of another architecture") from None
-    elif args.encoder_steps and not (args.resume and any(args.output.glob("checkpoint-*"))):
-        teach_prompt_encoder(model, losses_of, data, args)
+    elif args.encoder_steps and not begun:
+        teach_prompt_encoder(model, losses_of, data, args, is_main)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
         sd.unet.enable_gradient_checkpointing()

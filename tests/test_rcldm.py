@@ -498,8 +498,8 @@ def test_a_wrong_condition_is_one_clear_line(unet, inputs):
             ValueError, match=r"must be a grid \(2, 3, 64, 64\) or its encoding \(2, 16, 8, 8\)"
         ):
             model(*inputs, torch.zeros(shape))
-    with pytest.raises(ValueError, match="multiples of 8"):
-        model.encode_condition(torch.zeros(1, 3, 60, 64))
+    with pytest.raises(ValueError, match="multiples of 16"):
+        model.encode_condition(torch.zeros(1, 3, 56, 64))
     with pytest.raises(ValueError, match="unknown design 'swin'"):
         RCLDM.from_unet(unet, "swin")
     with pytest.raises(ValueError, match="power of two"):
@@ -530,6 +530,15 @@ def test_one_block_sees_the_whole_grid(design):
     encoder(grid)[0, :, 1, 6].sum().backward()  # a location in the example's "after" panel
     seen = F.max_pool2d(grid.grad.abs().amax(1, keepdim=True), 8)[0, 0]
     assert (seen > 0).all()
+
+
+def test_interleaved_the_same_place_of_all_panels_is_a_block():
+    grid = torch.tensor([[0, 1, 10, 11], [2, 3, 12, 13], [20, 21, 30, 31], [22, 23, 32, 33]])
+    mixed = rcldm._interleave(grid.view(1, 4, 4, 1))
+    wanted = [[0, 10, 1, 11], [20, 30, 21, 31], [2, 12, 3, 13], [22, 32, 23, 33]]
+    assert mixed[0, ..., 0].tolist() == wanted
+    x = torch.randn(2, 6, 8, 3)
+    assert torch.equal(rcldm._deinterleave(rcldm._interleave(x)), x)
 
 
 def test_zero_vmamba_contains_the_zero_convolution():

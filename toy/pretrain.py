@@ -214,10 +214,10 @@ def train_vae(args: argparse.Namespace) -> None:
     fit("vae-decoder", vae, sharpness, steps=args.scaled(2000), lr=1e-3, runs=args.runs, ema_decay=0.99)
     with torch.no_grad():
         quant = vae.quant_conv
-        quant.weight[LATENT_CHANNELS:], quant.bias[LATENT_CHANNELS:] = (
-            0,
-            2 * math.log(0.05),
-        )  # the fixed noise
+        quant.weight[LATENT_CHANNELS:] = (
+            0  # the log-variance that an AutoencoderKL reports: a fixed small one
+        )
+        quant.bias[LATENT_CHANNELS:] = 2 * math.log(0.05)
         z = vae.encode(to_float(pool[:512], args.device)).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4))
     save(vae.half().save_pretrained, args.out / "stable-diffusion" / "vae")
@@ -449,7 +449,7 @@ def train_clip(args: argparse.Namespace, name: str = "clip", seed: int = 10) -> 
             "eos_id": tokenizer.eos_token_id,
         },
     }
-    clip = open_clip.CLIP(**{k: v for k, v in config.items()}).to(args.device)
+    clip = open_clip.CLIP(**config).to(args.device)
     pool, scenes = pictures(args.scaled(20_000), seed=args.seed + seed)
     captions = torch.cat(
         [
@@ -628,18 +628,8 @@ def train_editor(args: argparse.Namespace) -> None:
 
     run = args.runs.parent / "editor"
     command = [sys.executable, "train.py", "--output", run, "--seed", args.seed, "--device", args.device]
-    command += [
-        "--encoder-steps",
-        args.scaled(12_000),
-        "--steps",
-        args.scaled(6000),
-        "--batch",
-        16,
-        "--lr",
-        1e-3,
-        "--ema",
-        0.999,
-    ]
+    command += ["--encoder-steps", args.scaled(6000), "--encoder-width", 96, "--steps", args.scaled(3200)]
+    command += ["--batch", 16, "--lr", 1e-3, "--ema", 0.999]
     command += ["--resume"] if run.exists() else []
     subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[1], check=True)
     model = RCLDM.from_pretrained(run / "editor").half()
