@@ -157,10 +157,8 @@ def main() -> None:
             *("--output", folder / "run", "--cache", folder / "cache", "--steps", args.steps, "--batch", 1),
             *("--workers", 0, "--validation-pictures", 0, "--gradient-checkpointing"),
             *("--encoder-steps", 1),
-            *(
-                "--noise-power",
-                0.05,
-            ),  # weak noise: the losses on the picture take part, and their memory counts
+            # Weak noise, so that the losses on the picture take part and their memory counts.
+            *("--noise-power", 0.05),
         )
         picture = folder / "data" / "train" / "0_before.png"
         pair = picture, folder / "data" / "train" / "0_after.png"

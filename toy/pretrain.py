@@ -214,9 +214,8 @@ def train_vae(args: argparse.Namespace) -> None:
     fit("vae-decoder", vae, sharpness, steps=args.scaled(2000), lr=1e-3, runs=args.runs, ema_decay=0.99)
     with torch.no_grad():
         quant = vae.quant_conv
-        quant.weight[LATENT_CHANNELS:] = (
-            0  # the log-variance that an AutoencoderKL reports: a fixed small one
-        )
+        # The noise that an AutoencoderKL reports is the same for every picture, and small.
+        quant.weight[LATENT_CHANNELS:] = 0
         quant.bias[LATENT_CHANNELS:] = 2 * math.log(0.05)
         z = vae.encode(to_float(pool[:512], args.device)).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4))
