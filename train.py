@@ -250,6 +250,15 @@ def dropout(batch: int, args: argparse.Namespace, g: torch.Generator) -> tuple[T
     return u >= text, ~((u < both) | ((u >= text) & (u < text + args.drop_example)))
 
 
+def draw_timesteps(u: Tensor, power: float, count: int) -> Tensor:
+    """Noise levels 0 … count - 1 from uniform u in [0, 1); a power above 1 makes strong noise likelier.
+
+    Choice: at weak noise x_t itself shows the answer, and nothing is learnt of the condition.
+    """
+    share = 1 - (1 - u) ** power
+    return (share * count).long().clamp(max=count - 1)  # a share may round to 1
+
+
 class Losses:
     """L = L_dm + λ_es · L_es + λ_sam · L_sam, for batches of the data loader."""
 
@@ -298,9 +307,8 @@ class Losses:
         count = len(batch["index"])
         condition, x_0, facts, keep_text = self.draw(batch, g, device)
         noise = torch.randn(x_0.shape, generator=g).to(device)
-        # Choice: at weak noise x_t itself shows the answer, and nothing is learnt of the condition.
-        share = 1 - (1 - torch.rand(count, generator=g)) ** args.noise_power  # in [0, 1)
-        t = (share * scheduler.config.num_train_timesteps).long().to(device)
+        timesteps = scheduler.config.num_train_timesteps
+        t = draw_timesteps(torch.rand(count, generator=g), args.noise_power, timesteps).to(device)
         x_t = scheduler.add_noise(x_0, noise, t)
         row = torch.where(keep_text, self.rows[batch["index"]], len(self.texts) - 1)
         states = self.texts[row.to(self.texts.device)].to(device)

@@ -165,6 +165,17 @@ def test_what_the_prompt_encoder_learns_alone_stays_behind_the_links(run, tmp_pa
     assert links and not any(after[name].any() for name in links)
 
 
+@pytest.mark.parametrize("power", [0.05, 1.0, 1.7, 40.0])
+def test_no_noise_level_is_out_of_range(power):
+    random = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
+    u = torch.cat([torch.tensor([0, 1 - 2**-24]), random])
+    t = train.draw_timesteps(u, power, 1000)
+    assert t[0] == 0 and (t[1] == 999 or power < 1)
+    assert ((t >= 0) & (t < 1000)).all()
+    above = (t[2:] >= 500).float().mean().item()
+    assert above == pytest.approx(0.5 ** (1 / power), abs=0.02)
+
+
 def test_training_goes_on_from_an_editor(run, tmp_path):
     quick = ("--no-esm", "--no-liu", "--no-sam", "--steps", "1")
     run(*quick, "--lr", "1e-2", output=tmp_path / "first")
