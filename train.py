@@ -494,6 +494,8 @@ def main() -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.encoder_steps < 0:
         raise ValueError(f"--encoder-steps must be at least 0, not {args.encoder_steps}")
+    if args.encoder_width is not None and args.encoder_width < 1:
+        raise ValueError(f"--encoder-width must be at least 1, not {args.encoder_width}")
     if not 0 < args.noise_power < math.inf:
         raise ValueError(f"--noise-power must be above 0 and finite, not {args.noise_power}")
 

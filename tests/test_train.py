@@ -197,6 +197,7 @@ def test_training_goes_on_from_an_editor(run, tmp_path):
         (("--backbone", "sd16"), {}, "sd15"),
         (("--steps", "0"), {}, "--steps"),
         (("--encoder-steps", "-1"), {}, "--encoder-steps"),
+        (("--encoder-width", "-5"), {}, "--encoder-width"),
         (("--noise-power", "nan"), {}, "--noise-power"),
     ],
 )
