@@ -26,7 +26,9 @@ import backbone
 from dataset import VisualPromptDataset, load_image, read_pairs, tensor_to_image
 from edit import Editor
 
-MODES = ("both", "pair", "instruction")  # what the editor is given besides the query
+# What the editor is given besides the query. "other-pair" is a pair of another instruction, and no words: who
+# reads examples makes that other edit, who remembers the training makes the query's own.
+MODES = ("both", "pair", "instruction", "other-pair")
 
 
 class Query(NamedTuple):
@@ -37,10 +39,20 @@ class Query(NamedTuple):
     seed: int
 
 
-def draw_queries(data: VisualPromptDataset, count: int, seed: int) -> list[Query]:
+def draw_queries(data: VisualPromptDataset, count: int, seed: int, mode: str = "both") -> list[Query]:
     """The first `count` items of the dataset in an order that only the seed decides: nothing is picked."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()[:count]
-    return [Query(i, data.draw(i, epoch=0).example, seed + k) for k, i in enumerate(order)]
+    examples = [data.draw(i, epoch=0).example for i in order]
+    if mode == "other-pair":  # the first after the query, in an order of its own, that has other words
+        turn = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed + 1)).tolist()
+        for k, i in enumerate(order):
+            others = (
+                j for j in turn[k:] + turn[:k] if data.pairs[j].instruction != data.pairs[i].instruction
+            )
+            examples[k] = next(others, None)
+        if None in examples:
+            raise ValueError("--mode other-pair: all pairs of the split have one instruction")
+    return [Query(i, example, seed + k) for k, (i, example) in enumerate(zip(order, examples))]
 
 
 def describe(data: VisualPromptDataset, query: Query) -> dict[str, Any]:
@@ -54,6 +66,7 @@ def describe(data: VisualPromptDataset, query: Query) -> dict[str, Any]:
         "output_caption": pair.output_caption,
         "example_input": str(example.input),
         "example_output": str(example.output),
+        "example": example.extra,
         "instruction": pair.instruction,
         "seed": query.seed,
     }
@@ -127,7 +140,7 @@ def answer_all(
     if not to_do:
         return
     texts = [data.pairs[query.index].instruction for query in queries]
-    unified = [""] * len(texts) if mode == "pair" else editor.unify(texts)
+    unified = [""] * len(texts) if mode.endswith("pair") else editor.unify(texts)
     progress = tqdm(total=len(queries), initial=len(queries) - len(to_do), desc=folder.name, unit="answer")
     with progress, open(folder / "answers.jsonl", "a", encoding="utf-8") as lines:
         for ks in (to_do[first : first + batch] for first in range(0, len(to_do), batch)):
@@ -155,7 +168,8 @@ def contact_sheet(
 ) -> Image.Image:
     """A row of five panels, `side` pixels each, for each query: example pair, input, answer and truth.
 
-    Two queries stand side by side. An example that the editor was not given is left grey.
+    Two queries stand side by side. An example that the editor was not given is left grey, and so is the
+    truth where the pair is another's: the dataset does not hold it.
     """
     names = ("example before", "example after", "input", "answer", "truth")
     line, gap, font = 16, 12, ImageFont.load_default(size=11)
@@ -170,10 +184,13 @@ def contact_sheet(
     for k, query in enumerate(queries):
         x, y = gap + k % columns * width, line + k // columns * height
         panels = [tensor_to_image(panel) for i in (query.example, query.index) for panel in data.load_pair(i)]
+        grey = Image.new("RGB", (side, side), "grey")
         if mode == "instruction":
-            panels[:2] = [Image.new("RGB", (side, side), "grey")] * 2
+            panels[:2] = [grey, grey]
+        if mode == "other-pair":
+            panels[3] = grey
         panels.insert(3, load_image(folder / f"{k:05d}.png"))
-        withheld = "not told: " if mode == "pair" else ""
+        withheld = "not told: " if mode.endswith("pair") else ""
         draw.text((x + 2, y + 1), withheld + data.pairs[query.index].instruction, "black", font)
         for j, panel in enumerate(panels):
             panel = panel.resize((side, side), Image.Resampling.BICUBIC)
@@ -215,24 +232,24 @@ def run(args: argparse.Namespace) -> None:
     editor = Editor.load(args.model, device=args.device)
     data = read_pairs(backbone.data_folder(args.data), args.split)
     data = VisualPromptDataset(data, size=editor.panel, flip=False, seed=args.seed)
-    queries = draw_queries(data, args.count, args.seed)
     given = {name: getattr(args, name) for name in ("steps", "guidance_text", "guidance_visual")}
     sampling = {k: editor.settings[k] if value is None else value for k, value in given.items()}
-    asked = json.dumps([describe(data, query) for query in queries], sort_keys=True)
     settings = {
         "model": str(args.model),
         "model_fingerprint": fingerprint(args.model),
         "data": str(args.data),
         "split": args.split,
-        "count": len(queries),
-        "queries_fingerprint": hashlib.sha256(asked.encode()).hexdigest()[:16],
+        "count": min(args.count, len(data)),
         "seed": args.seed,
         "panel": editor.panel,
         **sampling,
     }
     for mode in dict.fromkeys(args.mode):
         folder = args.output / args.split / mode
-        check_settings(folder, {**settings, "mode": mode})
+        queries = draw_queries(data, args.count, args.seed, mode)
+        asked = json.dumps([describe(data, query) for query in queries], sort_keys=True)
+        asked = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        check_settings(folder, {**settings, "queries_fingerprint": asked, "mode": mode})
         answer_all(editor, data, queries, folder, mode, sampling, args.batch)
         if args.sheet > 0:
             sheet = contact_sheet(data, queries[: args.sheet], folder, mode)

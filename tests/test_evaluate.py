@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,6 +98,30 @@ def test_each_mode_withholds_what_it_says(data, tmp_path, editor):
     assert pair[3] == {"steps": 7, "guidance_text": 3.0, "guidance_visual": 1.0}
     assert [record["mode"] for record in lines(tmp_path / "seen" / "pair")] == ["pair"] * 2
     assert {record["unified"] for record in lines(tmp_path / "seen" / "pair")} == {""}
+
+
+def test_another_pair_is_of_other_words_and_scored_by_its_own_edit(data, tmp_path, editor):
+    run(data, tmp_path, "--mode", "other-pair", "--sheet", "1")
+    pairs = {pair.input: pair for pair in read_pairs(data, "seen")}
+    folder = tmp_path / "seen" / "other-pair"
+    records = lines(folder)
+    assert len(records) == 8 and all(
+        call[:2] == ([True] * len(call[0]), [""] * len(call[0])) for call in editor.calls
+    )
+    possible = 0
+    for record in records:
+        example = pairs[record["example_input"]]
+        assert example.instruction != record["instruction"] and record["example"] == example.extra
+        scene = world.scene_from_json(json.loads(record["scene"]))
+        edited = world.Edit(**json.loads(example.extra["edit"])).apply(scene)
+        if edited is not None:
+            world.render(edited).save(folder / record["answer"])
+            possible += 1
+    (result,) = score.score([folder])
+    assert possible > 0 and (result["n"], result["accuracy"]) == (possible, 1)
+    with Image.open(folder / "sheet.png") as sheet:
+        truth = np.asarray(sheet)[32 : 32 + 96, 12 + 4 * 96 : 12 + 5 * 96]
+    assert (truth == 128).all()
 
 
 def test_queries_are_the_seeds(data):
@@ -226,8 +251,30 @@ def test_truth_scores_1_a_copy_0_and_small_noise_1(tmp_path, capsys):
 
     printed = capsys.readouterr().out
     assert printed == table.read_text()
-    assert len(printed.splitlines()) == 5
-    assert printed.splitlines()[2].startswith("| seen | truth | 4 | 100.0 (51.0 … 100.0) |")
+    whole, by_family = (part.splitlines() for part in printed.split("\n\n"))
+    assert len(whole) == 5 and whole[2].startswith("| seen | truth | 4 | 100.0 (51.0 … 100.0) |")
+    assert by_family[0] == "| right, by family | seen, truth | seen, copy | seen, noisy |"
+    assert len(by_family) == 2 + len(families)
+    family = pairs[0].edit.family
+    n = truth["families"][family]["n"]
+    assert f"| {family} | {n} of {n} | 0 of {n} | {n} of {n} |" in by_family
+
+
+def test_the_floor_of_the_errors_is_the_vaes(tmp_path, monkeypatch):
+    class Darkening(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def encode(self, x):
+            return SimpleNamespace(latent_dist=SimpleNamespace(mean=x))
+
+        def decode(self, z):
+            return SimpleNamespace(sample=z - 20 / 127.5)
+
+    monkeypatch.setattr(score.backbone, "load_stable_diffusion", lambda _: SimpleNamespace(vae=Darkening()))
+    make_answers(tmp_path / "seen" / "pair", lambda before, after: after)
+    (result,) = score.score([tmp_path / "seen" / "pair"], "a folder")
+    assert result["mae_outside"] == 0 and 10 < result["vae_outside"] <= 20.01
+    assert "0.0 (VAE " in score.markdown([result])
 
 
 def test_scores_of_an_evaluated_copy(data, tmp_path, editor):

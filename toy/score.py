@@ -9,7 +9,11 @@ mean squared error over the pixels. Edits that give one and the same picture cou
 the input is nearest to the input, and so scores 0.
 
 Beside it the mean absolute error, in units of 0 … 255: inside the edited region (where truth and input differ
-by more than 8), outside it, and where the truth shows a face.
+by more than 8), outside it, and where the truth shows a face; each with the error of the truth itself after a
+trip through the VAE, below which no editor gets.
+
+An answer of mode "other-pair" is measured by the edit that its example shows, on the query's scene, and left
+out where that edit cannot be made.
 """
 
 from __future__ import annotations
@@ -23,11 +27,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
+from dataset import image_to_tensor, tensor_to_image
 from toy import world
 
 UNEDITED = "unedited"  # the name of the input among the families
@@ -70,15 +77,19 @@ class Truth:
         distance = np.square(self.pictures - answer.astype(np.float32)).mean(axis=(1, 2, 3))  # (N,)
         nearest = int(distance.argmin())
         right = nearest > 0 and np.array_equal(self.pictures[nearest], self.picture)
-        error = np.abs(answer.astype(np.float32) - self.picture).mean(axis=-1)  # (P, P)
-        regions = {"inside": self.edited, "outside": ~self.edited, "face": self.face}
         return {
             "family": self.family,
             "nearest": self.family if right else self.families[nearest],
             "right": right,
             "candidates": len(self.pictures),
-            **{f"mae_{k}": float(error[r].mean()) if r.any() else None for k, r in regions.items()},
+            **{f"mae_{region}": error for region, error in self.errors(answer).items()},
         }
+
+    def errors(self, answer: np.ndarray) -> dict[str, float | None]:
+        """Mean absolute error of a picture (P, P, 3) uint8 by region."""
+        error = np.abs(answer.astype(np.float32) - self.picture).mean(axis=-1)  # (P, P)
+        regions = {"inside": self.edited, "outside": ~self.edited, "face": self.face}
+        return {name: float(error[r].mean()) if r.any() else None for name, r in regions.items()}
 
 
 # --- Folders of answers -------------------------------------------------------------------------------------
@@ -92,8 +103,10 @@ def read_answers(folder: Path) -> list[dict]:
         if line.endswith(b"\n"):
             try:
                 records.append(json.loads(line))
+                if records[-1].get("mode") == "other-pair":
+                    records[-1]["edit"] = records[-1]["example"]["edit"]
                 missing = {"answer", "scene", "edit"} - records[-1].keys()
-            except (ValueError, AttributeError):
+            except (ValueError, AttributeError, TypeError, KeyError):
                 raise ValueError(f"{path}:{number}: not a JSON object") from None
             if missing:
                 raise ValueError(f"{path}:{number}: has no {min(missing)!r}; not an answer in the toy world")
@@ -102,22 +115,43 @@ def read_answers(folder: Path) -> list[dict]:
     return records
 
 
-def score(folders: list[Path]) -> list[dict]:
-    """The metrics of each folder. Candidates are drawn once for all folders that ask the same query."""
+@torch.no_grad()
+def reconstruct(vae: nn.Module, picture: np.ndarray) -> np.ndarray:
+    """A picture (P, P, 3) uint8 as the VAE gives it back."""
+    x = image_to_tensor(Image.fromarray(picture))[None].to(vae.device)
+    return np.asarray(tensor_to_image(vae.decode(vae.encode(x).latent_dist.mean).sample[0]))
+
+
+def score(folders: list[Path], stable_diffusion: str | None = None) -> list[dict]:
+    """The metrics of each folder. Candidates are drawn once for all folders that ask the same query.
+
+    stable_diffusion: the folder whose VAE gives the floor of all errors; None for no floor.
+    """
     scores: dict[Path, list[dict]] = {folder: [] for folder in folders}
     records = {folder: read_answers(folder) for folder in scores}
-    queries: dict[tuple[str, str], list[tuple[Path, str]]] = {}
+    vae = backbone.load_stable_diffusion(stable_diffusion).vae if stable_diffusion else None
+    queries: dict[tuple[str, str, bool], list[tuple[Path, str]]] = {}
     for folder, lines in records.items():
         for line in lines:
-            queries.setdefault((line["scene"], line["edit"]), []).append((folder, line["answer"]))
-    for (scene, edit), answers in tqdm(queries.items(), desc="scoring", unit="query", mininterval=1):
-        truth = Truth(world.scene_from_json(json.loads(scene)), world.Edit(**json.loads(edit)))
+            query = line["scene"], line["edit"], line.get("mode") == "other-pair"
+            queries.setdefault(query, []).append((folder, line["answer"]))
+    for (scene, edit, is_other), answers in tqdm(
+        queries.items(), desc="scoring", unit="query", mininterval=1
+    ):
+        scene, edit = world.scene_from_json(json.loads(scene)), world.Edit(**json.loads(edit))
+        if is_other and edit.apply(scene) is None:
+            continue
+        truth = Truth(scene, edit)
+        floor = truth.errors(reconstruct(vae, truth.picture)) if vae else {}
+        floor = {f"vae_{region}": error for region, error in floor.items()}
         for folder, name in answers:
             with Image.open(folder / name) as image:
                 answer = np.asarray(image.convert("RGB"))
             if answer.shape != truth.picture.shape:
                 raise ValueError(f"{folder / name}: not a picture of {world.PANEL}×{world.PANEL} pixels")
-            scores[folder].append({"answer": name, **truth.score(answer)})
+            scores[folder].append({"answer": name, **truth.score(answer), **floor})
+    if empty := [str(folder) for folder, rows in scores.items() if not rows]:
+        raise ValueError(f"{empty[0]}: no example's edit can be made of its query; edit more queries")
     return [
         {
             "folder": str(folder),
@@ -137,7 +171,7 @@ def summary(rows: list[dict]) -> dict:
     return {
         **accuracy(rows),
         "chance": mean(1 / row["candidates"] for row in rows),
-        **{key: mean(row[key] for row in rows) for key in ("mae_inside", "mae_outside", "mae_face")},
+        **{key: mean(row[key] for row in rows) for key in rows[0] if key.startswith(("mae_", "vae_"))},
         "faces": sum(row["mae_face"] is not None for row in rows),
         "families": {family: accuracy(by_family[family]) for family in sorted(by_family)},
         "confusion": {
@@ -168,33 +202,40 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def markdown(results: list[dict]) -> str:
-    """One row a folder."""
+    """One row a folder, and then one a family with the right answers of each folder."""
     head = ("split", "mode", "n", "accuracy, %", "chance, %", "MAE inside", "MAE outside", "MAE face")
     rows = [head, ("---", "---", *["---:"] * 6)]
     for result in results:
         low, high = result["interval"]
-        errors = (result[key] for key in ("mae_inside", "mae_outside", "mae_face"))
-        rows.append(
-            (
-                result["split"],
-                result["mode"],
-                str(result["n"]),
-                f"{100 * result['accuracy']:.1f} ({100 * low:.1f} … {100 * high:.1f})",
-                f"{100 * result['chance']:.2f}",
-                *("–" if error is None else f"{error:.1f}" for error in errors),
-            )
-        )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+        errors = []
+        for region in ("inside", "outside", "face"):
+            error, floor = result[f"mae_{region}"], result.get(f"vae_{region}")
+            text = "–" if error is None else f"{error:.1f}"
+            errors.append(text if floor is None else f"{text} (VAE {floor:.1f})")
+        share = f"{100 * result['accuracy']:.1f} ({100 * low:.1f} … {100 * high:.1f})"
+        chance = f"{100 * result['chance']:.2f}"
+        rows.append((result["split"], result["mode"], str(result["n"]), share, chance, *errors))
+    families = sorted({family for result in results for family in result["families"]})
+    by_family = [("right, by family", *(f"{result['split']}, {result['mode']}" for result in results))]
+    by_family.append(("---", *["---:"] * len(results)))
+    for family in families:
+        cells = (result["families"].get(family) for result in results)
+        cells = ("–" if c is None else f"{round(c['accuracy'] * c['n'])} of {c['n']}" for c in cells)
+        by_family.append((family, *cells))
+    tables = ("".join(f"| {' | '.join(row)} |\n" for row in table) for table in (rows, by_family))
+    return "\n".join(tables)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Score saved answers against the toy world's renderer.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="with answers.jsonl")
     parser.add_argument("--json", type=Path, metavar="OUT", help="all metrics, and those of every answer")
-    parser.add_argument("--markdown", type=Path, metavar="OUT", help="the table that is printed")
+    parser.add_argument("--markdown", type=Path, metavar="OUT", help="the tables that are printed")
+    sd = backbone.preset("toy").stable_diffusion
+    parser.add_argument("--stable-diffusion", default=sd, help="whose VAE is the floor of all errors")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("score.py"):
-        results = score(args.folders)
+        results = score(args.folders, args.stable_diffusion)
         table = markdown(results)
         for path, text in ((args.json, json.dumps(results, indent=1) + "\n"), (args.markdown, table)):
             if path:
