@@ -33,8 +33,9 @@ class BackboneError(ValueError):
 class Preset:
     """Where the parts lie, and what goes with them.
 
-    panel: P, pixels along a panel's side. classes: of the segmenter, for selective-area matching. data: the
-    dataset to train on, None where there is no default. editor: a trained editor's folder, likewise.
+    panel: P, pixels along a panel's side. classes: of the segmenter, for selective-area matching. lr: peak
+    learning rate that suits the U-Net's size. data: the dataset to train on, None where there is no default.
+    editor: a trained editor's folder, likewise.
     """
 
     stable_diffusion: str
@@ -44,6 +45,7 @@ class Preset:
     llm: str
     panel: int
     classes: tuple[str, ...]
+    lr: float
     data: str | None = None
     editor: str | None = None
 
@@ -57,6 +59,7 @@ PRESETS = {
         llm="toy/weights/llm",
         panel=64,
         classes=("face",),
+        lr=6e-3,
         data="data/toy",
         editor="toy/weights/editor",
     ),
@@ -70,6 +73,7 @@ PRESETS = {
         llm="Qwen/Qwen2.5-1.5B-Instruct",
         panel=256,
         classes=("person",),
+        lr=1e-5,  # Choice: ControlNet's
     ),
 }
 

@@ -72,6 +72,7 @@ def settings() -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs/train"), help="checkpoints, pictures and the final editor")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --output")
     add("--init", help="an editor's folder whose weights to start from, instead of the U-Net's")
+    add("--init-encoder", help="an editor's folder whose prompt encoder to start from; it is taught on")
     add("--seed", type=int, default=0, help="of weights, data order and noise")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="no", choices=("no", "bf16", "fp16"), help="of autocast")
@@ -87,9 +88,10 @@ def settings() -> argparse.Namespace:
     add("--steps", type=int, default=600, help="optimiser steps; on two CPU cores half an hour in all")
     add("--batch", type=int, default=16, help="grids per step and process")
     add("--accumulate", type=int, default=1, help="batches per optimiser step")
-    add("--lr", type=float, default=1e-3, help="peak learning rate; warm-up, then cosine to a tenth of it")
+    add("--lr", type=float, help="peak (default: the preset's); warm-up, then cosine to a tenth of it")
     add("--warmup", type=int, default=50, help="steps")
     add("--encoder-steps", type=int, default=2000, help="before all others, of the prompt encoder alone")
+    add("--encoder-lr", type=float, default=0.1, help="of the taught encoder in the other steps, times --lr")
     add("--encoder-width", type=int, help="channels of its blocks (default: as the U-Net's first level)")
     add("--noise-power", type=float, default=1.7, help="above 1: strong noise comes more often than weak")
     add("--weight-decay", type=float, default=0.01)
@@ -101,14 +103,15 @@ def settings() -> argparse.Namespace:
         default=4.0,
         help="of the answer panel in L_dm; the given panels have 1",
     )
+    add("--edit-weight", type=float, default=1.0, help="what its edited places weigh besides, in L_dm")
     add("--es-weight", type=float, default=0.05, help="λ_es")
     add("--es-samples", type=int, default=4, help="answers decoded for L_es in a batch at most: memory, time")
     add("--sam-weight", type=float, default=0.1, help="λ_sam")
     add("--sam-classes", nargs="+", help="names of the segmenter's classes (default: the preset's)")
     add("--sam-propose", action="store_true", help="let the language model choose the segmenter's classes")
     # Dropout makes guidance possible, and edits by the example alone or by the instruction alone.
-    add("--drop-text", type=float, default=0.3, help="share of samples without the instruction")
-    add("--drop-example", type=float, default=0.15, help="share of samples without the example pair")
+    add("--drop-text", type=float, default=0.2, help="share of samples without the instruction")
+    add("--drop-example", type=float, default=0.3, help="share of samples without the example pair")
     add("--drop-both", type=float, default=0.05, help="share of samples without either")
     add("--panel", type=int, help="P, pixels along a panel's side (default: the preset's)")
     add("--flip", action="store_true", help="mirror half of the grids; encodes every step instead of once")
@@ -243,11 +246,14 @@ def read_instructions(
 # One step's losses
 
 
-def dropout(batch: int, args: argparse.Namespace, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Which samples keep their instruction and which their example pair: two (B,) of bool."""
+def dropout(batch: int, drop: tuple[float, float, float], g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which samples keep their instruction and which their example pair: two (B,) of bool.
+
+    drop: shares of samples without either, without the instruction, without the example pair.
+    """
+    both, text, example = drop
     u = torch.rand(batch, generator=g)
-    both, text = args.drop_both, args.drop_both + args.drop_text
-    return u >= text, ~((u < both) | ((u >= text) & (u < text + args.drop_example)))
+    return u >= both + text, ~((u < both) | ((u >= both + text) & (u < both + text + example)))
 
 
 def draw_timesteps(u: Tensor, power: float, count: int) -> Tensor:
@@ -257,6 +263,19 @@ def draw_timesteps(u: Tensor, power: float, count: int) -> Tensor:
     """
     share = 1 - (1 - u) ** power
     return (share * count).long().clamp(max=count - 1)  # a share may round to 1
+
+
+def place_weights(query: Tensor, answer_weight: float, edit_weight: float) -> Tensor:
+    """What an error weighs by its place, (B, 1, 2p, 2p), from the query pairs' latents (B, 2, C, p, p).
+
+    Choice: the given panels only have to be copied, so the answer's error counts for more. So do, within the
+    answer, the places that the edit changes, as much in all for a smile as for a new background: by area
+    alone, small edits are drowned by large ones, and not learnt. A bound keeps one place from being all.
+    """
+    change = (query[:, 1] - query[:, 0]).square().mean(1, keepdim=True)  # (B, 1, p, p)
+    share = change / change.mean((2, 3), keepdim=True).clamp(min=1e-4)
+    given = torch.ones_like(share)
+    return compose_grid(given, given, given, answer_weight * (1 + edit_weight * share.clamp(max=32)))
 
 
 class Losses:
@@ -278,11 +297,11 @@ class Losses:
         return Facts(*known)
 
     def draw(
-        self, batch: dict, g: torch.Generator, device: torch.device
+        self, batch: dict, drop: tuple[float, float, float], g: torch.Generator, device: torch.device
     ) -> tuple[Tensor, Tensor, Facts, Tensor]:
         """A step's condition grids, their latents x_0, facts, and which samples keep their text (B,)."""
         count = len(batch["index"])
-        keep_text, keep_example = dropout(count, self.args, g)
+        keep_text, keep_example = dropout(count, drop, g)
         facts = self.look_up(batch, device)
         condition = mask_query(compose_grid(*batch["panels"].to(device).unbind(1)))
         latents = facts.latents.clone()
@@ -292,20 +311,17 @@ class Losses:
         x_0 = compose_grid(*latents[:count].unbind(1), *latents[count:].unbind(1))
         return condition, x_0, facts, keep_text
 
-    def by_panel(self, error: Tensor) -> Tensor:
-        """Mean of errors (B, C, 2p, 2p).
-
-        Choice: the given panels only have to be copied, so the answer's error counts for more.
-        """
-        weight = torch.ones_like(error[:1, :1])
-        answer_panel(weight).fill_(self.args.answer_weight)
+    def mean(self, error: Tensor, query: Tensor) -> Tensor:
+        """Weighted mean of errors (B, C, 2p, 2p) of grids; query (B, 2, C, p, p) as above."""
+        weight = place_weights(query, self.args.answer_weight, self.args.edit_weight)
         return (weight * error).mean() / weight.mean()
 
     def __call__(self, model: nn.Module, batch: dict, g: torch.Generator) -> dict[str, Tensor]:
         args, scheduler = self.args, self.sd.scheduler
         device = self.sd.unet.device
         count = len(batch["index"])
-        condition, x_0, facts, keep_text = self.draw(batch, g, device)
+        drop = args.drop_both, args.drop_text, args.drop_example
+        condition, x_0, facts, keep_text = self.draw(batch, drop, g, device)
         noise = torch.randn(x_0.shape, generator=g).to(device)
         timesteps = scheduler.config.num_train_timesteps
         t = draw_timesteps(torch.rand(count, generator=g), args.noise_power, timesteps).to(device)
@@ -319,7 +335,7 @@ class Losses:
 
         velocity = scheduler.config.prediction_type == "v_prediction"
         target = scheduler.get_velocity(x_0, noise, t) if velocity else noise
-        losses = {"dm": self.by_panel((prediction - target).square())}
+        losses = {"dm": self.mean((prediction - target).square(), facts.latents[count:])}
 
         x_0_hat = esm.predict_x0(x_t, prediction, t, scheduler)
         trust = esm.noise_weight(t, scheduler)  # (B,)
@@ -369,10 +385,11 @@ def teach_prompt_encoder(
     progress = tqdm(loader, "prompt encoder", total, initial=start, mininterval=2, disable=not is_main)
     for step, batch in zip(steps, progress):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / args.encoder_steps)
+            group["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - step / args.encoder_steps)
         g = torch.Generator().manual_seed((args.seed + 1) * 1_000_003 + step)
-        condition, x_0, *_ = losses_of.draw(batch, g, device)
-        loss = losses_of.by_panel((encoder(condition) - x_0).square())
+        # It reads no text, and learns from the example: few samples go without, to know them by their grey.
+        condition, x_0, facts, _ = losses_of.draw(batch, (0.0, 0.0, 0.1), g, device)
+        loss = losses_of.mean((encoder(condition) - x_0).square(), facts.latents[len(x_0) :])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -461,12 +478,22 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lr * min(1, (step + 1) / args.warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay for matrices alone: not for norms, biases and the scan's own parameters."""
+def parameter_groups(model: nn.Module, weight_decay: float, encoder_lr: float) -> list[dict]:
+    """Weight decay for matrices alone: not for norms, biases and the scan's own parameters.
+
+    Choice: a prompt encoder that has been taught learns at `encoder_lr` of the others' rate. The links need a
+    high one to grow from zero, and it would soon undo what the encoder knows.
+    """
     plain = ("A_logs", "Ds", "dt_projs_bias")
-    decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(plain)]
-    others = [p for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith(plain)]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        share = encoder_lr if name.startswith("prompt_encoder.") else 1.0
+        decay = 0.0 if parameter.ndim <= 1 or name.endswith(plain) else weight_decay
+        groups.setdefault((share, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr_share": share, "weight_decay": decay}
+        for (share, decay), parameters in groups.items()
+    ]
 
 
 def validation_data(data: VisualPromptDataset, source: str, args: argparse.Namespace) -> VisualPromptDataset:
@@ -480,9 +507,9 @@ def validation_data(data: VisualPromptDataset, source: str, args: argparse.Names
 def main() -> None:
     args = settings()
     preset = backbone.preset(args.backbone)
-    for part in ("stable_diffusion", "clip", "segmenter", "llm", "panel", "data"):
-        if getattr(args, part) is None:
-            setattr(args, part, getattr(preset, part))
+    for setting in ("stable_diffusion", "clip", "segmenter", "llm", "panel", "data", "lr"):
+        if getattr(args, setting) is None:
+            setattr(args, setting, getattr(preset, setting))
     if args.data is None:
         raise ValueError(f"--backbone {args.backbone} has no dataset of its own; give one with --data")
     begun = any(args.output.glob("checkpoint-*"))
@@ -496,6 +523,9 @@ def main() -> None:
         raise ValueError(f"--encoder-steps must be at least 0, not {args.encoder_steps}")
     if args.encoder_width is not None and args.encoder_width < 1:
         raise ValueError(f"--encoder-width must be at least 1, not {args.encoder_width}")
+    for name in ("lr", "encoder_lr", "ema", "drop_both", "drop_text", "drop_example"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be 0 … 1, not {getattr(args, name)}")
     if not 0 < args.noise_power < math.inf:
         raise ValueError(f"--noise-power must be above 0 and finite, not {args.noise_power}")
 
@@ -538,19 +568,24 @@ def main() -> None:
     torch.manual_seed(args.seed)  # the same weights whether the facts above were computed or cached
     options = {"factor": factor, "prompt_encoder_width": args.encoder_width}
     model = RCLDM.from_unet(sd.unet, design, **options).to(device)
-    if args.init:
-        trained, _ = backbone.load_editor(args.init)
-        try:
-            model.load_state_dict(trained.state_dict())
-        except RuntimeError:
-            raise ValueError(f"--init {args.init}: an editor of another architecture") from None
-    elif args.encoder_steps and not begun:
+    for option, part in (("init", model), ("init_encoder", model.prompt_encoder)):
+        if folder := getattr(args, option):
+            trained, _ = backbone.load_editor(folder)
+            weights = (trained if part is model else trained.prompt_encoder).state_dict()
+            try:
+                part.load_state_dict(weights)
+            except RuntimeError:
+                option = option.replace("_", "-")
+                raise ValueError(f"--{option} {folder}: an editor of another architecture") from None
+    if args.encoder_steps and not args.init and not begun:
         teach_prompt_encoder(model, losses_of, data, args, is_main)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
         sd.unet.enable_gradient_checkpointing()
     average = averaged(model, args.ema)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.99))
+    taught = args.init or args.init_encoder or args.encoder_steps
+    groups = parameter_groups(model, args.weight_decay, args.encoder_lr if taught else 1.0)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99))
     start = (
         load_checkpoint(args.output, {"model": model, "average": average}, optimizer) if args.resume else 0
     )
@@ -570,7 +605,7 @@ def main() -> None:
         step = micro // args.accumulate
         g = torch.Generator().manual_seed((args.seed * 1_000_003 + micro) * shares[1] + shares[0])
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = group["lr_share"] * learning_rate(step, args)
         with accelerator.accumulate(wrapped):
             with accelerator.autocast():
                 losses = losses_of(wrapped, batch, g)

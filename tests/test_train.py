@@ -176,12 +176,63 @@ def test_no_noise_level_is_out_of_range(power):
     assert above == pytest.approx(0.5 ** (1 / power), abs=0.02)
 
 
+def test_an_edit_weighs_the_same_however_small_it_is():
+    query = torch.zeros(3, 2, 4, 8, 8)
+    query[0, 1, :, 2, 5] = 0.5  # one place
+    query[1, 1, :, :2] = 3.0  # a quarter of the panel; the third is an edit that changes nothing
+    weight = train.place_weights(query, answer_weight=4.0, edit_weight=0.5)
+    assert weight.shape == (3, 1, 16, 16)
+    answer = weight[..., 8:, 8:].clone()
+    weight[..., 8:, 8:] = 1
+    assert (weight == 1).all()  # the given panels
+    assert answer[1, 0, 0, 0] == 4 * (1 + 0.5 * 4) and answer[1, 0, 7, 7] == 4
+    assert answer[0, 0, 2, 5] == 4 * (1 + 0.5 * 32)  # bounded: 64 times the mean otherwise
+    assert (answer[2] == 4).all()
+    assert answer[1].mean() == pytest.approx(4 * 1.5)
+    assert torch.equal(train.place_weights(query, 4.0, 0.0)[..., 8:, 8:], torch.full((3, 1, 8, 8), 4.0))
+
+
 def test_training_goes_on_from_an_editor(run, tmp_path):
     quick = ("--no-esm", "--no-liu", "--no-sam", "--steps", "1")
     run(*quick, "--lr", "1e-2", output=tmp_path / "first")
     run(*quick, "--lr", "1e-9", "--init", str(tmp_path / "first" / "editor"), output=tmp_path / "second")
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert all(torch.allclose(first[k], second[k], atol=1e-6) for k in first)
+
+
+def test_teaching_goes_on_from_an_editors_prompt_encoder(run, tmp_path):
+    quick = ("--no-esm", "--no-liu", "--no-sam", "--steps", "1", "--lr", "0")
+    run(*quick, "--encoder-steps", "3", "--seed", "7", output=tmp_path / "first")
+    start = ("--init-encoder", str(tmp_path / "first" / "editor"))
+    run(*quick, "--encoder-steps", "0", output=tmp_path / "fresh")
+    run(*quick, "--encoder-steps", "0", *start, output=tmp_path / "copied")
+    run(*quick, "--encoder-steps", "3", *start, output=tmp_path / "taught")
+    first, fresh, copied, taught = (weights(tmp_path / k) for k in ("first", "fresh", "copied", "taught"))
+    for name in first:
+        source = first if name.startswith("prompt_encoder.") else fresh
+        assert torch.equal(copied[name], source[name])
+    assert any(not torch.equal(taught[k], first[k]) for k in first if k.startswith("prompt_encoder.blocks"))
+
+
+def test_a_taught_encoder_learns_at_its_own_rate(run, tmp_path):
+    quick = ("--no-esm", "--no-liu", "--no-sam", "--steps", "4", "--encoder-steps", "2", "--lr", "1e-2")
+    for share in "0", "1":
+        run(*quick, "--encoder-lr", share, output=tmp_path / share)
+    run(*quick, "--steps", "1", "--lr", "0", output=tmp_path / "before")
+    before, still, moving = (weights(tmp_path / k) for k in ("before", "0", "1"))
+    encoder = [name for name in before if name.startswith("prompt_encoder.")]
+    assert encoder and all(torch.equal(before[k], still[k]) for k in encoder)
+    assert not all(torch.equal(before[k], moving[k]) for k in encoder)
+    assert any(not torch.equal(before[k], still[k]) for k in before if k not in encoder)
+
+
+def test_dropout_has_the_shares_asked_for():
+    text, example = train.dropout(20_000, (0.05, 0.2, 0.3), torch.Generator().manual_seed(0))
+    shares = {"neither": ~text & ~example, "pair": ~text & example, "words": text & ~example}
+    shares = {name: found.float().mean().item() for name, found in shares.items()}
+    assert shares == pytest.approx({"neither": 0.05, "pair": 0.2, "words": 0.3}, abs=0.015)
+    text, example = train.dropout(2000, (0.0, 0.0, 0.1), torch.Generator().manual_seed(0))
+    assert text.all() and 0.05 < (~example).float().mean() < 0.15
 
 
 @pytest.mark.parametrize(
@@ -199,6 +250,9 @@ def test_training_goes_on_from_an_editor(run, tmp_path):
         (("--encoder-steps", "-1"), {}, "--encoder-steps"),
         (("--encoder-width", "-5"), {}, "--encoder-width"),
         (("--noise-power", "nan"), {}, "--noise-power"),
+        (("--drop-text", "1.5"), {}, "--drop-text"),
+        (("--lr", "-1"), {}, "--lr"),
+        (("--encoder-lr", "nan"), {}, "--encoder-lr"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(
@@ -217,9 +271,11 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_an_editor_folder_of_another_architecture_is_refused(run, tmp_path, capsys):
+@pytest.mark.parametrize("option", ["--init", "--init-encoder"])
+def test_an_editor_folder_of_another_architecture_is_refused(run, tmp_path, capsys, option):
     quick = ("--no-esm", "--no-liu", "--no-sam", "--steps", "1")
     run(*quick, "--no-rcldm", output=tmp_path / "conv")
     with pytest.raises(SystemExit) as stopped:
-        run(*quick, "--init", str(tmp_path / "conv" / "editor"))
-    assert stopped.value.code == 2 and "another architecture" in capsys.readouterr().err
+        run(*quick, option, str(tmp_path / "conv" / "editor"))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"train.py: error: {option} " in error and "architecture" in error
