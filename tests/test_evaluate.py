@@ -11,7 +11,7 @@ from PIL import Image
 
 import evaluate
 from dataset import VisualPromptDataset, load_image, read_pairs, to_panel
-from toy import score, world
+from toy import failures, score, world
 
 
 @pytest.fixture(scope="module")
@@ -290,8 +290,8 @@ def test_edits_of_one_and_the_same_picture_are_one_candidate(monkeypatch):
     edited = scene.put(face, mouth="smile")
     made = [(world.Edit("smile", "face"), edited), (world.Edit("frown", "face"), edited)]
     monkeypatch.setattr(world, "candidates", lambda scene: made)
-    pictures, families = score.candidates(scene)
-    assert families == ["unedited", "smile"] and len(pictures) == 2
+    pictures, edits = score.candidates(scene)
+    assert edits == [None, made[0][0]] and len(pictures) == 2
 
 
 def test_face_error_is_that_of_the_face():
@@ -304,6 +304,24 @@ def test_face_error_is_that_of_the_face():
     assert scored["mae_face"] == scored["mae_inside"] == 0 and scored["mae_outside"] > 50
     gone = score.Truth(scene, world.Edit("remove", "face"))
     assert gone.score(gone.picture)["mae_face"] is None
+
+
+def test_the_page_of_failures_shows_the_first_of_each_family(data, tmp_path, editor):
+    editor.copies = True  # all wrong, and nearest to the input
+    run(data, tmp_path)
+    folder, page = tmp_path / "seen" / "both", tmp_path / "new" / "page.md"
+    failures.main([str(folder), "--out", str(page), "--each", "1"])
+    (result,) = score.score([folder])
+    text = page.read_text()
+    for family, counts in result["families"].items():
+        assert f"| {family} | 0 of {counts['n']} | unedited {counts['n']} |" in text
+    rows = failures.first_failures(result, 1)
+    assert [row["family"] for row in rows] == sorted(result["families"])
+    with Image.open(page.with_suffix(".png")) as sheet:
+        panels = np.asarray(sheet)[32 : 32 + 96, 12 : 12 + 6 * 96].reshape(96, 6, 96, 3).swapaxes(0, 1)
+    _, _, before, answer, truth, nearest = panels
+    assert np.array_equal(before, answer) and np.array_equal(answer, nearest)
+    assert not np.array_equal(truth, answer)
 
 
 def test_wilson_interval():

@@ -44,12 +44,12 @@ EDITED = 8  # levels of 255 by which a pixel of the edited region differs, in an
 # --- One query ----------------------------------------------------------------------------------------------
 
 
-def candidates(scene: world.Scene) -> tuple[np.ndarray, list[str]]:
+def candidates(scene: world.Scene) -> tuple[np.ndarray, list[world.Edit | None]]:
     """All different pictures that one edit makes of the scene, (N, P, P, 3) uint8, the unedited input first;
-    and the family of each, the first in the order of `world.FAMILIES` that makes it."""
-    pictures = {_pixels(scene).tobytes(): UNEDITED}
+    and the edit of each, the first in the order of `world.FAMILIES` that makes it, None for the input."""
+    pictures = {_pixels(scene).tobytes(): None}
     for edit, edited in world.candidates(scene):
-        pictures.setdefault(_pixels(edited).tobytes(), edit.family)
+        pictures.setdefault(_pixels(edited).tobytes(), edit)
     shape = (len(pictures), world.PANEL, world.PANEL, 3)
     return np.frombuffer(b"".join(pictures), np.uint8).reshape(shape), list(pictures.values())
 
@@ -66,7 +66,7 @@ class Truth:
         if after is None:
             raise ValueError(f"the edit {edit} cannot be made of its scene")
         self.family = edit.family
-        self.pictures, self.families = candidates(scene)
+        self.pictures, self.edits = candidates(scene)
         self.picture = _pixels(after)
         change = np.abs(self.picture.astype(np.int16) - self.pictures[0]).max(axis=-1)
         self.edited = change > EDITED  # (P, P) bool
@@ -74,16 +74,23 @@ class Truth:
 
     def score(self, answer: np.ndarray) -> dict:
         """Of one answer (P, P, 3) uint8. An error over an empty region is None."""
-        distance = np.square(self.pictures - answer.astype(np.float32)).mean(axis=(1, 2, 3))  # (N,)
-        nearest = int(distance.argmin())
+        nearest = self.nearest(answer)
         right = nearest > 0 and np.array_equal(self.pictures[nearest], self.picture)
+        edit = self.edits[nearest]
+        family = edit.family if edit else UNEDITED
         return {
             "family": self.family,
-            "nearest": self.family if right else self.families[nearest],
+            "nearest": self.family if right else family,
+            "nearest_edit": edit.instruction if edit else UNEDITED,
             "right": right,
             "candidates": len(self.pictures),
             **{f"mae_{region}": error for region, error in self.errors(answer).items()},
         }
+
+    def nearest(self, answer: np.ndarray | Image.Image) -> int:
+        """The index of the candidate nearest to an answer (P, P, 3) uint8, in mean squared error."""
+        answer = np.asarray(answer, np.float32)
+        return int(np.square(self.pictures - answer).mean(axis=(1, 2, 3)).argmin())
 
     def errors(self, answer: np.ndarray) -> dict[str, float | None]:
         """Mean absolute error of a picture (P, P, 3) uint8 by region."""

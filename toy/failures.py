@@ -1,0 +1,103 @@
+"""A page of what an editor gets wrong: how each family of edits fares, what is made instead, and pictures.
+
+    python evaluate.py --split seen --mode both
+    python toy/failures.py out/eval/seen/both --out docs/failures.md
+
+For every family the page has its share of right answers and the families whose pictures the wrong ones came
+nearest to; below, the first wrong answers of each family in the order of the queries, which a seed has drawn:
+nothing is picked. Beside answer and truth stands the candidate that was nearer to the answer than the truth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import backbone
+from dataset import load_image
+from evaluate import write_whole
+from toy import score, world
+
+SIDE, LINE, GAP = 96, 16, 12  # pixels of a panel, of a line of text, between columns
+PANELS = ("example before", "example after", "input", "answer", "truth", "nearest")
+
+
+def table(result: dict) -> str:
+    """A row a family, from most to fewest right: right answers, and what the others came nearest to."""
+    rows = ["| family | right | nearest when wrong |", "| --- | ---: | --- |"]
+    by_share = sorted(result["families"].items(), key=lambda item: -item[1]["accuracy"])
+    for family, counts in by_share:
+        wrong = Counter(
+            row["nearest"] for row in result["answers"] if row["family"] == family and not row["right"]
+        )
+        nearest = ", ".join(f"{name} {count}" for name, count in wrong.most_common())
+        right = counts["n"] - wrong.total()
+        rows.append(f"| {family} | {right} of {counts['n']} | {nearest or '–'} |")
+    return "\n".join(rows) + "\n"
+
+
+def first_failures(result: dict, each: int) -> list[dict]:
+    """The first `each` wrong answers of every family, by family."""
+    wrong: dict[str, list[dict]] = {}
+    for row in result["answers"]:
+        if not row["right"]:
+            wrong.setdefault(row["family"], []).append(row)
+    return [row for family in sorted(wrong) for row in wrong[family][:each]]
+
+
+def sheet(folder: Path, rows: list[dict]) -> Image.Image:
+    """A line of six panels for each row, two lines side by side."""
+    records = {record["answer"]: record for record in score.read_answers(folder)}
+    width, height = len(PANELS) * SIDE + GAP, SIDE + LINE
+    page = Image.new("RGB", (2 * width + GAP, -(-len(rows) // 2) * height + LINE + GAP), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=11)
+    for k, row in enumerate(rows):
+        record = records[row["answer"]]
+        scene = world.scene_from_json(json.loads(record["scene"]))
+        truth = score.Truth(scene, world.Edit(**json.loads(record["edit"])))
+        nearest = truth.nearest(load_image(folder / row["answer"]))
+        files = record["example_input"], record["example_output"], record["input"], folder / row["answer"]
+        panels = [*map(load_image, files), *map(Image.fromarray, (truth.picture, truth.pictures[nearest]))]
+        x, y = GAP + k % 2 * width, LINE + k // 2 * height
+        draw.text((x + 2, y + 1), f"{record['canonical']}; nearest: {row['nearest_edit']}", "black", font)
+        for j, (name, panel) in enumerate(zip(PANELS, panels)):
+            if k < 2:
+                draw.text((x + j * SIDE + 2, 1), name, "grey", font)
+            page.paste(panel.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (x + j * SIDE, y + LINE))
+    return page
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write a page of what an editor gets wrong.")
+    parser.add_argument("folder", type=Path, help="with answers.jsonl, as evaluate.py writes it")
+    parser.add_argument("--out", type=Path, required=True, metavar="PAGE.md", help="a .png goes beside it")
+    parser.add_argument("--each", type=int, default=2, help="pictures of each family")
+    args = parser.parse_args(argv)
+    with backbone.one_line_errors("failures.py"):
+        if args.out.suffix != ".md":
+            raise ValueError(f"--out {args.out}: give a name that ends in .md")
+        (result,) = score.score([args.folder])
+        rows = first_failures(result, args.each)
+        picture = args.out.with_suffix(".png")
+        text = (
+            f"# What goes wrong on `{result['split']}`, given {result['mode']}\n\n"
+            f"Written by `python toy/failures.py {args.folder} --out {args.out}`: {result['n']} queries, "
+            f"{100 * result['accuracy']:.1f} % right.\n\n{table(result)}\n"
+            f"The first {args.each} wrong answers of each family, by query number:\n\n"
+            f"![example pair, input, answer, truth and the nearest candidate]({picture.name})\n"
+        )
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        page = sheet(args.folder, rows)
+        write_whole(picture, lambda file: page.save(file, format="PNG"))
+        write_whole(args.out, lambda file: file.write_text(text, encoding="utf-8"))
+        print(args.out)
+
+
+if __name__ == "__main__":
+    main()
