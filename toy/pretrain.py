@@ -627,7 +627,7 @@ def train_editor(args: argparse.Namespace) -> None:
 
     run = args.runs.parent / "editor"
     command = [sys.executable, "train.py", "--output", run, "--seed", args.seed, "--device", args.device]
-    command += ["--encoder-steps", args.scaled(16_500), "--encoder-width", 96, "--steps", args.scaled(3400)]
+    command += ["--encoder-steps", args.scaled(16_500), "--encoder-width", 96, "--steps", args.scaled(2700)]
     command += ["--ema", 0.999]
     command += ["--resume"] if run.exists() else []
     subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[1], check=True)
