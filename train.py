@@ -482,7 +482,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, encoder_lr: float) -
     """Weight decay for matrices alone: not for norms, biases and the scan's own parameters.
 
     Choice: a prompt encoder that has been taught learns at `encoder_lr` of the others' rate. The links need a
-    high one to grow from zero, and it would soon undo what the encoder knows.
+    high one to grow from zero, which may undo what the encoder knows; not compared with all else equal.
     """
     plain = ("A_logs", "Ds", "dt_projs_bias")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
