@@ -91,7 +91,7 @@ def settings() -> argparse.Namespace:
     add("--lr", type=float, help="peak (default: the preset's); warm-up, then cosine to a tenth of it")
     add("--warmup", type=int, default=50, help="steps")
     add("--encoder-steps", type=int, default=2000, help="before all others, of the prompt encoder alone")
-    add("--encoder-lr", type=float, default=0.1, help="of the taught encoder in the other steps, times --lr")
+    add("--encoder-lr", type=float, default=0.1, help="of a taught encoder thereafter, times --lr; 0: frozen")
     add("--encoder-width", type=int, help="channels of its blocks (default: as the U-Net's first level)")
     add("--noise-power", type=float, default=1.7, help="above 1: strong noise comes more often than weak")
     add("--weight-decay", type=float, default=0.01)
@@ -265,6 +265,14 @@ def draw_timesteps(u: Tensor, power: float, count: int) -> Tensor:
     return (share * count).long().clamp(max=count - 1)  # a share may round to 1
 
 
+def prediction_target(x_0: Tensor, noise: Tensor, t: Tensor, scheduler) -> Tensor:
+    """What this scheduler's U-Net is to answer for x_t, from which `esm.predict_x0` tells x_0."""
+    kind = scheduler.config.prediction_type
+    if kind == "v_prediction":
+        return scheduler.get_velocity(x_0, noise, t)
+    return x_0 if kind == "sample" else noise
+
+
 def place_weights(query: Tensor, answer_weight: float, edit_weight: float) -> Tensor:
     """What an error weighs by its place, (B, 1, 2p, 2p), from the query pairs' latents (B, 2, C, p, p).
 
@@ -333,8 +341,7 @@ class Losses:
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         prediction = self.sd.unet(x_t, t, states, **residuals).sample.float()
 
-        velocity = scheduler.config.prediction_type == "v_prediction"
-        target = scheduler.get_velocity(x_0, noise, t) if velocity else noise
+        target = prediction_target(x_0, noise, t, scheduler)
         losses = {"dm": self.mean((prediction - target).square(), facts.latents[count:])}
 
         x_0_hat = esm.predict_x0(x_t, prediction, t, scheduler)
@@ -488,6 +495,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, encoder_lr: float) -
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         share = encoder_lr if name.startswith("prompt_encoder.") else 1.0
+        parameter.requires_grad_(share > 0)  # what is frozen needs no way back, a third of a step
+        if not share:
+            continue
         decay = 0.0 if parameter.ndim <= 1 or name.endswith(plain) else weight_decay
         groups.setdefault((share, decay), []).append(parameter)
     return [

@@ -8,6 +8,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_edit import save_stable_diffusion
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 import backbone
+import esm
 import train
 from edit import Editor
 
@@ -174,6 +176,16 @@ def test_no_noise_level_is_out_of_range(power):
     assert ((t >= 0) & (t < 1000)).all()
     above = (t[2:] >= 500).float().mean().item()
     assert above == pytest.approx(0.5 ** (1 / power), abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_target_of_every_kind_of_prediction_tells_the_clean_latents(kind):
+    scheduler = DDIMScheduler(prediction_type=kind)
+    x_0, noise = torch.randn(2, 3, 4, 8, 8)
+    t = torch.tensor([1, 200, 600])
+    target = train.prediction_target(x_0, noise, t, scheduler)
+    told = esm.predict_x0(scheduler.add_noise(x_0, noise, t), target, t, scheduler)
+    assert torch.allclose(told, x_0, atol=1e-4)
 
 
 def test_an_edit_weighs_the_same_however_small_it_is():
