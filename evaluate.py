@@ -144,7 +144,9 @@ def answer_all(
     progress = tqdm(total=len(queries), initial=len(queries) - len(to_do), desc=folder.name, unit="answer")
     with progress, open(folder / "answers.jsonl", "a", encoding="utf-8") as lines:
         for ks in (to_do[first : first + batch] for first in range(0, len(to_do), batch)):
-            panels = torch.stack([data[0, queries[k].index]["panels"] for k in ks])  # (B, 4, 3, P, P)
+            pairs = [(queries[k].example, queries[k].index) for k in ks]
+            panels = [torch.stack([*data.load_pair(i), *data.load_pair(j)]) for i, j in pairs]
+            panels = torch.stack(panels)  # (B, 4, 3, P, P)
             latents = editor.sample(
                 panels[:, :2],
                 [mode != "instruction"] * len(ks),

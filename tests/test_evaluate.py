@@ -28,7 +28,7 @@ class FakeEditor:
 
     def __init__(self, data, copies: bool = False) -> None:
         self.settings = {"steps": 7, "guidance_text": 1.5, "guidance_visual": 1.0}
-        self.copies, self.calls, self.stop_after = copies, [], None
+        self.copies, self.calls, self.shown, self.stop_after = copies, [], [], None
         pairs = [
             [to_panel(load_image(picture), 64) for picture in (pair.input, pair.output)]
             for pair in read_pairs(data, "seen")
@@ -43,6 +43,7 @@ class FakeEditor:
             raise KeyboardInterrupt
         assert examples.shape == (len(queries), 2, 3, 64, 64)
         self.calls.append((has_example, instructions, seeds, sampling))
+        self.shown += list(examples)
         return queries
 
     def decode_answers(self, latents):
@@ -109,8 +110,10 @@ def test_another_pair_is_of_other_words_and_scored_by_its_own_edit(data, tmp_pat
         call[:2] == ([True] * len(call[0]), [""] * len(call[0])) for call in editor.calls
     )
     possible = 0
-    for record in records:
+    for record, shown in zip(records, editor.shown):
         example = pairs[record["example_input"]]
+        for panel, picture in zip(shown, (example.input, example.output)):
+            assert torch.equal(panel, to_panel(load_image(picture), 64))
         assert example.instruction != record["instruction"] and record["example"] == example.extra
         scene = world.scene_from_json(json.loads(record["scene"]))
         edited = world.Edit(**json.loads(example.extra["edit"])).apply(scene)
