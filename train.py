@@ -423,7 +423,7 @@ def save_editor(model: RCLDM, args: argparse.Namespace, step: int) -> None:
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     record |= {"llm": None if args.no_liu else args.llm, "trained_steps": step}
     # Choice: how to sample, unless edit.py is told otherwise.
-    record |= {"steps": 20, "guidance_text": 1.5, "guidance_visual": 2.5}
+    record |= {"steps": 20, "guidance_text": 1.0, "guidance_visual": 1.0}
     (temporary / "instructgie.json").write_text(json.dumps(record, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -282,13 +282,16 @@ def new_unet() -> nn.Module:
 def new_scheduler():
     from diffusers import DDIMScheduler
 
-    # v-prediction down to pure noise: a tiny model paints flat areas in the right colour only if sampling
-    # starts where training ends (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed").
+    # Down to pure noise: a tiny model paints flat areas in the right colour only if sampling starts where
+    # training ends (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed").
+    # Choice: it predicts x_0. Its decoder then draws, at every noise level, what its skip features hold, which
+    # is where the editor's residuals come in. One that predicts noise or velocity draws the picture at strong
+    # noise only, and a frozen one is hard to make draw anything else.
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
+        prediction_type="sample",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
         clip_sample=False,
@@ -382,7 +385,10 @@ def train_unet(args: argparse.Namespace) -> None:
         t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x),), generator=g).to(args.device)
         states = model["text"](tokenize(tokenizer, texts, args.device)).last_hidden_state
         output = model["unet"](scheduler.add_noise(x, noise, t), t, states).sample
-        return {"loss": F.mse_loss(output, scheduler.get_velocity(x, noise, t))}
+        error = (output - x).square().mean((1, 2, 3))
+        # As if it predicted the velocity, but at weak noise no more than five times the weight of pure noise.
+        weight = (1 / (1 - scheduler.alphas_cumprod.to(t.device)[t])).clamp(max=5)
+        return {"loss": (weight * error).mean(), "x_0": error.mean()}
 
     fit("unet", model, loss, steps=args.scaled(2600), lr=1e-3, runs=args.runs, ema_decay=0.997)
     save(model["unet"].half().save_pretrained, folder / "unet")
@@ -627,8 +633,8 @@ def train_editor(args: argparse.Namespace) -> None:
 
     run = args.runs.parent / "editor"
     command = [sys.executable, "train.py", "--output", run, "--seed", args.seed, "--device", args.device]
-    command += ["--encoder-steps", args.scaled(16_500), "--encoder-width", 96, "--steps", args.scaled(2700)]
-    command += ["--ema", 0.999]
+    command += ["--encoder-steps", args.scaled(17_000), "--encoder-width", 96, "--encoder-lr", 0]
+    command += ["--steps", args.scaled(3000), "--ema", 0.999]
     command += ["--resume"] if run.exists() else []
     subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[1], check=True)
     model = RCLDM.from_pretrained(run / "editor").half()
