@@ -284,8 +284,8 @@ def new_scheduler():
 
     # Down to pure noise: a tiny model paints flat areas in the right colour only if sampling starts where
     # training ends (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed").
-    # Choice: it predicts x_0. Its decoder then draws, at every noise level, what its skip features hold, which
-    # is where the editor's residuals come in. One that predicts noise or velocity draws the picture at strong
+    # Choice: it predicts x_0. Its decoder then draws, at every noise level, what its skip features hold, and
+    # there the editor's residuals come in. One that predicts noise or velocity draws the picture at strong
     # noise only, and a frozen one is hard to make draw anything else.
     return DDIMScheduler(
         beta_start=0.00085,
