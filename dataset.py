@@ -214,6 +214,10 @@ class VisualPromptDataset(Dataset):
         pair = self.pairs[i]
         return to_panel(load_image(pair.input), self.size), to_panel(load_image(pair.output), self.size)
 
+    def load_panels(self, example: int, query: int) -> Tensor:
+        """Pair `example`, then pair `query`, unflipped: (4, 3, P, P) as `load_pair`, ordered as a grid."""
+        return torch.stack([*self.load_pair(example), *self.load_pair(query)])
+
     def __getitem__(self, i: int | tuple[int, int]) -> dict[str, Any]:
         """`panels` (4, 3, P, P) float32 in [-1, 1], in the order of `compose_grid`; `instruction`; `index`
         and `example_index` (into `pairs`); `flipped`. Raises ImageError, which names the broken picture.
@@ -221,7 +225,7 @@ class VisualPromptDataset(Dataset):
         An index (epoch, i) asks for item `i` of that epoch, so that a sampler may run on over epochs."""
         epoch, i = i if isinstance(i, tuple) else (None, i)
         query, example, flip = self.draw(i, epoch)
-        panels = torch.stack([*self.load_pair(example), *self.load_pair(query)])
+        panels = self.load_panels(example, query)
         return {
             "panels": panels.flip(-1) if flip else panels,
             "instruction": self.pairs[query].instruction,

@@ -144,9 +144,8 @@ def answer_all(
     progress = tqdm(total=len(queries), initial=len(queries) - len(to_do), desc=folder.name, unit="answer")
     with progress, open(folder / "answers.jsonl", "a", encoding="utf-8") as lines:
         for ks in (to_do[first : first + batch] for first in range(0, len(to_do), batch)):
-            pairs = [(queries[k].example, queries[k].index) for k in ks]
-            panels = [torch.stack([*data.load_pair(i), *data.load_pair(j)]) for i, j in pairs]
-            panels = torch.stack(panels)  # (B, 4, 3, P, P)
+            shown = [data.load_panels(queries[k].example, queries[k].index) for k in ks]
+            panels = torch.stack(shown)  # (B, 4, 3, P, P)
             latents = editor.sample(
                 panels[:, :2],
                 [mode != "instruction"] * len(ks),
@@ -185,7 +184,7 @@ def contact_sheet(
             draw.text((gap + column * width + j * side + 2, 1), name, "grey", font)
     for k, query in enumerate(queries):
         x, y = gap + k % columns * width, line + k // columns * height
-        panels = [tensor_to_image(panel) for i in (query.example, query.index) for panel in data.load_pair(i)]
+        panels = [tensor_to_image(panel) for panel in data.load_panels(query.example, query.index)]
         grey = Image.new("RGB", (side, side), "grey")
         if mode == "instruction":
             panels[:2] = [grey, grey]
