@@ -494,10 +494,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, encoder_lr: float) -
     plain = ("A_logs", "Ds", "dt_projs_bias")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        share = encoder_lr if name.startswith("prompt_encoder.") else 1.0
-        parameter.requires_grad_(share > 0)  # what is frozen needs no way back, a third of a step
-        if not share:
+        if not parameter.requires_grad:
             continue
+        share = encoder_lr if name.startswith("prompt_encoder.") else 1.0
         decay = 0.0 if parameter.ndim <= 1 or name.endswith(plain) else weight_decay
         groups.setdefault((share, decay), []).append(parameter)
     return [
@@ -594,7 +593,9 @@ def main() -> None:
         sd.unet.enable_gradient_checkpointing()
     average = averaged(model, args.ema)
     taught = args.init or args.init_encoder or args.encoder_steps
-    groups = parameter_groups(model, args.weight_decay, args.encoder_lr if taught else 1.0)
+    encoder_lr = args.encoder_lr if taught else 1.0
+    model.prompt_encoder.requires_grad_(encoder_lr > 0)  # frozen, it needs no way back
+    groups = parameter_groups(model, args.weight_decay, encoder_lr)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99))
     start = (
         load_checkpoint(args.output, {"model": model, "average": average}, optimizer) if args.resume else 0
