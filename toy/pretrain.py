@@ -227,16 +227,23 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def new_tokenizer(seed: int):
-    """CLIP's kind of tokenizer (byte-level BPE), trained on the toy world's captions and instructions."""
+    """CLIP's kind of tokenizer (byte-level BPE), trained on the toy world's captions and instructions.
+
+    The trainer numbers its alphabet in a hash table's order, another in every process; here it is sorted.
+    """
     from transformers import CLIPTokenizer
 
     rng = random.Random(seed)
     texts = [world.random_picture(rng).caption() for _ in range(2000)]
     for edit in world.every_edit():
         texts += [edit.instruction] + [world.say(edit, rng) for _ in range(3)]
-    tokenizer = CLIPTokenizer().train_new_from_iterator(texts, vocab_size=1024, show_progress=False)
-    tokenizer.model_max_length = CONTEXT
-    return tokenizer
+    trained = CLIPTokenizer().train_new_from_iterator(texts, vocab_size=1024, show_progress=False)
+    model = json.loads(trained.backend_tokenizer.to_str())["model"]
+    special, merged = trained.all_special_tokens, ["".join(pair) for pair in model["merges"]]
+    alphabet = sorted(set(model["vocab"]) - {*special, *merged})
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*special, *alphabet, *merged]))}
+    merges = [tuple(pair) for pair in model["merges"]]
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT)
 
 
 def tokenize(tokenizer, texts: list[str], device: torch.device) -> Tensor:

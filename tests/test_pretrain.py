@@ -1,0 +1,20 @@
+"""The toy parts' tokenizer: the same in every process, and still the tokenizer that was trained."""
+
+from toy import pretrain, world
+
+
+def test_the_tokenizer_is_a_function_of_the_seed_alone():
+    tokenizer = pretrain.new_tokenizer(0)
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    alphabet = [token for token in vocabulary if len(token.removesuffix("</w>")) == 1]
+    assert vocabulary[: 2 + len(alphabet)] == [*tokenizer.all_special_tokens, *sorted(alphabet)]
+    assert tokenizer.get_vocab() == pretrain.new_tokenizer(0).get_vocab()
+
+
+def test_the_tokenizer_knows_the_words_of_every_instruction():
+    tokenizer = pretrain.new_tokenizer(0)
+    instructions = [edit.instruction for edit in world.every_edit()]
+    assert tokenizer.model_max_length == pretrain.CONTEXT
+    for instruction, ids in zip(instructions, tokenizer(instructions).input_ids):
+        assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+        assert len(ids) == len(instruction.split()) + 2 and tokenizer.decode(ids[1:-1]) == instruction
