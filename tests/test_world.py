@@ -227,6 +227,16 @@ def test_held_out_families_are_held_out(splits):
             assert not families & world.HELD_OUT_FAMILIES
 
 
+def test_training_covers_every_edit_and_no_family_is_rare():
+    instructions, _ = world.SPLITS["train"]
+    pairs = world.draw_split("train", instructions, 2, seed=0)
+    trained = {pair.edit for pair in pairs}
+    assert {pair.edit for pair in world.draw_split("seen", *world.SPLITS["seen"], seed=0)} <= trained
+    families = Counter(pair.edit.family for pair in pairs)
+    assert set(families) == set(world.FAMILIES) - world.HELD_OUT_FAMILIES
+    assert min(families.values()) >= 0.03 * len(pairs) and max(families.values()) <= 0.2 * len(pairs)
+
+
 def test_pairs_are_what_they_say_and_every_instruction_has_two(splits):
     for pairs in splits.values():
         assert all(pair.edit.apply(pair.before) == pair.after for pair in pairs)
