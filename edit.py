@@ -57,6 +57,9 @@ SCHEDULERS = {
     "dpm++": diffusers.DPMSolverMultistepScheduler,
     "unipc": diffusers.UniPCMultistepScheduler,
 }
+# Choice: how an editor samples unless told otherwise; `train.py` records it with what it trained. A scale of
+# 1 is no guidance: one branch instead of three, and on the toy world nothing better was found.
+SAMPLING = {"steps": 20, "guidance_text": 1.0, "guidance_visual": 1.0}
 
 
 # --- The editor ---------------------------------------------------------------------------------------------
@@ -79,7 +82,7 @@ class Editor:
         settings: dict[str, Any] | None = None,
     ) -> None:
         self.sd, self.rcldm, self.unifier, self.panel = sd, rcldm, unifier, panel
-        self.settings = {"steps": 20, "guidance_text": 1.5, "guidance_visual": 1.0} | (settings or {})
+        self.settings = SAMPLING | (settings or {})
         self.factor = 2 ** (len(sd.vae.config.block_out_channels) - 1)  # P / p
         mine, theirs = ({**model.config} for model in (rcldm.trainable_copy, sd.unet))
         for name in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
@@ -130,9 +133,9 @@ class Editor:
         queries: Tensor,
         instructions: list[str],
         seeds: list[int],
-        steps: int = 20,
-        guidance_text: float = 1.5,
-        guidance_visual: float = 1.0,
+        steps: int = SAMPLING["steps"],
+        guidance_text: float = SAMPLING["guidance_text"],
+        guidance_visual: float = SAMPLING["guidance_visual"],
         scheduler: str = "ddim",
         progress: bool = False,
     ) -> Tensor:
@@ -174,9 +177,9 @@ class Editor:
         has_pair = torch.tensor(has_example, device=device).view(-1, 1, 1, 1)
         shown = torch.where(has_pair, shown, alone)
         condition = torch.cat([shown if pair else alone for _, pair in branches])  # (K·B, 3, 2P, 2P)
-        condition = rcldm.encode_condition(condition)
         told, silent = (backbone.encode_text(sd, texts) for texts in (instructions, [""] * batch))
         states = torch.cat([told if text else silent for text, _ in branches])  # (K·B, tokens, D)
+        condition = rcldm.encode_condition(condition, states)
 
         solver = SCHEDULERS[scheduler].from_config(sd.scheduler.config)
         solver.set_timesteps(steps, device=device)
@@ -361,7 +364,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()  # of every part's loading
     editor = Editor.load(args.model, args.device, getattr(torch, args.dtype), llm=bool(instruction))
     size = editor.panel
-    given = {name: getattr(args, name) for name in ("steps", "guidance_text", "guidance_visual")}
+    given = {name: getattr(args, name) for name in SAMPLING}
     sampler = {name: editor.settings[name] if value is None else value for name, value in given.items()}
     sampler["scheduler"] = args.scheduler
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import backbone
 from dataset import VisualPromptDataset, load_image, read_pairs, tensor_to_image
-from edit import Editor
+from edit import SAMPLING, Editor
 
 # What the editor is given besides the query. "other-pair" is a pair of another instruction, and no words: who
 # reads examples makes that other edit, who remembers the training makes the query's own.
@@ -233,7 +233,7 @@ def run(args: argparse.Namespace) -> None:
     editor = Editor.load(args.model, device=args.device)
     data = read_pairs(backbone.data_folder(args.data), args.split)
     data = VisualPromptDataset(data, size=editor.panel, flip=False, seed=args.seed)
-    given = {name: getattr(args, name) for name in ("steps", "guidance_text", "guidance_visual")}
+    given = {name: getattr(args, name) for name in SAMPLING}
     sampling = {k: editor.settings[k] if value is None else value for k, value in given.items()}
     settings = {
         "model": str(args.model),

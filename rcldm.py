@@ -570,13 +570,35 @@ class ZeroVMamba(nn.Module):
 # -------- 5. The visual prompt encoder, and its rival -----------------------------------------------
 
 
+def _heads(dim: int) -> int:
+    """Choice: heads of 64 channels as in ViT, or of the largest size below that divides the width."""
+    return dim // next(size for size in range(min(64, dim), 0, -1) if dim % size == 0)
+
+
+class TextAttention(nn.Module):
+    """x + Attention(norm(x), text), 0 added at the start: (B, H, W, C), (B, T, text_dim) → (B, H, W, C)."""
+
+    def __init__(self, dim: int, text_dim: int):
+        super().__init__()
+        self.heads = _heads(dim)
+        self.norm = nn.LayerNorm(dim)
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(text_dim, 2 * dim, bias=False)
+        self.zero_proj = _zero(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        q = self.q(self.norm(x).flatten(1, 2)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H·W, ·)
+        return x + self.zero_proj(attended.transpose(1, 2).reshape(x.shape))
+
+
 class ViTBlock(nn.Module):
     """The pre-norm transformer block, channels last: (B, H, W, C) → (B, H, W, C), at a cost of (H·W)²."""
 
     def __init__(self, dim: int, mlp_ratio: float):
         super().__init__()
-        # Choice: heads of 64 channels as in ViT, or of the largest size below that divides the width.
-        self.heads = dim // next(size for size in range(min(64, dim), 0, -1) if dim % size == 0)
+        self.heads = _heads(dim)
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -618,9 +640,12 @@ class VisualPromptEncoder(nn.Module):
 
     A patch embedding of log2(factor) convolutions of stride 2 (like VMamba v2's), `depth` blocks, and a
     linear projection that starts at zero. From the first block on, every location has access to the whole
-    grid.
+    grid. With `text_dim`, it also takes the text embeddings (B, T, text_dim), by an attention of each
+    location to the words before each block.
 
-    Choice: depth 4, the width of the U-Net's first level, MLP ratio 2, blocks at latent resolution, N = 1
+    Choice: it reads the instruction, which in the paper's figure enters the U-Nets alone. What the example
+    shows and what the words say are one edit; read together, each settles what the other leaves open.
+    Choice: depth 6, the width of the U-Net's first level, MLP ratio 2, blocks at latent resolution, N = 1
     without gate (VMamba v2). The paper gives none of these.
     Choice: every other VMamba block, the first among them, reads the grid interleaved. On the plain grid a
     pixel's twin in the next panel is half a grid of scanning away, and a state that decays as it goes must
@@ -632,13 +657,14 @@ class VisualPromptEncoder(nn.Module):
     def __init__(
         self,
         out_channels: int,
-        depth: int = 4,
+        depth: int = 6,
         width: int | None = None,
         ssm_d_state: int = 1,
         ssm_ratio: float = 1.0,
         mlp_ratio: float = 2.0,
         factor: int = 8,
         design: str = "vmamba",
+        text_dim: int | None = None,
     ):
         super().__init__()
         if design not in ("vmamba", "vit"):
@@ -656,13 +682,15 @@ class VisualPromptEncoder(nn.Module):
             else VSSBlock(width, ssm_d_state, ssm_ratio, mlp_ratio, **kind)
             for _ in range(depth)
         )
+        readers = depth if text_dim else 0
+        self.text_attentions = nn.ModuleList(TextAttention(width, text_dim) for _ in range(readers))
         self.norm = nn.LayerNorm(width)
         self.zero_proj = _zero(nn.Linear(width, out_channels))
         self.positions = design == "vit"  # VMamba needs none: its scans and convolutions know where they are
         self.interleaved = design == "vmamba"  # to attention all places are equally near
         self.gradient_checkpointing = False
 
-    def forward(self, grid: Tensor) -> Tensor:
+    def forward(self, grid: Tensor, text: Tensor | None = None) -> Tensor:
         x = grid
         for conv, norm in zip(self.stem, self.stem_norms):
             x = x if conv is self.stem[0] else F.gelu(x).permute(0, 3, 1, 2)
@@ -670,6 +698,7 @@ class VisualPromptEncoder(nn.Module):
         if self.positions:
             x = x + _sin_cos_positions(x)
         for i, block in enumerate(self.blocks):
+            x = self.text_attentions[i](x, text) if self.text_attentions else x
             interleaved = self.interleaved and i % 2 == 0
             x = _interleave(x) if interleaved else x
             checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -696,11 +725,13 @@ class RCLDM(ModelMixin, ConfigMixin):
             the latents.
         prompt_encoder_depth, prompt_encoder_width, mlp_ratio: of the `VisualPromptEncoder`; no width means
             that of the U-Net's first level.
+        prompt_encoder_text: whether the `VisualPromptEncoder` reads the instruction too.
         ssm_d_state, ssm_ratio: of all VMamba blocks, those in the links too.
 
     Untrained, every design leaves the U-Net's output exactly as it is: the condition comes in through a
     projection that is zero and goes out through links that are zero. The optimiser's first step moves the
-    links, the second the trainable copy and the encoder's last projection, the third everything.
+    links, the second the trainable copy and the encoder's last projection, the third everything but what the
+    encoder reads of the text, which is behind a zero of its own.
     """
 
     _supports_gradient_checkpointing = True
@@ -711,8 +742,9 @@ class RCLDM(ModelMixin, ConfigMixin):
         unet_encoder: dict,
         design: str = "vmamba",
         factor: int = 8,
-        prompt_encoder_depth: int = 4,
+        prompt_encoder_depth: int = 6,
         prompt_encoder_width: int | None = None,
+        prompt_encoder_text: bool = True,
         mlp_ratio: float = 2.0,
         ssm_d_state: int = 1,
         ssm_ratio: float = 1.0,
@@ -731,7 +763,8 @@ class RCLDM(ModelMixin, ConfigMixin):
             self.prompt_encoder = ControlNetConditioningEmbedding(channels, block_out_channels=widths)
         else:
             sizes = prompt_encoder_depth, prompt_encoder_width, ssm_d_state, ssm_ratio, mlp_ratio, factor
-            self.prompt_encoder = VisualPromptEncoder(channels, *sizes, design)
+            text_dim = copy.config.cross_attention_dim if prompt_encoder_text else None
+            self.prompt_encoder = VisualPromptEncoder(channels, *sizes, design, text_dim)
         if design == "vmamba":
             links = [*copy.controlnet_down_blocks, copy.controlnet_mid_block]  # zero convolutions until here
             links = [ZeroVMamba(link.in_channels, ssm_d_state, ssm_ratio) for link in links]
@@ -748,16 +781,20 @@ class RCLDM(ModelMixin, ConfigMixin):
         model.trainable_copy.load_state_dict(weights, strict=False)  # lacks only the ways in and out
         return model
 
-    def encode_condition(self, grid: Tensor) -> Tensor:
+    def encode_condition(self, grid: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """The condition grid (B, 3, H, W) in [-1, 1] → its encoding (B, C0, H/factor, W/factor).
 
+        encoder_hidden_states: text embeddings (B, T, cross_attention_dim); design "conv" does not read them.
         Zeros of the encoding's shape mean "no visual prompt": the trainable copy then sees the latents alone.
         """
         sides = 2 * self.config.factor  # two panels, each a whole number of latents
         if grid.dim() != 4 or grid.shape[1] != 3 or grid.shape[2] % sides or grid.shape[3] % sides:
             wanted = f"(B, 3, H, W) with H and W multiples of {sides}"
             raise ValueError(f"the condition grid must be {wanted}, got {(*grid.shape,)}")
-        return self.prompt_encoder(grid.to(self.dtype))
+        if self.config.design == "conv":
+            return self.prompt_encoder(grid.to(self.dtype))
+        grid = grid.expand(len(encoder_hidden_states), -1, -1, -1)  # one grid may stand for all
+        return self.prompt_encoder(grid.to(self.dtype), encoder_hidden_states.to(self.dtype))
 
     def forward(
         self,
@@ -793,7 +830,7 @@ class RCLDM(ModelMixin, ConfigMixin):
         if shape in ((1, c0, h, w), (batch, c0, h, w)):
             features = controlnet_cond
         elif shape in ((1, 3, f * h, f * w), (batch, 3, f * h, f * w)):
-            features = self.encode_condition(controlnet_cond)
+            features = self.encode_condition(controlnet_cond, encoder_hidden_states)
         else:
             wanted = f"a grid ({batch}, 3, {f * h}, {f * w}) or its encoding ({batch}, {c0}, {h}, {w})"
             raise ValueError(f"for latents {(*sample.shape,)} the condition must be {wanted}, got {shape}")
@@ -847,7 +884,8 @@ def main() -> None:
             sizes, largest = [(*r.shape[1:],) for r in (*down, mid)], max(r.abs().max() for r in (*down, mid))
             print(f"          residuals {sizes}, the largest {largest:g}")
             print(f"          the U-Net's output is unchanged to the last bit: {same}")
-        print(f"   condition grid {(*grid.shape,)} → encoding {(*model.encode_condition(grid).shape,)}")
+        encoding = model.encode_condition(grid, inputs[2])
+        print(f"   condition grid {(*grid.shape,)} → encoding {(*encoding.shape,)}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from dataset import (
     read_pairs,
     tensor_to_image,
 )
-from edit import Editor
+from edit import SAMPLING, Editor
 from rcldm import RCLDM
 
 # ----------------------------------------------------------------------------------------------------------
@@ -80,6 +80,7 @@ def settings() -> argparse.Namespace:
     # The contributions. Each has a switch, as in the paper's ablation.
     add("--no-rcldm", action="store_true", help="ControlNet's convolutions in place of VMamba")
     add("--encoder", default="vmamba", choices=("vmamba", "vit"), help="what the RCLDM is built of")
+    add("--no-encoder-text", action="store_true", help="the figure's: words to the U-Nets alone")
     add("--no-esm", action="store_true", help="without editing-shift matching")
     add("--no-liu", action="store_true", help="instructions as people wrote them")
     add("--no-sam", action="store_true", help="without selective-area matching")
@@ -110,8 +111,8 @@ def settings() -> argparse.Namespace:
     add("--sam-classes", nargs="+", help="names of the segmenter's classes (default: the preset's)")
     add("--sam-propose", action="store_true", help="let the language model choose the segmenter's classes")
     # Dropout makes guidance possible, and edits by the example alone or by the instruction alone.
-    add("--drop-text", type=float, default=0.2, help="share of samples without the instruction")
-    add("--drop-example", type=float, default=0.3, help="share of samples without the example pair")
+    add("--drop-text", type=float, default=0.3, help="share of samples without the instruction")
+    add("--drop-example", type=float, default=0.4, help="share of samples without the example pair")
     add("--drop-both", type=float, default=0.05, help="share of samples without either")
     add("--panel", type=int, help="P, pixels along a panel's side (default: the preset's)")
     add("--flip", action="store_true", help="mirror half of the grids; encodes every step instead of once")
@@ -307,7 +308,7 @@ class Losses:
     def draw(
         self, batch: dict, drop: tuple[float, float, float], g: torch.Generator, device: torch.device
     ) -> tuple[Tensor, Tensor, Facts, Tensor]:
-        """A step's condition grids, their latents x_0, facts, and which samples keep their text (B,)."""
+        """A step's condition grids, their latents x_0, facts, and text embeddings (B, T, D)."""
         count = len(batch["index"])
         keep_text, keep_example = dropout(count, drop, g)
         facts = self.look_up(batch, device)
@@ -317,7 +318,8 @@ class Losses:
         condition[gone] = drop_example(condition[gone])
         latents[:count][gone] = self.grey.to(latents)  # the model is not asked to invent an example
         x_0 = compose_grid(*latents[:count].unbind(1), *latents[count:].unbind(1))
-        return condition, x_0, facts, keep_text
+        row = torch.where(keep_text, self.rows[batch["index"]], len(self.texts) - 1)
+        return condition, x_0, facts, self.texts[row.to(self.texts.device)].to(device)
 
     def mean(self, error: Tensor, query: Tensor) -> Tensor:
         """Weighted mean of errors (B, C, 2p, 2p) of grids; query (B, 2, C, p, p) as above."""
@@ -329,13 +331,11 @@ class Losses:
         device = self.sd.unet.device
         count = len(batch["index"])
         drop = args.drop_both, args.drop_text, args.drop_example
-        condition, x_0, facts, keep_text = self.draw(batch, drop, g, device)
+        condition, x_0, facts, states = self.draw(batch, drop, g, device)
         noise = torch.randn(x_0.shape, generator=g).to(device)
         timesteps = scheduler.config.num_train_timesteps
         t = draw_timesteps(torch.rand(count, generator=g), args.noise_power, timesteps).to(device)
         x_t = scheduler.add_noise(x_0, noise, t)
-        row = torch.where(keep_text, self.rows[batch["index"]], len(self.texts) - 1)
-        states = self.texts[row.to(self.texts.device)].to(device)
 
         down, mid = model(x_t, t, states, condition, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
@@ -388,15 +388,16 @@ def teach_prompt_encoder(
     steps = range(start, args.encoder_steps)
     order = list(draw_order(len(data), args.batch, args.seed + 1, steps, 0, 1))
     loader = DataLoader(data, batch_sampler=order, num_workers=args.workers)
+    drop = args.drop_both, args.drop_text, args.drop_example
     total = args.encoder_steps
     progress = tqdm(loader, "prompt encoder", total, initial=start, mininterval=2, disable=not is_main)
     for step, batch in zip(steps, progress):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - step / args.encoder_steps)
+            group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / args.encoder_steps)
         g = torch.Generator().manual_seed((args.seed + 1) * 1_000_003 + step)
-        # It reads no text, and learns from the example: few samples go without, to know them by their grey.
-        condition, x_0, facts, _ = losses_of.draw(batch, (0.0, 0.0, 0.1), g, device)
-        loss = losses_of.mean((encoder(condition) - x_0).square(), facts.latents[len(x_0) :])
+        condition, x_0, facts, states = losses_of.draw(batch, drop, g, device)
+        guess = model.encode_condition(condition, states)
+        loss = losses_of.mean((guess - x_0).square(), facts.latents[len(x_0) :])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -421,9 +422,7 @@ def save_editor(model: RCLDM, args: argparse.Namespace, step: int) -> None:
     temporary = args.output / f".editor.{os.getpid()}"
     model.save_pretrained(temporary)
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    record |= {"llm": None if args.no_liu else args.llm, "trained_steps": step}
-    # Choice: how to sample, unless edit.py is told otherwise.
-    record |= {"steps": 20, "guidance_text": 1.0, "guidance_visual": 1.0}
+    record |= {"llm": None if args.no_liu else args.llm, "trained_steps": step} | SAMPLING
     (temporary / "instructgie.json").write_text(json.dumps(record, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
@@ -576,6 +575,7 @@ def main() -> None:
     factor = args.panel // losses_of.grey.shape[-1]
     torch.manual_seed(args.seed)  # the same weights whether the facts above were computed or cached
     options = {"factor": factor, "prompt_encoder_width": args.encoder_width}
+    options["prompt_encoder_text"] = not args.no_encoder_text
     model = RCLDM.from_unet(sd.unet, design, **options).to(device)
     for option, part in (("init", model), ("init_encoder", model.prompt_encoder)):
         if folder := getattr(args, option):

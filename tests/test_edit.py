@@ -140,7 +140,7 @@ def branches(editor, edits, monkeypatch, **options):
     encode = editor.rcldm.encode_condition
     hook = editor.sd.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     monkeypatch.setattr(
-        editor.rcldm, "encode_condition", lambda grid: encoded.append(len(grid)) or encode(grid)
+        editor.rcldm, "encode_condition", lambda *inputs: encoded.append(len(inputs[0])) or encode(*inputs)
     )
     draw(editor, edits, **options)
     hook.remove()
@@ -305,7 +305,7 @@ def test_settings_are_stored_and_make_the_answer_again(command):
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
     command(*common, "--output", "c.png")  # the editor's own settings, and the class's where it has none
     record = json.loads(Image.open("c.png").text["instructgie"])
-    assert (record["steps"], record["guidance_text"], record["guidance_visual"]) == (2, 1.5, 1.0)
+    assert (record["steps"], record["guidance_text"], record["guidance_visual"]) == (2, 1.0, 1.0)
 
 
 def test_folders_clashing_stems_several_images_and_grids(command, here):

@@ -421,18 +421,18 @@ def test_untrained_it_changes_no_bit(unet, inputs, grid, design):
     model = RCLDM.from_unet(unet, design)
     with torch.no_grad():
         assert torch.equal(edited(unet, model, inputs, grid), unet(*inputs).sample)
-        assert not model.encode_condition(grid).any()
+        assert not model.encode_condition(grid, inputs[2]).any()
     shapes = [(2, 16, 8, 8), (2, 16, 8, 8), (2, 16, 4, 4), (2, 32, 4, 4), (2, 32, 4, 4)]
     assert [tuple(r.shape) for r in all_residuals(model(*inputs, grid))] == shapes
 
 
 @pytest.mark.parametrize("design", rcldm.DESIGNS)
-def test_everything_learns_from_the_third_step_on(unet, inputs, grid, design):
+def test_everything_learns_from_the_fourth_step_on(unet, inputs, grid, design):
     torch.manual_seed(0)
     model = RCLDM.from_unet(unet, design, prompt_encoder_depth=2)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
     with_gradient = []
-    for _ in range(3):
+    for _ in range(4):
         optimiser.zero_grad()
         (edited(unet, model, inputs, grid) - inputs[0]).square().mean().backward()
         moving = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -441,7 +441,9 @@ def test_everything_learns_from_the_third_step_on(unet, inputs, grid, design):
     names = {name for name, _ in model.named_parameters()}
     assert with_gradient[0] and all("controlnet_" in name for name in with_gradient[0])
     assert any(name.startswith("prompt_encoder") for name in with_gradient[1])
-    assert not names - with_gradient[2]
+    words = {name for name in names if "text_attentions" in name and "zero_proj" not in name}
+    assert names - with_gradient[2] == words and bool(words) == (design != "conv")
+    assert not names - with_gradient[3]
     with torch.no_grad():
         assert not torch.equal(edited(unet, model, inputs, grid), edited(unet, model, inputs, -grid))
 
@@ -465,7 +467,7 @@ def test_saved_and_loaded_it_is_the_same(unet, inputs, grid, design, tmp_path):
 def test_the_condition_may_be_encoded_once(unet, inputs, grid, design):
     model = awake(RCLDM.from_unet(unet, design, prompt_encoder_depth=1))
     with torch.no_grad():
-        encoding = model.encode_condition(grid)
+        encoding = model.encode_condition(grid, inputs[2])
         assert encoding.shape == (2, 16, 8, 8) and encoding.any()
         inline, once = (all_residuals(model(*inputs, condition)) for condition in (grid, encoding))
         assert all(torch.equal(a, b) for a, b in zip(inline, once))
@@ -473,6 +475,22 @@ def test_the_condition_may_be_encoded_once(unet, inputs, grid, design):
         assert all(torch.equal(a, b) for a, b in zip(*map(all_residuals, for_all)))
         halved = all_residuals(model(*inputs, encoding, conditioning_scale=0.5))
         assert all(torch.equal(a * 0.5, b) for a, b in zip(once, halved))
+
+
+@pytest.mark.parametrize("design", ["vmamba", "vit"])
+def test_the_prompt_encoder_reads_the_instruction_unless_told_not_to(unet, inputs, grid, design):
+    reading, deaf = (
+        awake(RCLDM.from_unet(unet, design, prompt_encoder_depth=2, prompt_encoder_text=text))
+        for text in (True, False)
+    )
+    said, other = inputs[2], inputs[2].flip(0)
+    with torch.no_grad():
+        change = reading.encode_condition(grid, other) - reading.encode_condition(grid, said)
+        assert (change.abs().amax((1, 2, 3)) > 1e-3).all()
+        assert torch.equal(deaf.encode_condition(grid, other), deaf.encode_condition(grid, said))
+        one_grid = reading.encode_condition(grid[:1], said)
+        torch.testing.assert_close(one_grid, reading.encode_condition(grid[:1].expand(2, -1, -1, -1), said))
+    assert not any("text_attentions" in name for name in deaf.state_dict())
 
 
 def test_other_factors_and_shapes_of_the_grid(unet, inputs):
@@ -499,7 +517,7 @@ def test_a_wrong_condition_is_one_clear_line(unet, inputs):
         ):
             model(*inputs, torch.zeros(shape))
     with pytest.raises(ValueError, match="multiples of 16"):
-        model.encode_condition(torch.zeros(1, 3, 56, 64))
+        model.encode_condition(torch.zeros(1, 3, 56, 64), inputs[2][:1])
     with pytest.raises(ValueError, match="unknown design 'swin'"):
         RCLDM.from_unet(unet, "swin")
     with pytest.raises(ValueError, match="power of two"):
