@@ -576,7 +576,10 @@ def _heads(dim: int) -> int:
 
 
 class TextAttention(nn.Module):
-    """x + Attention(norm(x), text), 0 added at the start: (B, H, W, C), (B, T, text_dim) → (B, H, W, C)."""
+    """Stable Diffusion's cross-attention, channels last: (B, H, W, C), (B, T, text_dim) → (B, H, W, C).
+
+    x + Attention(norm(x), text), its last projection zero at the start.
+    """
 
     def __init__(self, dim: int, text_dim: int):
         super().__init__()

@@ -306,10 +306,11 @@ class Losses:
         return Facts(*known)
 
     def draw(
-        self, batch: dict, drop: tuple[float, float, float], g: torch.Generator, device: torch.device
+        self, batch: dict, g: torch.Generator, device: torch.device
     ) -> tuple[Tensor, Tensor, Facts, Tensor]:
         """A step's condition grids, their latents x_0, facts, and text embeddings (B, T, D)."""
-        count = len(batch["index"])
+        args, count = self.args, len(batch["index"])
+        drop = args.drop_both, args.drop_text, args.drop_example
         keep_text, keep_example = dropout(count, drop, g)
         facts = self.look_up(batch, device)
         condition = mask_query(compose_grid(*batch["panels"].to(device).unbind(1)))
@@ -330,8 +331,7 @@ class Losses:
         args, scheduler = self.args, self.sd.scheduler
         device = self.sd.unet.device
         count = len(batch["index"])
-        drop = args.drop_both, args.drop_text, args.drop_example
-        condition, x_0, facts, states = self.draw(batch, drop, g, device)
+        condition, x_0, facts, states = self.draw(batch, g, device)
         noise = torch.randn(x_0.shape, generator=g).to(device)
         timesteps = scheduler.config.num_train_timesteps
         t = draw_timesteps(torch.rand(count, generator=g), args.noise_power, timesteps).to(device)
@@ -388,14 +388,13 @@ def teach_prompt_encoder(
     steps = range(start, args.encoder_steps)
     order = list(draw_order(len(data), args.batch, args.seed + 1, steps, 0, 1))
     loader = DataLoader(data, batch_sampler=order, num_workers=args.workers)
-    drop = args.drop_both, args.drop_text, args.drop_example
     total = args.encoder_steps
     progress = tqdm(loader, "prompt encoder", total, initial=start, mininterval=2, disable=not is_main)
     for step, batch in zip(steps, progress):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / args.encoder_steps)
         g = torch.Generator().manual_seed((args.seed + 1) * 1_000_003 + step)
-        condition, x_0, facts, states = losses_of.draw(batch, drop, g, device)
+        condition, x_0, facts, states = losses_of.draw(batch, g, device)
         guess = model.encode_condition(condition, states)
         loss = losses_of.mean((guess - x_0).square(), facts.latents[len(x_0) :])
         loss.backward()
@@ -574,9 +573,8 @@ def main() -> None:
     design = "conv" if args.no_rcldm else args.encoder
     factor = args.panel // losses_of.grey.shape[-1]
     torch.manual_seed(args.seed)  # the same weights whether the facts above were computed or cached
-    options = {"factor": factor, "prompt_encoder_width": args.encoder_width}
-    options["prompt_encoder_text"] = not args.no_encoder_text
-    model = RCLDM.from_unet(sd.unet, design, **options).to(device)
+    encoder = {"prompt_encoder_width": args.encoder_width, "prompt_encoder_text": not args.no_encoder_text}
+    model = RCLDM.from_unet(sd.unet, design, factor=factor, **encoder).to(device)
     for option, part in (("init", model), ("init_encoder", model.prompt_encoder)):
         if folder := getattr(args, option):
             trained, _ = backbone.load_editor(folder)
