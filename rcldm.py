@@ -578,7 +578,10 @@ def _heads(dim: int) -> int:
 class TextAttention(nn.Module):
     """Stable Diffusion's cross-attention, channels last: (B, H, W, C), (B, T, text_dim) → (B, H, W, C).
 
-    x + Attention(norm(x), text), its last projection zero at the start.
+    x + Attention(norm(x), norm(text)), its last projection zero at the start.
+
+    Choice: each channel of the text is normalised over the instruction's words. A text encoder's states are
+    nearly one and the same vector, whatever the word; this takes it away, and leaves in what words differ.
     """
 
     def __init__(self, dim: int, text_dim: int):
@@ -591,6 +594,7 @@ class TextAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         q = self.q(self.norm(x).flatten(1, 2)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        text = F.instance_norm(text.mT).mT
         k, v = self.kv(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H·W, ·)
         return x + self.zero_proj(attended.transpose(1, 2).reshape(x.shape))
@@ -648,8 +652,11 @@ class VisualPromptEncoder(nn.Module):
 
     Choice: it reads the instruction, which in the paper's figure enters the U-Nets alone. What the example
     shows and what the words say are one edit; read together, each settles what the other leaves open.
-    Choice: depth 6, the width of the U-Net's first level, MLP ratio 2, blocks at latent resolution, N = 1
-    without gate (VMamba v2). The paper gives none of these.
+    Choice: depth 6, the width of the U-Net's first level, MLP ratio 2, blocks at latent resolution, no gate
+    (VMamba v2). The paper gives none of these.
+    Choice: N = 4 numbers of state, where VMamba v2 classifies with one. What a place reads of another is
+    weighed by C · B, its query and the other's key, each of length N, as in linear attention: here a thing
+    must find its like in the example, and one number says little of what it is.
     Choice: every other VMamba block, the first among them, reads the grid interleaved. On the plain grid a
     pixel's twin in the next panel is half a grid of scanning away, and a state that decays as it goes must
     carry each pixel that far to compare or copy it. Interleaved, the twins are neighbours, and the block
@@ -662,7 +669,7 @@ class VisualPromptEncoder(nn.Module):
         out_channels: int,
         depth: int = 6,
         width: int | None = None,
-        ssm_d_state: int = 1,
+        ssm_d_state: int = 4,
         ssm_ratio: float = 1.0,
         mlp_ratio: float = 2.0,
         factor: int = 8,
@@ -728,8 +735,9 @@ class RCLDM(ModelMixin, ConfigMixin):
             the latents.
         prompt_encoder_depth, prompt_encoder_width, mlp_ratio: of the `VisualPromptEncoder`; no width means
             that of the U-Net's first level.
+        prompt_encoder_d_state: numbers of state per channel in its VMamba blocks.
         prompt_encoder_text: whether the `VisualPromptEncoder` reads the instruction too.
-        ssm_d_state, ssm_ratio: of all VMamba blocks, those in the links too.
+        ssm_d_state: numbers of state per channel in the links. ssm_ratio: of all VMamba blocks.
 
     Untrained, every design leaves the U-Net's output exactly as it is: the condition comes in through a
     projection that is zero and goes out through links that are zero. The optimiser's first step moves the
@@ -747,6 +755,7 @@ class RCLDM(ModelMixin, ConfigMixin):
         factor: int = 8,
         prompt_encoder_depth: int = 6,
         prompt_encoder_width: int | None = None,
+        prompt_encoder_d_state: int = 4,
         prompt_encoder_text: bool = True,
         mlp_ratio: float = 2.0,
         ssm_d_state: int = 1,
@@ -765,9 +774,9 @@ class RCLDM(ModelMixin, ConfigMixin):
             widths = (16, 32, 96, *[256] * factor.bit_length())[: factor.bit_length()]
             self.prompt_encoder = ControlNetConditioningEmbedding(channels, block_out_channels=widths)
         else:
-            sizes = prompt_encoder_depth, prompt_encoder_width, ssm_d_state, ssm_ratio, mlp_ratio, factor
+            sizes = prompt_encoder_depth, prompt_encoder_width, prompt_encoder_d_state, ssm_ratio, mlp_ratio
             text_dim = copy.config.cross_attention_dim if prompt_encoder_text else None
-            self.prompt_encoder = VisualPromptEncoder(channels, *sizes, design, text_dim)
+            self.prompt_encoder = VisualPromptEncoder(channels, *sizes, factor, design, text_dim)
         if design == "vmamba":
             links = [*copy.controlnet_down_blocks, copy.controlnet_mid_block]  # zero convolutions until here
             links = [ZeroVMamba(link.in_channels, ssm_d_state, ssm_ratio) for link in links]

@@ -493,6 +493,23 @@ def test_the_prompt_encoder_reads_the_instruction_unless_told_not_to(unet, input
     assert not any("text_attentions" in name for name in deaf.state_dict())
 
 
+def test_what_all_words_share_is_not_read(unet, inputs, grid):
+    model = awake(RCLDM.from_unet(unet, prompt_encoder_depth=2))
+    words = inputs[2]
+    shared = 10 * torch.randn(1, 1, words.shape[-1], generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        said, shifted = (model.encode_condition(grid, text) for text in (words, words + shared))
+        other = model.encode_condition(grid, words.flip(0) + shared)
+    torch.testing.assert_close(shifted, said, rtol=1e-4, atol=1e-4)
+    assert (other - said).abs().max() > 1e-2
+
+
+def test_the_prompt_encoder_has_more_state_than_the_links(unet):
+    model = RCLDM.from_unet(unet, prompt_encoder_depth=1, prompt_encoder_d_state=3)
+    assert model.prompt_encoder.blocks[0].op.A_logs.shape[1] == 3
+    assert model.trainable_copy.controlnet_mid_block.block.op.A_logs.shape[1] == 1
+
+
 def test_other_factors_and_shapes_of_the_grid(unet, inputs):
     for design, factor in (
         ("vmamba", 4),
