@@ -91,7 +91,7 @@ def settings() -> argparse.Namespace:
     add("--accumulate", type=int, default=1, help="batches per optimiser step")
     add("--lr", type=float, help="peak (default: the preset's); warm-up, then cosine to a tenth of it")
     add("--warmup", type=int, default=50, help="steps")
-    add("--encoder-steps", type=int, default=1500, help="before all others, of the prompt encoder alone")
+    add("--encoder-steps", type=int, default=1200, help="before all others, of the prompt encoder alone")
     add("--encoder-lr", type=float, default=0.1, help="of a taught encoder thereafter, times --lr; 0: frozen")
     add("--encoder-width", type=int, help="channels of its blocks (default: as the U-Net's first level)")
     add("--noise-power", type=float, default=1.7, help="above 1: strong noise comes more often than weak")
