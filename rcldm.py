@@ -578,10 +578,7 @@ def _heads(dim: int) -> int:
 class TextAttention(nn.Module):
     """Stable Diffusion's cross-attention, channels last: (B, H, W, C), (B, T, text_dim) → (B, H, W, C).
 
-    x + Attention(norm(x), norm(text)), its last projection zero at the start.
-
-    Choice: each channel of the text is normalised over the instruction's words. A text encoder's states are
-    nearly one and the same vector, whatever the word; this takes it away, and leaves in what words differ.
+    x + Attention(norm(x), text), its last projection zero at the start.
     """
 
     def __init__(self, dim: int, text_dim: int):
@@ -594,7 +591,6 @@ class TextAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         q = self.q(self.norm(x).flatten(1, 2)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        text = F.instance_norm(text.mT).mT
         k, v = self.kv(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H·W, ·)
         return x + self.zero_proj(attended.transpose(1, 2).reshape(x.shape))
@@ -652,6 +648,8 @@ class VisualPromptEncoder(nn.Module):
 
     Choice: it reads the instruction, which in the paper's figure enters the U-Nets alone. What the example
     shows and what the words say are one edit; read together, each settles what the other leaves open.
+    Choice: each channel of the text is normalised over the instruction's words. A text encoder's states are
+    nearly one and the same vector, whatever the word; this takes it away, and leaves in what words differ.
     Choice: depth 6, the width of the U-Net's first level, MLP ratio 2, blocks at latent resolution, no gate
     (VMamba v2). The paper gives none of these.
     Choice: N = 4 numbers of state, where VMamba v2 classifies with one. What a place reads of another is
@@ -707,6 +705,8 @@ class VisualPromptEncoder(nn.Module):
             x = norm(conv(x).permute(0, 2, 3, 1))  # (B, H, W, C)
         if self.positions:
             x = x + _sin_cos_positions(x)
+        if self.text_attentions:
+            text = F.instance_norm(text.mT).mT
         for i, block in enumerate(self.blocks):
             x = self.text_attentions[i](x, text) if self.text_attentions else x
             interleaved = self.interleaved and i % 2 == 0
