@@ -118,6 +118,7 @@ class EditPair:
     input_caption: str | None = None
     output_caption: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # the metadata's further keys, untouched
+    classes: tuple[str, str] | None = None  # two pictures more, whose grey levels are classes: `load_classes`
 
 
 class Draw(NamedTuple):
@@ -213,6 +214,15 @@ class VisualPromptDataset(Dataset):
         """Before and after of pair `i`, unflipped, each (3, P, P) in [-1, 1]. Raises ImageError."""
         pair = self.pairs[i]
         return to_panel(load_image(pair.input), self.size), to_panel(load_image(pair.output), self.size)
+
+    def load_classes(self, i: int) -> Tensor | None:
+        """What each pixel of before and after of pair `i` shows, as numbers of classes (2, P, P) uint8, 0 for
+        none of them; None where the dataset does not tell. Raises ImageError."""
+        if self.pairs[i].classes is None:
+            return None
+        levels = (load_image(file).getchannel(0) for file in self.pairs[i].classes)
+        maps = (ImageOps.fit(one, (self.size, self.size), Image.Resampling.NEAREST) for one in levels)
+        return torch.stack([torch.from_numpy(np.array(one)) for one in maps])
 
     def load_panels(self, example: int, query: int) -> Tensor:
         """Pair `example`, then pair `query`, unflipped: (4, 3, P, P) as `load_pair`, ordered as a grid."""
@@ -373,13 +383,16 @@ def read_pairs(source: str | Path, split: str = "train") -> list[EditPair]:
 
 
 _KEYS = ("input_file_name", "output_file_name", "instruction", "input_caption", "output_caption")
+_CLASSES = ("input_classes_file_name", "output_classes_file_name")
 
 
 def read_folder(folder: str | Path) -> list[EditPair]:
     """One split in the ImageFolder convention: `metadata.jsonl` has one JSON object a line, an edit pair.
 
     Its keys are `input_file_name` and `output_file_name` (relative, inside the folder), `instruction`, at
-    will `input_caption`, `output_caption` and others. Raises DatasetError, which names file and line.
+    will `input_caption`, `output_caption` and others. `input_classes_file_name`, `output_classes_file_name`
+    are grey pictures of 8 bits, of the pictures' size, whose levels tell what each pixel shows. Raises
+    DatasetError, which names file and line.
     """
     inside, pairs = _Inside(folder), []
     where = metadata = str(Path(folder) / "metadata.jsonl")
@@ -393,8 +406,11 @@ def read_folder(folder: str | Path) -> list[EditPair]:
                     row = _json_object(line, *_KEYS[:3])
                     files = inside.path(row["input_file_name"]), inside.path(row["output_file_name"])
                     captions = _caption(row.get("input_caption")), _caption(row.get("output_caption"))
-                    extra = {key: value for key, value in row.items() if key not in _KEYS}
-                    pairs.append(EditPair(*files, _instruction(row["instruction"]), *captions, extra))
+                    extra = {key: value for key, value in row.items() if key not in (*_KEYS, *_CLASSES)}
+                    told = all(row.get(key) for key in _CLASSES)
+                    classes = tuple(inside.path(row[key]) for key in _CLASSES) if told else None
+                    words = _instruction(row["instruction"])
+                    pairs.append(EditPair(*files, words, *captions, extra, classes))
     except (OSError, ValueError) as error:
         raise DatasetError(f"{where}: {_reason(error)}") from None
     return pairs

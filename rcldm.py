@@ -648,9 +648,10 @@ class VisualPromptEncoder(nn.Module):
 
     Choice: it reads the instruction, which in the paper's figure enters the U-Nets alone. What the example
     shows and what the words say are one edit; read together, each settles what the other leaves open.
-    Choice: each channel of the text is normalised over the instruction's words. A text encoder's states are
-    nearly one and the same vector, whatever the word; this takes it away, and leaves in what words differ.
-    Choice: depth 6, the width of the U-Net's first level, MLP ratio 2, blocks at latent resolution, no gate
+    Choice: each channel of the text is normalised over the instruction's words, and what is left is whitened.
+    A text encoder's states are nearly one and the same vector, whatever the word; most of the rest tells
+    where in the sentence a word stands. `whiten` makes every direction as strong, those of meaning as well.
+    Choice: depth 8, the width of the U-Net's first level, MLP ratio 2, blocks at latent resolution, no gate
     (VMamba v2). The paper gives none of these.
     Choice: N = 4 numbers of state, where VMamba v2 classifies with one. What a place reads of another is
     weighed by C · B, its query and the other's key, each of length N, as in linear attention: here a thing
@@ -665,7 +666,7 @@ class VisualPromptEncoder(nn.Module):
     def __init__(
         self,
         out_channels: int,
-        depth: int = 6,
+        depth: int = 8,
         width: int | None = None,
         ssm_d_state: int = 4,
         ssm_ratio: float = 1.0,
@@ -692,11 +693,24 @@ class VisualPromptEncoder(nn.Module):
         )
         readers = depth if text_dim else 0
         self.text_attentions = nn.ModuleList(TextAttention(width, text_dim) for _ in range(readers))
+        if text_dim:
+            self.register_buffer("text_whitening", torch.eye(text_dim))
         self.norm = nn.LayerNorm(width)
         self.zero_proj = _zero(nn.Linear(width, out_channels))
         self.positions = design == "vit"  # VMamba needs none: its scans and convolutions know where they are
         self.interleaved = design == "vmamba"  # to attention all places are equally near
         self.gradient_checkpointing = False
+
+    @torch.no_grad()
+    def whiten(self, texts: Tensor, floor: float = 0.01) -> None:
+        """Sets the whitening by the embeddings (K, T, text_dim) of the instructions to be learnt.
+
+        floor: variance below which a direction is taken for noise, and not made as strong as the others.
+        """
+        words = F.instance_norm(texts.float().mT).mT.flatten(0, 1)  # (K·T, text_dim)
+        variances, directions = torch.linalg.eigh(words.T.cov(correction=0).cpu())
+        whitening = directions * (variances.clamp(min=0) + floor).rsqrt() @ directions.T
+        self.text_whitening.copy_(whitening)
 
     def forward(self, grid: Tensor, text: Tensor | None = None) -> Tensor:
         x = grid
@@ -706,7 +720,7 @@ class VisualPromptEncoder(nn.Module):
         if self.positions:
             x = x + _sin_cos_positions(x)
         if self.text_attentions:
-            text = F.instance_norm(text.mT).mT
+            text = F.instance_norm(text.mT).mT @ self.text_whitening
         for i, block in enumerate(self.blocks):
             x = self.text_attentions[i](x, text) if self.text_attentions else x
             interleaved = self.interleaved and i % 2 == 0
@@ -753,7 +767,7 @@ class RCLDM(ModelMixin, ConfigMixin):
         unet_encoder: dict,
         design: str = "vmamba",
         factor: int = 8,
-        prompt_encoder_depth: int = 6,
+        prompt_encoder_depth: int = 8,
         prompt_encoder_width: int | None = None,
         prompt_encoder_d_state: int = 4,
         prompt_encoder_text: bool = True,

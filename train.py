@@ -91,9 +91,10 @@ def settings() -> argparse.Namespace:
     add("--accumulate", type=int, default=1, help="batches per optimiser step")
     add("--lr", type=float, help="peak (default: the preset's); warm-up, then cosine to a tenth of it")
     add("--warmup", type=int, default=50, help="steps")
-    add("--encoder-steps", type=int, default=1200, help="before all others, of the prompt encoder alone")
+    add("--encoder-steps", type=int, default=1000, help="before all others, of the prompt encoder alone")
     add("--encoder-lr", type=float, default=0.1, help="of a taught encoder thereafter, times --lr; 0: frozen")
     add("--encoder-width", type=int, help="channels of its blocks (default: as the U-Net's first level)")
+    add("--class-weight", type=float, default=0.3, help="of naming what each place shows, while it is taught")
     add("--noise-power", type=float, default=1.7, help="above 1: strong noise comes more often than weak")
     add("--weight-decay", type=float, default=0.01)
     add("--clip-norm", type=float, default=1.0, help="largest norm of the gradient")
@@ -224,6 +225,23 @@ def observe_all(
     return Facts(*(tensors.get(name) for name in Facts._fields))
 
 
+def read_classes(data: VisualPromptDataset, side: int) -> Tensor | None:
+    """What each of the p × p places (p = `side`) of N edit pairs shows: numbers of classes (N, 2, p, p).
+
+    The commonest class but 0 where it fills three sixteenths of the place, so that small things count; else
+    0, nothing. None where the dataset does not tell it of every pair.
+    """
+    if any(pair.classes is None for pair in data.pairs):
+        return None
+    places = []
+    for i in tqdm(range(len(data)), desc="reading what they show", mininterval=2, unit="pair"):
+        squares = data.load_classes(i).unflatten(2, (side, -1)).unflatten(1, (side, -1)).transpose(2, 3)
+        counts = F.one_hot(squares.flatten(3).long()).sum(3)  # (2, p, p, classes)
+        counts[..., 0] = 3 * squares[0, 0, 0].numel() // 16 - 1
+        places.append(counts.argmax(3))
+    return torch.stack(places)
+
+
 @torch.no_grad()
 def read_instructions(
     data: VisualPromptDataset, sd: backbone.StableDiffusion, unifier: liu.InstructionUnifier | None
@@ -274,14 +292,19 @@ def prediction_target(x_0: Tensor, noise: Tensor, t: Tensor, scheduler) -> Tenso
     return x_0 if kind == "sample" else noise
 
 
-def place_weights(query: Tensor, answer_weight: float, edit_weight: float) -> Tensor:
-    """What an error weighs by its place, (B, 1, 2p, 2p), from the query pairs' latents (B, 2, C, p, p).
+def place_weights(query: Tensor, drawn: Tensor, answer_weight: float, edit_weight: float) -> Tensor:
+    """What an error weighs by its place, (B, 1, 2p, 2p).
+
+    query: latents of the query pairs (B, 2, C, p, p). drawn: of the answers it draws (B, C, p, p).
 
     Choice: the given panels only have to be copied, so the answer's error counts for more. So do, within the
     answer, the places that the edit changes, as much in all for a smile as for a new background: by area
-    alone, small edits are drowned by large ones, and not learnt. A bound keeps one place from being all.
+    alone, small edits are drowned by large ones, and not learnt. And so do those that it should not change,
+    but the model does: else, in doubt which thing is meant, it pays to change both. A bound keeps one place
+    from being all.
     """
-    change = (query[:, 1] - query[:, 0]).square().mean(1, keepdim=True)  # (B, 1, p, p)
+    answers = torch.stack([query[:, 1], drawn.detach()], 1)
+    change = (answers - query[:, :1]).square().mean(2).amax(1, keepdim=True)  # (B, 1, p, p)
     share = change / change.mean((2, 3), keepdim=True).clamp(min=1e-4)
     given = torch.ones_like(share)
     return compose_grid(given, given, given, answer_weight * (1 + edit_weight * share.clamp(max=32)))
@@ -307,8 +330,9 @@ class Losses:
 
     def draw(
         self, batch: dict, g: torch.Generator, device: torch.device
-    ) -> tuple[Tensor, Tensor, Facts, Tensor]:
-        """A step's condition grids, their latents x_0, facts, and text embeddings (B, T, D)."""
+    ) -> tuple[Tensor, Tensor, Facts, Tensor, Tensor]:
+        """A step's condition grids, their latents x_0, facts, text embeddings (B, T, D), and which samples
+        show their example pair (B,)."""
         args, count = self.args, len(batch["index"])
         drop = args.drop_both, args.drop_text, args.drop_example
         keep_text, keep_example = dropout(count, drop, g)
@@ -320,18 +344,19 @@ class Losses:
         latents[:count][gone] = self.grey.to(latents)  # the model is not asked to invent an example
         x_0 = compose_grid(*latents[:count].unbind(1), *latents[count:].unbind(1))
         row = torch.where(keep_text, self.rows[batch["index"]], len(self.texts) - 1)
-        return condition, x_0, facts, self.texts[row.to(self.texts.device)].to(device)
+        return condition, x_0, facts, self.texts[row.to(self.texts.device)].to(device), keep_example
 
-    def mean(self, error: Tensor, query: Tensor) -> Tensor:
-        """Weighted mean of errors (B, C, 2p, 2p) of grids; query (B, 2, C, p, p) as above."""
-        weight = place_weights(query, self.args.answer_weight, self.args.edit_weight)
+    def mean(self, error: Tensor, query: Tensor, drawn: Tensor) -> Tensor:
+        """Weighted mean of errors (B, C, 2p, 2p) of drawn grids (as large); query (B, 2, C, p, p)."""
+        weights = self.args.answer_weight, self.args.edit_weight
+        weight = place_weights(query, answer_panel(drawn), *weights)
         return (weight * error).mean() / weight.mean()
 
     def __call__(self, model: nn.Module, batch: dict, g: torch.Generator) -> dict[str, Tensor]:
         args, scheduler = self.args, self.sd.scheduler
         device = self.sd.unet.device
         count = len(batch["index"])
-        condition, x_0, facts, states = self.draw(batch, g, device)
+        condition, x_0, facts, states, _ = self.draw(batch, g, device)
         noise = torch.randn(x_0.shape, generator=g).to(device)
         timesteps = scheduler.config.num_train_timesteps
         t = draw_timesteps(torch.rand(count, generator=g), args.noise_power, timesteps).to(device)
@@ -342,9 +367,9 @@ class Losses:
         prediction = self.sd.unet(x_t, t, states, **residuals).sample.float()
 
         target = prediction_target(x_0, noise, t, scheduler)
-        losses = {"dm": self.mean((prediction - target).square(), facts.latents[count:])}
-
         x_0_hat = esm.predict_x0(x_t, prediction, t, scheduler)
+        losses = {"dm": self.mean((prediction - target).square(), facts.latents[count:], x_0_hat)}
+
         trust = esm.noise_weight(t, scheduler)  # (B,)
         if not args.no_esm:
             chosen = trust.nonzero()[: args.es_samples, 0]
@@ -361,6 +386,18 @@ class Losses:
         return {"loss": sum(weights[name] * value for name, value in losses.items()), **losses}
 
 
+def place_classes(classes: Tensor, batch: dict, keep_example: Tensor) -> Tensor:
+    """What each place of a batch's condition grids shows, (B, 2p, 2p); -1 where nothing is given.
+
+    classes: as `read_classes` has them. keep_example: the samples (B,) that show their example pair.
+    """
+    pairs = torch.stack([classes[batch["example_index"]], classes[batch["index"]]], 1)  # (B, 2, 2, p, p)
+    pairs = torch.where(batch["flipped"].view(-1, 1, 1, 1, 1), pairs.flip(-1), pairs)
+    pairs[~keep_example, 0] = -1
+    pairs[:, 1, 1] = -1
+    return compose_grid(*pairs.flatten(1, 2)[:, :, None].unbind(1))[:, 0]
+
+
 def teach_prompt_encoder(
     model: RCLDM, losses_of: Losses, data: VisualPromptDataset, args: argparse.Namespace, is_main: bool
 ) -> None:
@@ -373,6 +410,9 @@ def teach_prompt_encoder(
     head and the U-Net's first convolution (of a flat area) become its projection, and so the trainable copy
     sees the guess as it knows to see pictures; eight times as strong, lest the noise it is added to drown it.
     The links are zero still, and the model changes nothing.
+    Choice: half way through its blocks it also names what each place of the given panels shows, where the
+    dataset tells: VMamba's ImageNet weights, for those who have none. To change what the example changes and
+    nothing else it must know a heart from a star; ours, taught by the guess alone, did not come to.
     """
     encoder, device = model.prompt_encoder, model.device
     place = "conv_out" if hasattr(encoder, "conv_out") else "zero_proj"
@@ -382,9 +422,19 @@ def teach_prompt_encoder(
     else:
         head = nn.Conv2d(projection.in_channels, channels, 3, padding=1).to(device)
     setattr(encoder, place, head)
-    optimizer = torch.optim.AdamW(encoder.parameters(), betas=(0.9, 0.99))
+    modules = {"encoder": encoder}
+    classes = read_classes(data, losses_of.grey.shape[-1]) if place == "zero_proj" else None
+    if classes is not None:
+        width, count = projection.in_features, int(classes.max()) + 1
+        namer = nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, count))
+        modules["namer"] = namer.to(device)
+        middle = (len(encoder.blocks) // 2 - 1) | 1  # a block that sees the panels whole
+        half_way: list[Tensor] = []
+        hook = encoder.blocks[middle].register_forward_hook(lambda _, __, x: half_way.append(x))
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99))
     folder = args.output / "prompt-encoder"
-    start = load_checkpoint(folder, {"encoder": encoder}, optimizer) if args.resume else 0
+    start = load_checkpoint(folder, modules, optimizer) if args.resume else 0
     steps = range(start, args.encoder_steps)
     order = list(draw_order(len(data), args.batch, args.seed + 1, steps, 0, 1))
     loader = DataLoader(data, batch_sampler=order, num_workers=args.workers)
@@ -394,16 +444,24 @@ def teach_prompt_encoder(
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / args.encoder_steps)
         g = torch.Generator().manual_seed((args.seed + 1) * 1_000_003 + step)
-        condition, x_0, facts, states = losses_of.draw(batch, g, device)
-        guess = model.encode_condition(condition, states)
-        loss = losses_of.mean((guess - x_0).square(), facts.latents[len(x_0) :])
-        loss.backward()
+        condition, x_0, facts, states, keep_example = losses_of.draw(batch, g, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            guess = model.encode_condition(condition, states)  # in fp16, gradients would have to be scaled
+        guess = guess.float()
+        losses = {"guess": losses_of.mean((guess - x_0).square(), facts.latents[len(x_0) :], guess)}
+        if classes is not None:
+            named = namer(half_way.pop().float()).permute(0, 3, 1, 2)  # (B, classes, 2p, 2p)
+            shown = place_classes(classes, batch, keep_example).to(device)
+            losses["class"] = F.cross_entropy(named, shown, ignore_index=-1)
+        (losses["guess"] + args.class_weight * losses.get("class", 0)).backward()
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            progress.set_postfix({k: f"{v.item():.4f}" for k, v in losses.items()}, refresh=False)
         if is_main and ((step + 1) % args.checkpoint_every == 0 or step + 1 == args.encoder_steps):
-            save_checkpoint(folder, step + 1, {"encoder": encoder}, optimizer, keep=1)
+            save_checkpoint(folder, step + 1, modules, optimizer, keep=1)
+    if classes is not None:
+        hook.remove()
     setattr(encoder, place, projection)
     with torch.no_grad():
         first = 8 * model.trainable_copy.conv_in.weight.sum((2, 3))  # (C0, C)
@@ -575,6 +633,8 @@ def main() -> None:
     torch.manual_seed(args.seed)  # the same weights whether the facts above were computed or cached
     encoder = {"prompt_encoder_width": args.encoder_width, "prompt_encoder_text": not args.no_encoder_text}
     model = RCLDM.from_unet(sd.unet, design, factor=factor, **encoder).to(device)
+    if design != "conv" and not args.no_encoder_text:
+        model.prompt_encoder.whiten(texts[:-1])
     for option, part in (("init", model), ("init_encoder", model.prompt_encoder)):
         if folder := getattr(args, option):
             trained, _ = backbone.load_editor(folder)

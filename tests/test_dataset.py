@@ -246,6 +246,27 @@ def write_rows(folder, rows) -> None:
     (folder / "metadata.jsonl").write_bytes(b"\n".join(lines) + b"\n")
 
 
+def test_classes_of_pixels_keep_their_numbers(tmp_path):
+    folder = make_folder(tmp_path)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    shown = np.zeros((16, 24), np.uint8)
+    shown[:, 4:12] = 7  # the crop to a square starts at column 4
+    Image.fromarray(shown).save(folder / "shown.png")
+    for row in rows[:-1]:
+        row |= dict.fromkeys(("input_classes_file_name", "output_classes_file_name"), "shown.png")
+    rows[-1]["input_classes_file_name"] = "shown.png"  # one of two is as none
+    write_rows(folder, rows)
+    data = ds.VisualPromptDataset(ds.read_folder(folder), size=8)
+    maps = data.load_classes(0)
+    assert maps.shape == (2, 8, 8) and maps.dtype == torch.uint8 and data.pairs[0].extra == {"score": 0}
+    assert (maps[..., :4] == 7).all() and not maps[..., 4:].any()
+    assert ds.VisualPromptDataset([*data.pairs[:2]], 8).load_classes(1) is not None
+    assert ds.read_folder(folder)[-1].classes is None
+    write_rows(folder, [rows[0] | {"input_classes_file_name": "../shown.png"}])
+    with pytest.raises(ds.DatasetError, match=r"shown\.png"):
+        ds.read_folder(folder)
+
+
 def test_folder_reader(tmp_path):
     folder = make_folder(tmp_path)
     pairs = ds.read_pairs(tmp_path)

@@ -504,6 +504,19 @@ def test_what_all_words_share_is_not_read(unet, inputs, grid):
     assert (other - said).abs().max() > 1e-2
 
 
+def test_whitening_makes_every_direction_of_the_words_as_strong():
+    g = torch.Generator().manual_seed(0)
+    strength = torch.tensor([30.0, 10.0, 3.0, 1.0, 0.3, 0.3])
+    texts = torch.randn(64, 9, 6, generator=g) * strength @ torch.linalg.qr(torch.randn(6, 6, generator=g))[0]
+    encoder = VisualPromptEncoder(8, depth=1, text_dim=6)
+    assert torch.equal(encoder.text_whitening, torch.eye(6))
+    encoder.whiten(texts)
+    words = F.instance_norm(texts.mT).mT @ encoder.text_whitening
+    variances = torch.linalg.eigvalsh(words.flatten(0, 1).T.cov())
+    plain = torch.linalg.eigvalsh(F.instance_norm(texts.mT).mT.flatten(0, 1).T.cov())
+    assert plain[-1] / plain[0] > 100 and variances[-1] / variances[1] < 3 and variances[-1] < 1.1
+
+
 def test_the_prompt_encoder_has_more_state_than_the_links(unet):
     model = RCLDM.from_unet(unet, prompt_encoder_depth=1, prompt_encoder_d_state=3)
     assert model.prompt_encoder.blocks[0].op.A_logs.shape[1] == 3

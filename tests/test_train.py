@@ -25,6 +25,7 @@ from transformers import (
 import backbone
 import esm
 import train
+from dataset import VisualPromptDataset, read_pairs
 from edit import Editor
 
 P = 32
@@ -192,7 +193,7 @@ def test_an_edit_weighs_the_same_however_small_it_is():
     query = torch.zeros(3, 2, 4, 8, 8)
     query[0, 1, :, 2, 5] = 0.5  # one place
     query[1, 1, :, :2] = 3.0  # a quarter of the panel; the third is an edit that changes nothing
-    weight = train.place_weights(query, answer_weight=4.0, edit_weight=0.5)
+    weight = train.place_weights(query, query[:, 1], answer_weight=4.0, edit_weight=0.5)
     assert weight.shape == (3, 1, 16, 16)
     answer = weight[..., 8:, 8:].clone()
     weight[..., 8:, 8:] = 1
@@ -201,7 +202,72 @@ def test_an_edit_weighs_the_same_however_small_it_is():
     assert answer[0, 0, 2, 5] == 4 * (1 + 0.5 * 32)  # bounded: 64 times the mean otherwise
     assert (answer[2] == 4).all()
     assert answer[1].mean() == pytest.approx(4 * 1.5)
-    assert torch.equal(train.place_weights(query, 4.0, 0.0)[..., 8:, 8:], torch.full((3, 1, 8, 8), 4.0))
+    flat = train.place_weights(query, query[:, 1], 4.0, 0.0)
+    assert torch.equal(flat[..., 8:, 8:], torch.full((3, 1, 8, 8), 4.0))
+
+
+def test_a_wrong_edit_weighs_as_much_as_a_missed_one():
+    query = torch.zeros(1, 2, 4, 8, 8)
+    query[0, 1, :, :2, :2] = 1.0  # the edit asked for
+    drawn = torch.zeros(1, 4, 8, 8, requires_grad=True)
+    with torch.no_grad():
+        drawn[0, :, 6:, 6:] = 1.0  # one that was not
+    answer = train.place_weights(query, drawn, 4.0, 1.0)[0, 0, 8:, 8:]
+    assert answer[0, 0] == answer[7, 7] > answer[4, 4] == 4
+    assert not answer.requires_grad  # else a large error could be had for a smaller weight
+
+
+def save_classes(folder):
+    """The same dataset, with class maps: the upper left eighth of each picture shows 2, the rest nothing."""
+    shutil.copytree(folder.parent / "data", folder)
+    lines = (folder / "train" / "metadata.jsonl").read_text().splitlines()
+    shown = np.zeros((P, P), np.uint8)
+    shown[:4, :4] = 2
+    Image.fromarray(shown).save(folder / "train" / "classes.png")
+    names = dict.fromkeys(("input_classes_file_name", "output_classes_file_name"), "classes.png")
+    lines = [json.dumps(json.loads(line) | names) for line in lines]
+    (folder / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_the_classes_of_the_places(parts, tmp_path):
+    assert train.read_classes(VisualPromptDataset(read_pairs(parts / "data"), P), 4) is None
+    shutil.copytree(parts / "data", tmp_path / "data")
+    data = VisualPromptDataset(read_pairs(save_classes(tmp_path / "told")), P)
+    places = train.read_classes(data, 4)  # of 8 × 8 pixels, a quarter of the first is 2
+    assert places.shape == (6, 2, 4, 4) and places[0, 1, 0, 0] == 2 and places.sum() == 2 * 12
+    places[3] = 5
+    batch = {"example_index": torch.tensor([1, 3]), "index": torch.tensor([2, 0])}
+    batch["flipped"] = torch.tensor([True, False])
+    grids = train.place_classes(places, batch, torch.tensor([True, False]))
+    assert grids.shape == (2, 8, 8)
+    assert (grids[:, 4:, 4:] == -1).all() and (grids[1, :4] == -1).all()
+    assert grids[0, 0].tolist() == [0, 0, 0, 2] * 2 and grids[1, 4].tolist() == [2, 0, 0, 0] + [-1] * 4
+
+
+def test_naming_what_places_show_teaches_the_encoder_and_resumes(run, parts, tmp_path):
+    quick = ("--no-esm", "--no-liu", "--no-sam", "--steps", "1", "--lr", "0", "--checkpoint-every", "2")
+    shutil.copytree(parts / "data", tmp_path / "data")
+    told = save_classes(tmp_path / "told")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(*quick, "--encoder-steps", "4", data=told, output=whole)
+    run(*quick, "--encoder-steps", "4", "--class-weight", "0", data=told, output=tmp_path / "unweighted")
+    with pytest.MonkeyPatch.context() as patch:  # stops after the first checkpoint
+        patch.setattr(train, "save_checkpoint", stopping(train.save_checkpoint))
+        with pytest.raises(KeyboardInterrupt):
+            run(*quick, "--encoder-steps", "4", data=told, output=cut)
+    run(*quick, "--encoder-steps", "4", "--resume", data=told, output=cut)
+    one, other, resumed = (weights(tmp_path / k) for k in ("whole", "unweighted", "cut"))
+    assert all(torch.equal(one[k], resumed[k]) for k in one)
+    assert not torch.equal(one["prompt_encoder.stem.0.weight"], other["prompt_encoder.stem.0.weight"])
+
+
+def stopping(save):
+    def stop(*args, **kwargs):
+        save(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    return stop
 
 
 def test_training_goes_on_from_an_editor(run, tmp_path):

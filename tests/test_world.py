@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from dataset import load_image, read_pairs
 from toy import world
@@ -275,6 +276,8 @@ def test_our_reader_reads_it(folder):
             edit = world.Edit(**json.loads(pair.extra["edit"]))
             assert load_image(pair.input).tobytes() == world.render(scene).tobytes()
             assert load_image(pair.output).tobytes() == world.render(edit.apply(scene)).tobytes()
+            for path, shown in zip(pair.classes, (scene, edit.apply(scene))):
+                assert np.array_equal(np.asarray(Image.open(path)), world.render_classes(shown))
             assert pair.input_caption == scene.caption()
             assert pair.output_caption == edit.apply(scene).caption()
             assert (pair.extra["family"], pair.extra["canonical"]) == (edit.family, edit.instruction)

@@ -397,7 +397,7 @@ def train_unet(args: argparse.Namespace) -> None:
         weight = (1 / (1 - scheduler.alphas_cumprod.to(t.device)[t])).clamp(max=5)
         return {"loss": (weight * error).mean(), "x_0": error.mean()}
 
-    fit("unet", model, loss, steps=args.scaled(2600), lr=1e-3, runs=args.runs, ema_decay=0.997)
+    fit("unet", model, loss, steps=args.scaled(6100), lr=1e-3, runs=args.runs, ema_decay=0.997)
     save(model["unet"].half().save_pretrained, folder / "unet")
     save(model["text"].half().save_pretrained, folder / "text_encoder")
     save(tokenizer.save_pretrained, folder / "tokenizer")
@@ -640,8 +640,8 @@ def train_editor(args: argparse.Namespace) -> None:
 
     run = args.runs.parent / "editor"
     command = [sys.executable, "train.py", "--output", run, "--seed", args.seed, "--device", args.device]
-    command += ["--encoder-steps", args.scaled(27_000), "--encoder-width", 96, "--encoder-lr", 0]
-    command += ["--steps", args.scaled(4500), "--ema", 0.999]
+    command += ["--encoder-steps", args.scaled(36_000), "--encoder-width", 96, "--encoder-lr", 0]
+    command += ["--steps", args.scaled(7000), "--ema", 0.999]
     command += ["--resume"] if run.exists() else []
     subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[1], check=True)
     model = RCLDM.from_pretrained(run / "editor").half()

@@ -738,17 +738,22 @@ def write_split(folder: Path, pairs: list[Pair]) -> None:
     """One folder with `metadata.jsonl` and pictures, in the public dataset format.
 
     Beyond the format's own keys each line keeps what `toy/score.py` needs: the family, the canonical wording,
-    and the scene before the edit together with the edit's arguments.
+    and the scene before the edit together with the edit's arguments. The segment masks are pictures whose
+    grey levels are indices into CLASSES.
     """
     folder.mkdir(parents=True)
     lines = []
     for i, pair in enumerate(pairs):
         names = f"{i:06d}_before.png", f"{i:06d}_after.png"
-        for name, scene in zip(names, (pair.before, pair.after)):
+        masks = f"{i:06d}_before_classes.png", f"{i:06d}_after_classes.png"
+        for name, mask, scene in zip(names, masks, (pair.before, pair.after)):
             render(scene).save(folder / name, compress_level=1)
+            Image.fromarray(render_classes(scene)).save(folder / mask, compress_level=1)
         record = {
             "input_file_name": names[0],
             "output_file_name": names[1],
+            "input_classes_file_name": masks[0],
+            "output_classes_file_name": masks[1],
             "instruction": pair.instruction,
             "input_caption": pair.before.caption(),
             "output_caption": pair.after.caption(),
