@@ -295,7 +295,7 @@ def prediction_target(x_0: Tensor, noise: Tensor, t: Tensor, scheduler) -> Tenso
 def place_weights(query: Tensor, drawn: Tensor, answer_weight: float, edit_weight: float) -> Tensor:
     """What an error weighs by its place, (B, 1, 2p, 2p).
 
-    query: latents of the query pairs (B, 2, C, p, p). drawn: of the answers it draws (B, C, p, p).
+    query: latents of the query pairs (B, 2, C, p, p). drawn: of the model's answers to them (B, C, p, p).
 
     Choice: the given panels only have to be copied, so the answer's error counts for more. So do, within the
     answer, the places that the edit changes, as much in all for a smile as for a new background: by area
@@ -347,7 +347,7 @@ class Losses:
         return condition, x_0, facts, self.texts[row.to(self.texts.device)].to(device), keep_example
 
     def mean(self, error: Tensor, query: Tensor, drawn: Tensor) -> Tensor:
-        """Weighted mean of errors (B, C, 2p, 2p) of drawn grids (as large); query (B, 2, C, p, p)."""
+        """Weighted mean of the errors of drawn grids, both (B, C, 2p, 2p); query (B, 2, C, p, p) as above."""
         weights = self.args.answer_weight, self.args.edit_weight
         weight = place_weights(query, answer_panel(drawn), *weights)
         return (weight * error).mean() / weight.mean()
