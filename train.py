@@ -23,7 +23,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,7 +94,7 @@ def settings() -> argparse.Namespace:
     add("--encoder-steps", type=int, default=1000, help="before all others, of the prompt encoder alone")
     add("--encoder-lr", type=float, default=0.1, help="of a taught encoder thereafter, times --lr; 0: frozen")
     add("--encoder-width", type=int, help="channels of its blocks (default: as the U-Net's first level)")
-    add("--class-weight", type=float, default=0.3, help="of naming what each place shows, while it is taught")
+    add("--auxiliary-weight", type=float, default=0.3, help="of saying what it sees, while it is taught")
     add("--noise-power", type=float, default=1.7, help="above 1: strong noise comes more often than weak")
     add("--weight-decay", type=float, default=0.01)
     add("--clip-norm", type=float, default=1.0, help="largest norm of the gradient")
@@ -330,9 +330,9 @@ class Losses:
 
     def draw(
         self, batch: dict, g: torch.Generator, device: torch.device
-    ) -> tuple[Tensor, Tensor, Facts, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Facts, Tensor, tuple[Tensor, Tensor]]:
         """A step's condition grids, their latents x_0, facts, text embeddings (B, T, D), and which samples
-        show their example pair (B,)."""
+        are told the instruction and which show their example pair, both (B,)."""
         args, count = self.args, len(batch["index"])
         drop = args.drop_both, args.drop_text, args.drop_example
         keep_text, keep_example = dropout(count, drop, g)
@@ -344,7 +344,8 @@ class Losses:
         latents[:count][gone] = self.grey.to(latents)  # the model is not asked to invent an example
         x_0 = compose_grid(*latents[:count].unbind(1), *latents[count:].unbind(1))
         row = torch.where(keep_text, self.rows[batch["index"]], len(self.texts) - 1)
-        return condition, x_0, facts, self.texts[row.to(self.texts.device)].to(device), keep_example
+        states = self.texts[row.to(self.texts.device)].to(device)
+        return condition, x_0, facts, states, (keep_text, keep_example)
 
     def mean(self, error: Tensor, query: Tensor, drawn: Tensor) -> Tensor:
         """Weighted mean of the errors of drawn grids, both (B, C, 2p, 2p); query (B, 2, C, p, p) as above."""
@@ -386,16 +387,75 @@ class Losses:
         return {"loss": sum(weights[name] * value for name, value in losses.items()), **losses}
 
 
-def place_classes(classes: Tensor, batch: dict, keep_example: Tensor) -> Tensor:
-    """What each place of a batch's condition grids shows, (B, 2p, 2p); -1 where nothing is given.
-
-    classes: as `read_classes` has them. keep_example: the samples (B,) that show their example pair.
-    """
+def place_classes(classes: Tensor, batch: dict) -> Tensor:
+    """What each place of a batch's grids shows, (B, 2p, 2p); `classes` as `read_classes` has them."""
     pairs = torch.stack([classes[batch["example_index"]], classes[batch["index"]]], 1)  # (B, 2, 2, p, p)
     pairs = torch.where(batch["flipped"].view(-1, 1, 1, 1, 1), pairs.flip(-1), pairs)
-    pairs[~keep_example, 0] = -1
-    pairs[:, 1, 1] = -1
     return compose_grid(*pairs.flatten(1, 2)[:, :, None].unbind(1))[:, 0]
+
+
+def place_changes(facts: Facts) -> Tensor:
+    """Where each pair of a batch's grids differs, 1 or 0, in both its panels: (B, 2p, 2p).
+
+    Choice: from a mean squared difference of 0.05, where latents have unit variance.
+    """
+    before, after = facts.latents.unbind(1)
+    example, query = ((after - before).square().mean(1, keepdim=True) > 0.05).float().chunk(2)
+    return compose_grid(example, example, query, query)[:, 0]
+
+
+class AuxiliaryHeads(nn.Module):
+    """What the prompt encoder says of each place while it is taught, by linear heads on some of its blocks.
+
+    names: half way, what the given panels show there, where the dataset tells: one of `classes`.
+    compares: half way, whether the example's panels differ there.
+    points: from every second block thereafter, whether the edit will change the query there.
+
+    Choice: to change what the example changes, and nothing else, it must know a heart from a star, see which
+    of them was changed, and find its like in the query. None of these makes its guess better without the
+    others, and by the guess alone ours came to none of them.
+    """
+
+    def __init__(self, encoder: nn.Module, classes: int) -> None:
+        super().__init__()
+        width, depth = encoder.zero_proj.in_features, len(encoder.blocks)
+        self.half_way = (depth // 2 - 1) | 1  # a block that sees the panels whole, as every second does
+        later = range(min(self.half_way + 2, depth - 1), depth, 2)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.names, self.compares = nn.Linear(width, classes), nn.Linear(width, 1)
+        self.points = nn.ModuleDict({str(i): nn.Linear(width, 1) for i in later})
+        self.features: dict[int, Tensor] = {}
+        blocks = {i: encoder.blocks[i] for i in (self.half_way, *later)}
+        self.hooks = [block.register_forward_hook(self.listen(i)) for i, block in blocks.items()]
+
+    def listen(self, i: int) -> Callable:
+        return lambda block, inputs, output: self.features.update({i: self.norm(output.float())})
+
+    def forward(
+        self, classes: Tensor | None, changes: Tensor, keep: tuple[Tensor, Tensor]
+    ) -> dict[str, Tensor]:
+        """The losses of what is said of the last batch of grids that passed the encoder.
+
+        classes, changes: (B, 2p, 2p), see `place_classes` and `place_changes`. keep: as `Losses.draw` has it.
+        """
+        keep_text, keep_example = (kept.to(changes.device).view(-1, 1, 1) for kept in keep)
+        upper = torch.arange(len(changes[0]), device=changes.device).view(-1, 1) < len(changes[0]) // 2
+        example = (upper & keep_example).expand_as(changes)
+        query = (~upper & (keep_example | keep_text)).expand_as(changes)
+        seen = self.features[self.half_way]
+        losses = {"compares": _yes_or_no(self.compares(seen), changes, example)}
+        points = [_yes_or_no(head(self.features[int(i)]), changes, query) for i, head in self.points.items()]
+        losses["points"] = sum(points)
+        if classes is not None:
+            shown = classes.masked_fill(upper & ~keep_example | ~upper & ~upper.mT, -1)
+            losses["names"] = F.cross_entropy(self.names(seen).permute(0, 3, 1, 2), shown, ignore_index=-1)
+        return losses
+
+
+def _yes_or_no(logits: Tensor, truth: Tensor, asked: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (B, H, W, 1) over the places asked about, (B, H, W); 0 where none is."""
+    error = F.binary_cross_entropy_with_logits(logits[..., 0], truth, reduction="none")
+    return (error * asked).sum() / asked.sum().clamp(min=1)
 
 
 def teach_prompt_encoder(
@@ -406,13 +466,10 @@ def teach_prompt_encoder(
     Choice: the paper's encoder starts from nothing, and behind a projection that is zero. It and the links,
     zero as well, then wait for each other, and a step of the whole model costs four of the encoder. So the
     encoder first learns, through a linear head, to guess the latents of all four panels, the answer too: a
-    blurred guess, the mean of what may be right, but it has to read the example and find the query. Then
-    head and the U-Net's first convolution (of a flat area) become its projection, and so the trainable copy
-    sees the guess as it knows to see pictures; eight times as strong, lest the noise it is added to drown it.
-    The links are zero still, and the model changes nothing.
-    Choice: half way through its blocks it also names what each place of the given panels shows, where the
-    dataset tells: VMamba's ImageNet weights, for those who have none. To change what the example changes and
-    nothing else it must know a heart from a star; ours, taught by the guess alone, did not come to.
+    blurred guess, the mean of what may be right, but it has to read the example and find the query.
+    `AuxiliaryHeads` help it to. Then head and the U-Net's first convolution (of a flat area) become its
+    projection, and so the trainable copy sees the guess as it knows to see pictures; eight times as strong,
+    lest the noise it is added to drown it. The links are zero still, and the model changes nothing.
     """
     encoder, device = model.prompt_encoder, model.device
     place = "conv_out" if hasattr(encoder, "conv_out") else "zero_proj"
@@ -423,14 +480,11 @@ def teach_prompt_encoder(
         head = nn.Conv2d(projection.in_channels, channels, 3, padding=1).to(device)
     setattr(encoder, place, head)
     modules = {"encoder": encoder}
-    classes = read_classes(data, losses_of.grey.shape[-1]) if place == "zero_proj" else None
-    if classes is not None:
-        width, count = projection.in_features, int(classes.max()) + 1
-        namer = nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, count))
-        modules["namer"] = namer.to(device)
-        middle = (len(encoder.blocks) // 2 - 1) | 1  # a block that sees the panels whole
-        half_way: list[Tensor] = []
-        hook = encoder.blocks[middle].register_forward_hook(lambda _, __, x: half_way.append(x))
+    auxiliary = classes = None
+    if place == "zero_proj" and args.auxiliary_weight:
+        classes = read_classes(data, losses_of.grey.shape[-1])
+        count = 1 if classes is None else int(classes.max()) + 1
+        modules["auxiliary_heads"] = auxiliary = AuxiliaryHeads(encoder, count).to(device)
     parameters = [p for module in modules.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99))
     folder = args.output / "prompt-encoder"
@@ -444,23 +498,24 @@ def teach_prompt_encoder(
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / args.encoder_steps)
         g = torch.Generator().manual_seed((args.seed + 1) * 1_000_003 + step)
-        condition, x_0, facts, states, keep_example = losses_of.draw(batch, g, device)
+        condition, x_0, facts, states, keep = losses_of.draw(batch, g, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             guess = model.encode_condition(condition, states)  # in fp16, gradients would have to be scaled
         guess = guess.float()
         losses = {"guess": losses_of.mean((guess - x_0).square(), facts.latents[len(x_0) :], guess)}
-        if classes is not None:
-            named = namer(half_way.pop().float()).permute(0, 3, 1, 2)  # (B, classes, 2p, 2p)
-            shown = place_classes(classes, batch, keep_example).to(device)
-            losses["class"] = F.cross_entropy(named, shown, ignore_index=-1)
-        (losses["guess"] + args.class_weight * losses.get("class", 0)).backward()
+        loss = losses["guess"]
+        if auxiliary is not None:
+            shown = None if classes is None else place_classes(classes, batch).to(device)
+            losses |= auxiliary(shown, place_changes(facts), keep)
+            loss = loss + args.auxiliary_weight * sum(losses[name] for name in losses if name != "guess")
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0:
             progress.set_postfix({k: f"{v.item():.4f}" for k, v in losses.items()}, refresh=False)
         if is_main and ((step + 1) % args.checkpoint_every == 0 or step + 1 == args.encoder_steps):
             save_checkpoint(folder, step + 1, modules, optimizer, keep=1)
-    if classes is not None:
+    for hook in auxiliary.hooks if auxiliary is not None else ():
         hook.remove()
     setattr(encoder, place, projection)
     with torch.no_grad():

@@ -27,6 +27,7 @@ import esm
 import train
 from dataset import VisualPromptDataset, read_pairs
 from edit import Editor
+from rcldm import VisualPromptEncoder
 
 P = 32
 
@@ -239,19 +240,53 @@ def test_the_classes_of_the_places(parts, tmp_path):
     places[3] = 5
     batch = {"example_index": torch.tensor([1, 3]), "index": torch.tensor([2, 0])}
     batch["flipped"] = torch.tensor([True, False])
-    grids = train.place_classes(places, batch, torch.tensor([True, False]))
-    assert grids.shape == (2, 8, 8)
-    assert (grids[:, 4:, 4:] == -1).all() and (grids[1, :4] == -1).all()
-    assert grids[0, 0].tolist() == [0, 0, 0, 2] * 2 and grids[1, 4].tolist() == [2, 0, 0, 0] + [-1] * 4
+    grids = train.place_classes(places, batch)
+    assert grids.shape == (2, 8, 8) and (grids[1, :4] == 5).all()
+    assert grids[0, 0].tolist() == [0, 0, 0, 2] * 2 and grids[1, 4].tolist() == [2, 0, 0, 0] * 2
 
 
-def test_naming_what_places_show_teaches_the_encoder_and_resumes(run, parts, tmp_path):
+def test_the_changes_of_the_places():
+    latents = torch.zeros(4, 2, 3, 4, 4)  # two examples, then their two queries
+    latents[0, 1, :, 1, 2] = 0.3
+    latents[2, 0, :, 3, 0] = 0.3
+    latents[3, 1, :, 0, 0] = 0.2  # of square 0.04: as good as nothing
+    changes = train.place_changes(train.Facts(latents, None, None))
+    assert changes.shape == (2, 8, 8)
+    assert changes[0].nonzero().tolist() == [[1, 2], [1, 6], [7, 0], [7, 4]] and not changes[1].any()
+
+
+def test_the_auxiliary_heads_are_asked_only_what_can_be_known():
+    encoder = VisualPromptEncoder(4, depth=6, width=8, factor=2)
+    heads = train.AuxiliaryHeads(encoder, 3)
+    encoder(torch.zeros(3, 3, 16, 16))
+    assert set(heads.features) == {3, 5}  # half way, and every second block thereafter
+    g = torch.Generator().manual_seed(0)
+    features = {i: torch.randn(3, 8, 8, 8, generator=g, requires_grad=True) for i in heads.features}
+    heads.features = features
+    classes, changes = torch.ones(3, 8, 8, dtype=torch.long), torch.ones(3, 8, 8)
+    told = torch.tensor([True, False, False]), torch.tensor([True, True, False])  # both, the pair, neither
+    losses = heads(classes, changes, told)
+    asked = {}
+    for name, i in (("names", 3), ("compares", 3), ("points", 5)):
+        gradient = torch.autograd.grad(losses[name], features[i], retain_graph=True)[0]
+        asked[name] = gradient.abs().sum(-1) > 0
+    nothing, example, query, answer = torch.zeros(4, 8, 8, dtype=torch.bool).unbind()
+    example[:4], query[4:, :4], answer[4:, 4:] = True, True, True
+    assert torch.equal(asked["names"], torch.stack([example | query, example | query, query]))
+    assert torch.equal(asked["compares"], torch.stack([example, example, nothing]))
+    assert torch.equal(asked["points"], torch.stack([query | answer, query | answer, nothing]))
+    assert list(heads(None, changes, told)) == ["compares", "points"]
+    unknowing = torch.zeros(3).bool(), torch.zeros(3).bool()
+    assert all(loss == 0 for loss in heads(None, changes, unknowing).values())
+
+
+def test_the_auxiliary_heads_teach_the_encoder_and_resume(run, parts, tmp_path):
     quick = ("--no-esm", "--no-liu", "--no-sam", "--steps", "1", "--lr", "0", "--checkpoint-every", "2")
     shutil.copytree(parts / "data", tmp_path / "data")
     told = save_classes(tmp_path / "told")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(*quick, "--encoder-steps", "4", data=told, output=whole)
-    run(*quick, "--encoder-steps", "4", "--class-weight", "0", data=told, output=tmp_path / "unweighted")
+    run(*quick, "--encoder-steps", "4", "--auxiliary-weight", "0", data=told, output=tmp_path / "unweighted")
     with pytest.MonkeyPatch.context() as patch:  # stops after the first checkpoint
         patch.setattr(train, "save_checkpoint", stopping(train.save_checkpoint))
         with pytest.raises(KeyboardInterrupt):
