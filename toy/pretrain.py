@@ -640,8 +640,8 @@ def train_editor(args: argparse.Namespace) -> None:
 
     run = args.runs.parent / "editor"
     command = [sys.executable, "train.py", "--output", run, "--seed", args.seed, "--device", args.device]
-    command += ["--encoder-steps", args.scaled(36_000), "--encoder-width", 96, "--encoder-lr", 0]
-    command += ["--steps", args.scaled(7000), "--ema", 0.999]
+    command += ["--encoder-steps", args.scaled(42_000), "--encoder-width", 96, "--encoder-lr", 0]
+    command += ["--steps", args.scaled(9400), "--ema", 0.999]
     command += ["--resume"] if run.exists() else []
     subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[1], check=True)
     model = RCLDM.from_pretrained(run / "editor").half()
