@@ -86,7 +86,7 @@ def settings() -> argparse.Namespace:
     add("--no-sam", action="store_true", help="without selective-area matching")
 
     # Choice: all numbers below. The paper gives none of them.
-    add("--steps", type=int, default=500, help="optimiser steps; on two CPU cores under half an hour in all")
+    add("--steps", type=int, default=500, help="optimiser steps; on two CPU cores about half an hour in all")
     add("--batch", type=int, default=16, help="grids per step and process")
     add("--accumulate", type=int, default=1, help="batches per optimiser step")
     add("--lr", type=float, help="peak (default: the preset's); warm-up, then cosine to a tenth of it")
