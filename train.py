@@ -412,15 +412,15 @@ class AuxiliaryHeads(nn.Module):
     points: from every second block thereafter, whether the edit will change the query there.
 
     Choice: to change what the example changes, and nothing else, it must know a heart from a star, see which
-    of them was changed, and find its like in the query. None of these makes its guess better without the
-    others, and by the guess alone ours came to none of them.
+    of them was changed, and find its like in the query. None of these makes its guess much better without
+    the others; ours, taught by the guess, and later to name things as well, did not compare the panels.
     """
 
     def __init__(self, encoder: nn.Module, classes: int) -> None:
         super().__init__()
         width, depth = encoder.zero_proj.in_features, len(encoder.blocks)
         self.half_way = (depth // 2 - 1) | 1  # a block that sees the panels whole, as every second does
-        later = range(min(self.half_way + 2, depth - 1), depth, 2)
+        later = range(self.half_way + 2, depth, 2)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.names, self.compares = nn.Linear(width, classes), nn.Linear(width, 1)
         self.points = nn.ModuleDict({str(i): nn.Linear(width, 1) for i in later})
@@ -506,8 +506,9 @@ def teach_prompt_encoder(
         loss = losses["guess"]
         if auxiliary is not None:
             shown = None if classes is None else place_classes(classes, batch).to(device)
-            losses |= auxiliary(shown, place_changes(facts), keep)
-            loss = loss + args.auxiliary_weight * sum(losses[name] for name in losses if name != "guess")
+            said = auxiliary(shown, place_changes(facts), keep)
+            loss = loss + args.auxiliary_weight * sum(said.values())
+            losses |= said
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
