@@ -112,8 +112,8 @@ def settings() -> argparse.Namespace:
     add("--sam-classes", nargs="+", help="names of the segmenter's classes (default: the preset's)")
     add("--sam-propose", action="store_true", help="let the language model choose the segmenter's classes")
     # Dropout makes guidance possible, and edits by the example alone or by the instruction alone.
-    add("--drop-text", type=float, default=0.3, help="share of samples without the instruction")
-    add("--drop-example", type=float, default=0.4, help="share of samples without the example pair")
+    add("--drop-text", type=float, default=0.4, help="share of samples without the instruction")
+    add("--drop-example", type=float, default=0.3, help="share of samples without the example pair")
     add("--drop-both", type=float, default=0.05, help="share of samples without either")
     add("--panel", type=int, help="P, pixels along a panel's side (default: the preset's)")
     add("--flip", action="store_true", help="mirror half of the grids; encodes every step instead of once")

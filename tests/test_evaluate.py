@@ -255,7 +255,7 @@ def test_truth_scores_1_a_copy_0_and_small_noise_1(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed == table.read_text()
     whole, by_family = (part.splitlines() for part in printed.split("\n\n"))
-    assert len(whole) == 5 and whole[2].startswith("| seen | truth | 4 | 100.0 (51.0 … 100.0) |")
+    assert len(whole) == 5 and whole[2].startswith("| seen | truth | 4 | 100.0 (51.0 … 100.0) (VAE ")
     assert by_family[0] == "| right, by family | seen, truth | seen, copy | seen, noisy |"
     assert len(by_family) == 2 + len(families)
     family = pairs[0].edit.family
@@ -278,6 +278,8 @@ def test_the_floor_of_the_errors_is_the_vaes(tmp_path, monkeypatch):
     (result,) = score.score([tmp_path / "seen" / "pair"], "a folder")
     assert result["mae_outside"] == 0 and 10 < result["vae_outside"] <= 20.01
     assert "0.0 (VAE " in score.markdown([result])
+    assert 0 < result["vae_right"] <= 1
+    assert f") (VAE {100 * result['vae_right']:.1f})" in score.markdown([result])
 
 
 def test_scores_of_an_evaluated_copy(data, tmp_path, editor):

@@ -17,6 +17,7 @@ from toy import world
 few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 VISIBLE = 8  # levels of 255: what toy/score.py takes for a change
+PICTURE = ("overlay", "pose", "look")  # what lies over a scene, how it is turned, and its colours
 SIZES = {split: (6, 2) for split in world.SPLITS}
 
 
@@ -64,20 +65,34 @@ def test_an_edit_changes_what_it_names_and_nothing_else(seed):
         "background": lambda: replace(scene, background=edit.value),
         "smile": lambda: scene.put(thing, mouth="smile"),
         "frown": lambda: scene.put(thing, mouth="frown"),
-        "glasses": lambda: scene.put(thing, glasses=True),
-        "hat": lambda: scene.put(thing, hat=True),
-        "mirror": lambda: replace(scene, mirrored=True),
+        "surprise": lambda: scene.put(thing, mouth="open"),
+        "wear": lambda: scene.put(thing, features=(*thing.features, edit.value)),
+        "hat": lambda: scene.put(thing, features=(*thing.features, edit.value)),
+        "pattern": lambda: scene.put(thing, pattern=edit.value),
+        "outline": lambda: scene.put(thing, outline=edit.value),
+        "keep": lambda: replace(scene, things=(thing,)),
+        "copy": lambda: replace(scene, things=(*scene.things, replace(thing, place=edit.value))),
     }
     if edit.family in changed:
         assert edited == changed[edit.family]()
     elif edit.family == "add":
         assert edited.things[:-1] == scene.things
         assert edited.things[-1].place == edit.value and edited.things[-1].kind == edit.target.split()[1]
-    elif edit.family == "swap":
-        pair = (edit.target, edit.value)
-        assert [edited.find(kind).colour for kind in pair] == [scene.find(kind).colour for kind in pair[::-1]]
-    else:
-        assert replace(edited, look="plain") == scene
+    elif edit.family in ("swap", "exchange"):
+        pair, names = (
+            (edit.target, edit.value),
+            ("place", "jitter") if edit.family == "exchange" else ("colour",),
+        )
+        for old, new in zip(pair[::-1], pair):
+            traded = {name: getattr(scene.find(old), name) for name in names}
+            assert edited.find(new) == replace(scene.find(new), **traded)
+    elif edit.family == "repaint":
+        assert {thing.colour for thing in edited.things if thing.kind != "face"} == {edit.value}
+        for old, new in zip(scene.things, edited.things, strict=True):
+            assert replace(new, colour=old.colour) == old
+    else:  # of the whole picture
+        assert len(made := [name for name in PICTURE if getattr(edited, name)]) == 1
+        assert replace(edited, **{made[0]: ""}) == scene
 
 
 def test_edits_that_cannot_be_made_are_none():
@@ -97,18 +112,44 @@ def test_edits_that_cannot_be_made_are_none():
         assert edit.apply(scene) is None, edit
 
 
-def test_mirroring_flips_the_picture():
+@pytest.mark.parametrize(
+    ("edit", "moved"),
+    [
+        (world.Edit("mirror"), lambda x: x[:, ::-1]),
+        (world.Edit("flip"), lambda x: x[::-1]),
+        (world.Edit("turn", "", "left"), np.rot90),
+        (world.Edit("turn", "", "right"), lambda x: np.rot90(x, -1)),
+        (world.Edit("turn", "", "upside down"), lambda x: x[::-1, ::-1]),
+        (world.Edit("shift", "", "up"), lambda x: np.roll(x, -16, axis=0)),
+        (world.Edit("shift", "", "right"), lambda x: np.roll(x, 16, axis=1)),
+    ],
+)
+def test_a_pose_moves_the_picture_and_its_classes(edit, moved):
     scene = world.random_scene(random.Random(3))
-    mirrored = world.Edit("mirror").apply(scene)
-    assert np.array_equal(pixels(mirrored), pixels(scene)[:, ::-1])
-    assert np.array_equal(world.render_classes(mirrored), world.render_classes(scene)[:, ::-1])
+    edited = edit.apply(scene)
+    assert np.array_equal(pixels(edited), moved(pixels(scene)))
+    assert np.array_equal(world.render_classes(edited), moved(world.render_classes(scene)))
+
+
+def test_a_quarter_is_enlarged():
+    scene = world.Scene("meadow", (world.Thing("square", "red", "bottom left"),))
+    enlarged = world.render_classes(world.Edit("zoom", "", "bottom left").apply(scene))
+    quarter = world.render_classes(scene)[32:, :32]
+    assert (enlarged != 0).mean() == pytest.approx((quarter != 0).mean(), abs=0.05)
+    assert (enlarged[::2, ::2] != quarter).mean() < 0.05
+
+
+def test_hues_turn_round_the_greys():
+    pixels = np.array([[90.0, 90.0, 90.0], [200.0, 10.0, 10.0]], np.float32)
+    assert np.allclose(world._turn_hues(pixels, 120), [[90, 90, 90], [10, 200, 10]], atol=1e-3)
+    assert np.allclose(world._turn_hues(world._turn_hues(pixels, 60), 300), pixels, atol=1e-3)
 
 
 @few
 @given(seeds)
 def test_candidates_of_a_plain_scene_are_many_and_different(seed):
     edits = world.candidates(world.random_scene(random.Random(seed)))
-    assert len(edits) >= 90
+    assert len(edits) >= 150
     assert len({edit for edit, _ in edits}) == len(edits)
 
 
@@ -169,7 +210,7 @@ def test_canonical_wording_fills_its_places():
     for edit in world.every_edit():
         assert "{" not in edit.instruction and "a orange" not in edit.instruction
         for word in (edit.target, edit.value):
-            assert word in edit.instruction or world.FAMILIES[edit.family].rule is world._look
+            assert word in edit.instruction
 
 
 def test_canonical_wordings_differ():
@@ -235,7 +276,7 @@ def test_training_covers_every_edit_and_no_family_is_rare():
     assert {pair.edit for pair in world.draw_split("seen", *world.SPLITS["seen"], seed=0)} <= trained
     families = Counter(pair.edit.family for pair in pairs)
     assert set(families) == set(world.FAMILIES) - world.HELD_OUT_FAMILIES
-    assert min(families.values()) >= 0.03 * len(pairs) and max(families.values()) <= 0.2 * len(pairs)
+    assert min(families.values()) >= 0.01 * len(pairs) and max(families.values()) <= 0.1 * len(pairs)
 
 
 def test_pairs_are_what_they_say_and_every_instruction_has_two(splits):

@@ -12,8 +12,8 @@
     llm          a Llama that maps what people say to the canonical instruction          (transformers)
     editor       InstructGIE itself, by train.py
 
-What the backbone has seen: pictures of the toy world in every look, alone and in collages whose panels may
-show the same scene again with other properties, as the pages of comics do.  It has seen no instruction and
+What the backbone has seen: pictures of the toy world, edited ones too, alone and in collages whose panels may
+show the same scene again with something changed, as the pages of comics do.  It has seen no instruction and
 no two rows that share an edit, so the editor still has everything about editing left to learn.
 """
 
@@ -29,7 +29,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +43,7 @@ from toy import world
 
 WEIGHTS = Path(__file__).parent / "weights"
 LATENT_CHANNELS = 16
-CONTEXT = 48  # tokens of a prompt
+CONTEXT = 64  # tokens of a prompt
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -197,7 +196,7 @@ def train_vae(args: argparse.Namespace) -> None:
     shell = LinearShell(vae)
     fit("vae-linear", vae, loss, steps=args.scaled(2000), lr=3e-3, runs=args.runs, ema_decay=0.99)
     shell.grow(to_float(pool[:64], args.device))
-    fit("vae", vae, loss, steps=args.scaled(3000), lr=1e-3, runs=args.runs, ema_decay=0.99)
+    fit("vae", vae, loss, steps=args.scaled(12_000), lr=1e-3, runs=args.runs, ema_decay=0.99)
 
     # Last, the decoder alone, for latents without noise.
     def sharpness(step: int) -> dict[str, Tensor]:
@@ -211,7 +210,7 @@ def train_vae(args: argparse.Namespace) -> None:
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     vae.post_quant_conv.requires_grad_(False)
-    fit("vae-decoder", vae, sharpness, steps=args.scaled(2000), lr=1e-3, runs=args.runs, ema_decay=0.99)
+    fit("vae-decoder", vae, sharpness, steps=args.scaled(7000), lr=1e-3, runs=args.runs, ema_decay=0.99)
     with torch.no_grad():
         quant = vae.quant_conv
         # The noise that an AutoencoderKL reports is the same for every picture, and small.
@@ -306,36 +305,6 @@ def new_scheduler():
     )
 
 
-def vary(scene: world.Scene, rng: random.Random) -> world.Scene:
-    """The same scene as another panel of a comic might show it: one or two properties drawn anew."""
-    for _ in range(rng.choice((1, 1, 2))):
-        other = world.random_picture(rng)
-        what = rng.randrange(6)
-        if what == 0:
-            scene = replace(scene, background=other.background)
-        elif what == 1:
-            scene = replace(scene, look=other.look)
-        elif what == 2 and len(scene.things) > 1:
-            scene = replace(scene, things=scene.things[:-1])
-        elif what == 3 and (free := scene.empty_places()):
-            scene = scene.put(rng.choice(scene.things), place=rng.choice(free))
-        elif free := scene.empty_places():
-            kinds = [kind for kind in world.CLASSES[1:] if not scene.find(kind)]
-            new = world.random_thing(rng, rng.choice(kinds), rng.choice(free))
-            things = scene.things if what == 4 else scene.things[1:]
-            scene = replace(scene, things=(*things, new))
-        else:
-            thing = rng.choice(scene.things)
-            scene = scene.put(
-                thing,
-                **{
-                    k: getattr(world.random_thing(rng, thing.kind, thing.place), k)
-                    for k in ("colour", "size", "mouth", "glasses")
-                },
-            )
-    return scene
-
-
 PANEL_NAMES = ("top left", "top right", "bottom left", "bottom right")
 
 
@@ -349,11 +318,11 @@ def train_unet(args: argparse.Namespace) -> None:
     model = nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(tokenizer)})
     model.to(args.device, memory_format=torch.channels_last)
 
-    # The pool: strips of four pictures, the first and three variations of it.
+    # The pool: strips of four pictures, the first and what three edits make of it.
     strips = []
     for _ in range(args.scaled(8000)):
         scene = world.random_picture(rng)
-        strips.append([scene] + [vary(scene, rng) for _ in range(3)])
+        strips.append([scene] + [world.random_edit(scene, rng) for _ in range(3)])
     latents = encode_scenes(vae, [scene for strip in strips for scene in strip], args.device)
     latents = latents.unflatten(0, (-1, 4))
     blank = encode_images(vae, torch.full((1, 3, world.PANEL, world.PANEL), 0.0, device=args.device))[0].cpu()
@@ -397,7 +366,7 @@ def train_unet(args: argparse.Namespace) -> None:
         weight = (1 / (1 - scheduler.alphas_cumprod.to(t.device)[t])).clamp(max=5)
         return {"loss": (weight * error).mean(), "x_0": error.mean()}
 
-    fit("unet", model, loss, steps=args.scaled(6100), lr=1e-3, runs=args.runs, ema_decay=0.997)
+    fit("unet", model, loss, steps=args.scaled(10_600), lr=1e-3, runs=args.runs, ema_decay=0.997)
     save(model["unet"].half().save_pretrained, folder / "unet")
     save(model["text"].half().save_pretrained, folder / "text_encoder")
     save(tokenizer.save_pretrained, folder / "tokenizer")
@@ -640,7 +609,7 @@ def train_editor(args: argparse.Namespace) -> None:
 
     run = args.runs.parent / "editor"
     command = [sys.executable, "train.py", "--output", run, "--seed", args.seed, "--device", args.device]
-    command += ["--encoder-steps", args.scaled(42_000), "--encoder-width", 96, "--encoder-lr", 0]
+    command += ["--encoder-steps", args.scaled(42_000), "--encoder-width", 128, "--encoder-lr", 0]
     command += ["--steps", args.scaled(9400), "--ema", 0.999]
     command += ["--resume"] if run.exists() else []
     subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[1], check=True)

@@ -9,8 +9,8 @@ mean squared error over the pixels. Edits that give one and the same picture cou
 the input is nearest to the input, and so scores 0.
 
 Beside it the mean absolute error, in units of 0 … 255: inside the edited region (where truth and input differ
-by more than 8), outside it, and where the truth shows a face; each with the error of the truth itself after a
-trip through the VAE, below which no editor gets.
+by more than 8), outside it, and where the truth shows a face.  Beside each figure stands that of the truth
+itself after a trip through the VAE, below whose errors no editor gets.
 
 An answer of mode "other-pair" is measured by the edit that its example shows, on the query's scene, and left
 out where that edit cannot be made.
@@ -75,8 +75,7 @@ class Truth:
     def score(self, answer: np.ndarray) -> dict:
         """Of one answer (P, P, 3) uint8. An error over an empty region is None."""
         nearest = self.nearest(answer)
-        right = nearest > 0 and np.array_equal(self.pictures[nearest], self.picture)
-        edit = self.edits[nearest]
+        edit, right = self.edits[nearest], self.is_right(nearest)
         family = edit.family if edit else UNEDITED
         return {
             "family": self.family,
@@ -91,6 +90,10 @@ class Truth:
         """The index of the candidate nearest to an answer (P, P, 3) uint8, in mean squared error."""
         answer = np.asarray(answer, np.float32)
         return int(np.square(self.pictures - answer).mean(axis=(1, 2, 3)).argmin())
+
+    def is_right(self, candidate: int) -> bool:
+        """Whether the candidate of this index is the truth."""
+        return candidate > 0 and np.array_equal(self.pictures[candidate], self.picture)
 
     def errors(self, answer: np.ndarray) -> dict[str, float | None]:
         """Mean absolute error of a picture (P, P, 3) uint8 by region."""
@@ -149,8 +152,11 @@ def score(folders: list[Path], stable_diffusion: str | None = None) -> list[dict
         if is_other and edit.apply(scene) is None:
             continue
         truth = Truth(scene, edit)
-        floor = truth.errors(reconstruct(vae, truth.picture)) if vae else {}
-        floor = {f"vae_{region}": error for region, error in floor.items()}
+        floor = {}
+        if vae:
+            picture = reconstruct(vae, truth.picture)
+            floor = {f"vae_{region}": error for region, error in truth.errors(picture).items()}
+            floor["vae_right"] = truth.is_right(truth.nearest(picture))
         for folder, name in answers:
             with Image.open(folder / name) as image:
                 answer = np.asarray(image.convert("RGB"))
@@ -220,6 +226,7 @@ def markdown(results: list[dict]) -> str:
             text = "–" if error is None else f"{error:.1f}"
             errors.append(text if floor is None else f"{text} (VAE {floor:.1f})")
         share = f"{100 * result['accuracy']:.1f} ({100 * low:.1f} … {100 * high:.1f})"
+        share += f" (VAE {100 * result['vae_right']:.1f})" if "vae_right" in result else ""
         chance = f"{100 * result['chance']:.2f}"
         rows.append((result["split"], result["mode"], str(result["n"]), share, chance, *errors))
     families = sorted({family for result in results for family in result["families"]})

@@ -22,12 +22,12 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 PANEL = 64  # pixels along a side of a picture
 SUPERSAMPLING = 4  # drawn larger by this factor, then averaged: smooth edges
@@ -56,12 +56,24 @@ SKINS = {"pale": (250, 222, 196), "tan": (224, 172, 105), "dark": (110, 70, 45)}
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond")
 PLACES = {"top left": (17, 17), "top right": (47, 17), "bottom left": (17, 47), "bottom right": (47, 47)}
 RADII = {"small": 7, "big": 12}
-LOOKS = ("plain", "night", "inverted", "grey", "sepia", "blurred")
+FEATURES = (
+    "glasses",
+    "a beard",
+    "a moustache",
+    "a red nose",
+    "pink cheeks",
+    "ears",
+    "brown hair",
+    "yellow hair",
+)
+HATS = ("a purple hat", "a green hat", "a red hat")
+PATTERNS = ("white stripes", "a white half")
+OUTLINES = {"white": (250, 250, 250), "black": (10, 10, 10)}
 CLASSES = ("background", "face", *SHAPES)  # what the segment masks tell apart; the index is the class id
 
 # No training picture holds one of these (every colour and every shape still occurs often).
 HELD_OUT_COMBINATIONS = frozenset((colour, SHAPES[(3 * i + 1) % 8]) for i, colour in enumerate(COLOURS))
-HELD_OUT_FAMILIES = frozenset({"sepia", "hat", "swap"})
+HELD_OUT_FAMILIES = frozenset({"sepia", "frame", "hat", "swap"})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -81,27 +93,37 @@ class Thing:
     place: str
     size: str = "big"
     jitter: tuple[int, int] = (0, 0)  # pixels away from the middle of its quarter
-    mouth: str = "plain"  # of a face: plain, smile, frown
-    glasses: bool = False
-    hat: bool = False
+    outline: str = ""  # of a shape: a key of OUTLINES
+    pattern: str = ""  # of a shape: one of PATTERNS
+    mouth: str = "plain"  # of a face: plain, smile, frown, open
+    features: tuple[str, ...] = ()  # of a face: of FEATURES and HATS
 
     def caption(self) -> str:
+        parts = [
+            part
+            for part in (*self.features, self.pattern, self.outline and f"a {self.outline} outline")
+            if part
+        ]
+        details = " with " + " and ".join(parts) if parts else ""
         if self.kind != "face":
-            return f"a {self.size} {self.colour} {self.kind} at the {self.place}"
-        mood = {"plain": "", "smile": "smiling ", "frown": "frowning "}[self.mouth]
-        extras = [name for name, on in (("glasses", self.glasses), ("a hat", self.hat)) if on]
-        wearing = " with " + " and ".join(extras) if extras else ""
-        return f"a {self.colour} {mood}face{wearing} at the {self.place}"
+            return f"a {self.size} {self.colour} {self.kind}{details} at the {self.place}"
+        mood = {"plain": "", "smile": "smiling ", "frown": "frowning ", "open": "surprised "}[self.mouth]
+        return f"a {self.colour} {mood}face{details} at the {self.place}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn.  `mirrored` flips the finished picture left to right."""
+    """A picture before it is drawn.
+
+    overlay: what lies over everything, see `_draw_overlay`. pose: how the picture is turned, shifted or cut,
+    see `_apply_pose`. look: what is done to its pixels at last, see `_apply_look`. All are said in words.
+    """
 
     background: str
     things: tuple[Thing, ...]
-    look: str = "plain"
-    mirrored: bool = False
+    overlay: str = ""
+    pose: str = ""
+    look: str = ""
 
     def find(self, kind: str) -> Thing | None:
         return next((thing for thing in self.things if thing.kind == kind), None)
@@ -117,18 +139,18 @@ class Scene:
 
     def caption(self) -> str:
         things = [thing.caption() for thing in self.things] or ["nothing"]
-        look = {"plain": "", "night": ", at night", "inverted": ", inverted", "grey": ", in grey"}
-        look |= {"sepia": ", in sepia", "blurred": ", blurred"}
-        mirrored = ", mirrored" if self.mirrored else ""
-        caption = f"{' and '.join(things)}, on a {self.background} background{look[self.look]}{mirrored}"
-        return _with_articles(caption)
+        extras = [
+            f", {part}" for part in (self.overlay and f"with {self.overlay}", self.pose, self.look) if part
+        ]
+        return _with_articles(f"{' and '.join(things)}, on a {self.background} background{''.join(extras)}")
 
     def is_held_out(self) -> bool:
         return any((thing.colour, thing.kind) in HELD_OUT_COMBINATIONS for thing in self.things)
 
 
 def scene_from_json(record: dict) -> Scene:
-    things = tuple(Thing(**{**thing, "jitter": tuple(thing["jitter"])}) for thing in record["things"])
+    lists = ("jitter", "features")
+    things = tuple(Thing(**{**thing, **{k: tuple(thing[k]) for k in lists}}) for thing in record["things"])
     return Scene(**{**record, "things": things})
 
 
@@ -136,7 +158,8 @@ def random_thing(rng: random.Random, kind: str, place: str) -> Thing:
     jitter = (rng.randint(-2, 2), rng.randint(-2, 2))
     if kind == "face":
         mouth = rng.choice(("plain", "smile", "frown"))
-        return Thing(kind, rng.choice(list(SKINS)), place, "big", jitter, mouth, rng.random() < 0.3)
+        features = (rng.choice(FEATURES),) if rng.random() < 0.3 else ()
+        return Thing(kind, rng.choice(list(SKINS)), place, "big", jitter, mouth=mouth, features=features)
     return Thing(kind, rng.choice(list(COLOURS)), place, rng.choice(list(RADII)), jitter)
 
 
@@ -151,13 +174,21 @@ def random_scene(rng: random.Random) -> Scene:
     return Scene(rng.choice(list(BACKGROUNDS)), things)
 
 
+def random_edit(scene: Scene, rng: random.Random) -> Scene:
+    """The scene after some edit: all families are as likely, and in a family all its edits."""
+    while True:
+        name = rng.choice(list(FAMILIES))
+        edited = Edit(name, *rng.choice(FAMILIES[name].arguments)).apply(scene)
+        if edited is not None:
+            return edited
+
+
 def random_picture(rng: random.Random) -> Scene:
-    """A scene as the toy *backbone* sees the world: in every look, hats included."""
+    """A scene as the toy *backbone* sees the world: half of them after one edit or two, of any family."""
     scene = random_scene(rng)
-    face = scene.find("face")
-    if face and rng.random() < 0.25:
-        scene = scene.put(face, hat=True)
-    return replace(scene, look=rng.choice(LOOKS) if rng.random() < 0.35 else "plain")
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        scene = random_edit(scene, rng)
+    return scene
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -200,52 +231,160 @@ def _polygon(kind: str, x: float, y: float, r: float) -> list[tuple[float, float
 
 def _draw_face(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r: float) -> None:
     dark = (250, 250, 250) if thing.colour == "dark" else (30, 20, 20)
-    draw.ellipse((x - r, y - r, x + r, y + r), fill=SKINS[thing.colour])
-    eye, pen = 0.15 * r, round(0.17 * r)
-    for side in (-1, 1):
-        ex, ey = x + side * 0.4 * r, y - 0.22 * r
-        draw.ellipse((ex - eye, ey - eye, ex + eye, ey + eye), fill=dark)
-        if thing.glasses:
-            g = 0.34 * r
-            draw.ellipse((ex - g, ey - g, ex + g, ey + g), outline=(20, 60, 200), width=pen)
+    skin, pen = SKINS[thing.colour], round(0.17 * r)
+
+    def disc(u: float, v: float, radius: float, **style: object) -> None:
+        """Centred so many radii of the face away from its middle."""
+        draw.ellipse(
+            (x + (u - radius) * r, y + (v - radius) * r, x + (u + radius) * r, y + (v + radius) * r), **style
+        )
+
+    hair = next((f.split()[0] for f in thing.features if f.endswith("hair")), None)
+    if hair:
+        disc(0, -0.12, 1.12, fill=COLOURS[hair])
+    if "ears" in thing.features:
+        disc(-1, 0, 0.32, fill=skin)
+        disc(1, 0, 0.32, fill=skin)
+    disc(0, 0, 1, fill=skin)
+    if hair:
+        draw.pieslice((x - r, y - r, x + r, y + r), 205, 335, fill=COLOURS[hair])
+    if "a beard" in thing.features:
+        draw.chord((x - r, y - r, x + r, y + r), 15, 165, fill=COLOURS["brown"])
+    for side in (-0.4, 0.4):
+        disc(side, -0.22, 0.15, fill=dark)
+        if "glasses" in thing.features:
+            disc(side, -0.22, 0.34, outline=(20, 60, 200), width=pen)
+        if "pink cheeks" in thing.features:
+            disc(1.4 * side, 0.2, 0.22, fill=COLOURS["pink"])
     if thing.mouth == "plain":
         draw.line((x - 0.4 * r, y + 0.5 * r, x + 0.4 * r, y + 0.5 * r), fill=dark, width=pen)
     elif thing.mouth == "smile":
         draw.arc((x - 0.5 * r, y - 0.15 * r, x + 0.5 * r, y + 0.72 * r), 20, 160, fill=dark, width=pen)
-    else:
+    elif thing.mouth == "frown":
         draw.arc((x - 0.5 * r, y + 0.38 * r, x + 0.5 * r, y + 1.2 * r), 205, 335, fill=dark, width=pen)
-    if thing.hat:
-        draw.rectangle((x - 0.62 * r, y - 1.3 * r, x + 0.62 * r, y - 0.62 * r), fill=(60, 20, 90))
-        draw.rectangle((x - 1.0 * r, y - 0.8 * r, x + 1.0 * r, y - 0.58 * r), fill=(60, 20, 90))
+    else:
+        disc(0, 0.52, 0.24, fill=dark)
+    if "a moustache" in thing.features:
+        draw.rectangle((x - 0.5 * r, y + 0.2 * r, x + 0.5 * r, y + 0.38 * r), fill=COLOURS["brown"])
+    if "a red nose" in thing.features:
+        disc(0, 0.12, 0.22, fill=COLOURS["red"])
+    for hat in set(HATS).intersection(thing.features):
+        colour = (60, 20, 90) if "purple" in hat else COLOURS[hat.split()[1]]
+        draw.rectangle((x - 0.62 * r, y - 1.3 * r, x + 0.62 * r, y - 0.62 * r), fill=colour)
+        draw.rectangle((x - 1.0 * r, y - 0.8 * r, x + 1.0 * r, y - 0.58 * r), fill=colour)
 
 
-def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing) -> None:
-    s = SUPERSAMPLING
+def _draw_shape(draw: ImageDraw.ImageDraw, kind: str, x: float, y: float, r: float, fill: object) -> None:
+    if kind == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    elif kind == "ring":
+        draw.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=round(0.38 * r))
+    else:
+        draw.polygon(_polygon(kind, x, y, r), fill=fill)
+
+
+def _draw_thing(image: Image.Image, thing: Thing) -> None:
+    s, draw = SUPERSAMPLING, ImageDraw.Draw(image)
     x, y = (s * (c + j) for c, j in zip(PLACES[thing.place], thing.jitter))
     r = s * RADII[thing.size]
     if thing.kind == "face":
         _draw_face(draw, thing, x, y, r)
-    elif thing.kind == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[thing.colour])
-    elif thing.kind == "ring":
-        draw.ellipse((x - r, y - r, x + r, y + r), outline=COLOURS[thing.colour], width=round(0.38 * r))
-    else:
-        draw.polygon(_polygon(thing.kind, x, y, r), fill=COLOURS[thing.colour])
+        return
+    if thing.outline:
+        _draw_shape(draw, thing.kind, x, y, r, OUTLINES[thing.outline])
+        r -= 2 * s
+    _draw_shape(draw, thing.kind, x, y, r, COLOURS[thing.colour])
+    if thing.pattern:
+        shape = Image.new("L", image.size)
+        _draw_shape(ImageDraw.Draw(shape), thing.kind, x, y, r, 255)
+        bands = ((0, 2 * r),) if thing.pattern == "a white half" else ((-5 * s, -2 * s), (2 * s, 5 * s))
+        painted = Image.new("L", image.size)
+        for top, bottom in bands:
+            ImageDraw.Draw(painted).rectangle((x - 2 * r, y + top, x + 2 * r, y + bottom), fill=255)
+        image.paste("white", mask=ImageChops.darker(shape, painted))
+
+
+def _draw_overlay(image: Image.Image, overlay: str) -> None:
+    """A frame, a bar along a side, dots or stripes, over everything; their colour is a word of `overlay`."""
+    words, side, draw = overlay.split(), image.width, ImageDraw.Draw(image)
+    fill = next(COLOURS[word] for word in words if word in COLOURS)
+    step, width = side // 4, side // 16
+    if "frame" in words:
+        draw.rectangle((0, 0, side, side), outline=fill, width=3 * width // 2)
+    elif "bar" in words:
+        bars = {"top": (0, 0, side, 3 * width), "bottom": (0, side - 3 * width, side, side)}
+        bars |= {"left": (0, 0, 3 * width, side), "right": (side - 3 * width, 0, side, side)}
+        draw.rectangle(bars[words[-1]], fill=fill)
+    elif "dots" in words:
+        for x in range(step // 2, side, step):
+            for y in range(step // 2, side, step):
+                draw.ellipse((x - width, y - width, x + width, y + width), fill=fill)
+    for i in range(-side, 2 * side, step) if "stripes" in words else ():
+        if "diagonal" in words:
+            draw.polygon([(i, 0), (i + width, 0), (i + width + side, side), (i + side, side)], fill=fill)
+        else:
+            ends = (0, i, side, i + width) if "horizontal" in words else (i, 0, i + width, side)
+            draw.rectangle(ends, fill=fill)
+
+
+_TRANSPOSED = {
+    "mirrored": Image.Transpose.FLIP_LEFT_RIGHT,
+    "flipped": Image.Transpose.FLIP_TOP_BOTTOM,
+    "turned left": Image.Transpose.ROTATE_90,
+    "turned right": Image.Transpose.ROTATE_270,
+    "turned upside down": Image.Transpose.ROTATE_180,
+}
+_SHIFTS = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}  # by a quarter of the side, round
+
+
+def _apply_pose(image: Image.Image, pose: str) -> Image.Image:
+    """A picture or class map mirrored, turned, shifted round its edges, or a quarter of it enlarged."""
+    if pose in _TRANSPOSED:
+        return image.transpose(_TRANSPOSED[pose])
+    side, (what, _, where) = image.width, pose.partition(" ")
+    if what == "shifted":
+        return ImageChops.offset(image, *(side // 4 * step for step in _SHIFTS[where]))
+    left, top = (side // 2 * (word in where) for word in ("right", "bottom"))
+    return image.resize(image.size, Image.Resampling.NEAREST, (left, top, left + side // 2, top + side // 2))
+
+
+_GREY = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def _turn_hues(pixels: np.ndarray, degrees: int) -> np.ndarray:
+    """Rotates colours (…, 3) around the axis of greys."""
+    a, b, c = (math.cos(math.radians(degrees + shift)) * 2 / 3 + 1 / 3 for shift in (0, 120, 240))
+    return pixels @ np.array([[a, c, b], [b, a, c], [c, b, a]], np.float32)
 
 
 def _apply_look(image: Image.Image, look: str) -> Image.Image:
-    if look == "blurred":
-        return image.filter(ImageFilter.GaussianBlur(2.0))
+    what, _, value = look.partition(" ")
+    if what == "blurred":
+        return image.filter(ImageFilter.GaussianBlur({"a little": 1.2, "strongly": 4.0}[value]))
+    if what == "pixelated":
+        return image.reduce(8).resize(image.size, Image.Resampling.NEAREST)
     pixels = np.asarray(image, np.float32)
-    grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
-    if look == "night":
+    grey = (pixels @ _GREY)[..., None]
+    if what == "night":
         pixels = pixels * np.array([0.28, 0.32, 0.55], np.float32) + np.array([0, 0, 18], np.float32)
-    elif look == "inverted":
+    elif what == "inverted":
         pixels = 255 - pixels
-    elif look == "grey":
-        pixels = np.repeat(grey[..., None], 3, axis=-1)
-    elif look == "sepia":
-        pixels = grey[..., None] * np.array([1.05, 0.86, 0.62], np.float32)
+    elif what == "grey":
+        pixels = np.repeat(grey, 3, axis=-1)
+    elif what == "sepia":
+        pixels = grey * np.array([1.05, 0.86, 0.62], np.float32)
+    elif what == "tinted":
+        pixels = 0.55 * pixels + 0.45 * np.array(COLOURS[value], np.float32)
+    elif what == "hues":
+        pixels = _turn_hues(pixels, int(value.split()[-2]))
+    elif what == "light":
+        pixels = 0.55 * pixels + 0.45 * 255 * (value == "brighter")
+    elif what == "contrast":
+        pixels = 128 + (pixels - 128) * {"stronger": 1.8, "weaker": 0.4}[value]
+    else:
+        pixels = pixels[
+            ..., {"red and green": (1, 0, 2), "green and blue": (0, 2, 1), "red and blue": (2, 1, 0)}[value]
+        ]
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 
@@ -254,26 +393,29 @@ def render(scene: Scene) -> Image.Image:
     side = SUPERSAMPLING * PANEL
     upper, lower = BACKGROUNDS[scene.background]
     image = Image.new("RGB", (side, side), upper)
-    draw = ImageDraw.Draw(image)
     if lower != upper:
-        draw.rectangle((0, side // 2, side, side), fill=lower)
+        ImageDraw.Draw(image).rectangle((0, side // 2, side, side), fill=lower)
     for thing in scene.things:
-        _draw_thing(draw, thing)
+        _draw_thing(image, thing)
+    if scene.overlay:
+        _draw_overlay(image, scene.overlay)
+    if scene.pose:
+        image = _apply_pose(image, scene.pose)
     image = image.reduce(SUPERSAMPLING)
-    if scene.look != "plain":
-        image = _apply_look(image, scene.look)
-    return ImageOps.mirror(image) if scene.mirrored else image
+    return _apply_look(image, scene.look) if scene.look else image
 
 
 def render_classes(scene: Scene) -> np.ndarray:
-    """Which class each pixel shows: (PANEL, PANEL) uint8 indices into CLASSES."""
+    """Which class each pixel shows: (PANEL, PANEL) uint8 indices into CLASSES. An overlay is seen through."""
     classes = np.zeros((PANEL, PANEL), np.uint8)
     for thing in scene.things:
-        mask = Image.new("RGB", (SUPERSAMPLING * PANEL,) * 2)
-        _draw_thing(ImageDraw.Draw(mask), thing)
-        covered = np.asarray(mask.reduce(SUPERSAMPLING)).any(axis=-1)
+        shown = Image.new("RGB", (SUPERSAMPLING * PANEL,) * 2)
+        _draw_thing(shown, thing)
+        if scene.pose:
+            shown = _apply_pose(shown, scene.pose)
+        covered = np.asarray(shown.reduce(SUPERSAMPLING)).any(axis=-1)
         classes[covered] = CLASSES.index(thing.kind)
-    return classes[:, ::-1].copy() if scene.mirrored else classes
+    return classes
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -299,7 +441,7 @@ class Edit:
         return self.worded(FAMILIES[self.family].canonical)
 
     def worded(self, template: str) -> str:
-        return _with_articles(template.format(target=self.target, value=self.value))
+        return _with_articles(template.format(target=self.target, value=self.value).strip())
 
 
 def _change_thing(**changes: object) -> Callable[[Scene, str, str], Scene | None]:
@@ -336,23 +478,44 @@ def _move(scene: Scene, target: str, value: str) -> Scene | None:
     return scene.put(thing, place=value) if thing and value in scene.empty_places() else None
 
 
-def _swap(scene: Scene, target: str, value: str) -> Scene | None:
-    first, second = scene.find(target), scene.find(value)
-    if not first or not second:
+def _keep(scene: Scene, target: str, value: str) -> Scene | None:
+    thing = scene.find(target)
+    return replace(scene, things=(thing,)) if thing else None
+
+
+def _copy(scene: Scene, target: str, value: str) -> Scene | None:
+    thing = scene.find(target)
+    if thing is None or value not in scene.empty_places():
         return None
-    return scene.put(first, colour=second.colour).put(second, colour=first.colour)
+    return replace(scene, things=(*scene.things, replace(thing, place=value)))
 
 
-def _background(scene: Scene, target: str, value: str) -> Scene:
-    return replace(scene, background=value)
+def _exchange(*names: str) -> Callable[[Scene, str, str], Scene | None]:
+    """A rule that two things trade some of their properties."""
+
+    def rule(scene: Scene, target: str, value: str) -> Scene | None:
+        first, second = scene.find(target), scene.find(value)
+        if not first or not second:
+            return None
+        ours, theirs = ({name: getattr(thing, name) for name in names} for thing in (first, second))
+        return scene.put(first, **theirs).put(second, **ours)
+
+    return rule
 
 
-def _look(scene: Scene, target: str, value: str) -> Scene:
-    return replace(scene, look=value)
+def _recolour_all(scene: Scene, target: str, value: str) -> Scene:
+    things = (thing if thing.kind == "face" else replace(thing, colour=value) for thing in scene.things)
+    return replace(scene, things=tuple(things))
 
 
-def _mirror(scene: Scene, target: str, value: str) -> Scene:
-    return replace(scene, mirrored=not scene.mirrored)
+def _wear(scene: Scene, target: str, value: str) -> Scene | None:
+    face = scene.find("face")
+    return scene.put(face, features=(*face.features, value)) if face and value not in face.features else None
+
+
+def _change_picture(name: str, words: str) -> Callable[[Scene, str, str], Scene]:
+    """A rule that sets a property of the scene to some words, `{value}` among them."""
+    return lambda scene, target, value: replace(scene, **{name: words.format(value=value).strip()})
 
 
 @dataclass(frozen=True)
@@ -376,256 +539,325 @@ class Family:
         return self.sayings[len(self.trained_sayings) :]
 
 
-def _product(targets: tuple[str, ...] | list[str], values: tuple[str, ...] | list[str]) -> tuple:
-    return tuple((target, value) for target in targets for value in values if target != value)
+def _family(rule: Callable, arguments: Iterable, canonical: str, sayings: str) -> Family:
+    """sayings: separated by "|"."""
+    return Family(rule, tuple(arguments), canonical, tuple(saying.strip() for saying in sayings.split("|")))
+
+
+def _product(targets: Iterable[str], values: Iterable[str]) -> list[tuple[str, str]]:
+    return [(target, value) for target in targets for value in values if target != value]
 
 
 _EVERY_KIND = ("face", *SHAPES)
+_NONE = ("",)
 FAMILIES = {
-    "recolour": Family(
+    # Edits of one thing.
+    "recolour": _family(
         _change_thing(colour="value"),
-        _product(SHAPES, list(COLOURS)),
+        [*_product(SHAPES, COLOURS), *_product(["face"], SKINS)],
         "make the {target} {value}",
-        (
-            "paint the {target} {value}",
-            "the {target} should be {value}",
-            "change the {target} to {value}",
-            "colour the {target} {value}",
-            "give the {target} a {value} colour",
-            "i want a {value} {target} instead",
-            "turn the {target} {value}",
-            "recolour the {target} in {value}",
-            "the {target} would look better in {value}",
-        ),
+        "paint the {target} {value} | the {target} should be {value} | change the {target} to {value} | "
+        "colour the {target} {value} | give the {target} a {value} colour | turn the {target} {value} | "
+        "i want a {value} {target} instead | recolour the {target} in {value} | "
+        "the {target} would look better in {value}",
     ),
-    "reshape": Family(
+    "reshape": _family(
         _reshape,
         _product(SHAPES, SHAPES),
         "turn the {target} into a {value}",
-        (
-            "replace the {target} with a {value}",
-            "change the {target} into a {value}",
-            "the {target} should become a {value}",
-            "swap the {target} for a {value}",
-            "make a {value} out of the {target}",
-            "i want a {value} where the {target} is",
-            "transform the {target} into a {value}",
-            "let the {target} become a {value}",
-        ),
+        "replace the {target} with a {value} | change the {target} into a {value} | "
+        "the {target} should become a {value} | swap the {target} for a {value} | "
+        "make a {value} out of the {target} | i want a {value} where the {target} is | "
+        "transform the {target} into a {value} | let the {target} become a {value}",
     ),
-    "remove": Family(
+    "remove": _family(
         _remove,
-        _product(_EVERY_KIND, [""]),
+        _product(_EVERY_KIND, _NONE),
         "remove the {target}",
-        (
-            "delete the {target}",
-            "take away the {target}",
-            "erase the {target}",
-            "get rid of the {target}",
-            "the {target} should disappear",
-            "the picture looks better without the {target}",
-            "take the {target} out",
-            "i do not want to see the {target}",
-        ),
+        "delete the {target} | take away the {target} | erase the {target} | get rid of the {target} | "
+        "the {target} should disappear | the picture looks better without the {target} | "
+        "take the {target} out | i do not want to see the {target}",
     ),
-    "add": Family(
+    "keep": _family(
+        _keep,
+        _product(_EVERY_KIND, _NONE),
+        "remove everything but the {target}",
+        "keep only the {target} | only the {target} should stay | delete everything except the {target} | "
+        "leave nothing but the {target} | show the {target} alone | all but the {target} should disappear",
+    ),
+    "add": _family(
         _add,
-        _product([f"{colour} {shape}" for shape in SHAPES for colour in COLOURS], list(PLACES)),
+        _product([f"{colour} {shape}" for shape in SHAPES for colour in COLOURS], PLACES),
         "add a {target} at the {value}",
-        (
-            "put a {target} at the {value}",
-            "draw a {target} in the {value} corner",
-            "place a {target} in the {value}",
-            "there should be a {target} at the {value}",
-            "i want a {target} at the {value}",
-            "insert a {target} in the {value}",
-            "at the {value} add a {target}",
-            "show a {target} in the {value} corner",
-        ),
+        "put a {target} at the {value} | draw a {target} in the {value} corner | "
+        "place a {target} in the {value} | there should be a {target} at the {value} | "
+        "i want a {target} at the {value} | insert a {target} in the {value} | "
+        "at the {value} add a {target} | show a {target} in the {value} corner",
     ),
-    "move": Family(
+    "copy": _family(
+        _copy,
+        _product(_EVERY_KIND, PLACES),
+        "copy the {target} to the {value}",
+        "duplicate the {target} at the {value} | another {target} like this at the {value} | "
+        "repeat the {target} in the {value} corner | clone the {target} to the {value} | "
+        "the {target} should also be at the {value} | show the {target} a second time at the {value}",
+    ),
+    "move": _family(
         _move,
-        _product(_EVERY_KIND, list(PLACES)),
+        _product(_EVERY_KIND, PLACES),
         "move the {target} to the {value}",
-        (
-            "put the {target} at the {value}",
-            "shift the {target} to the {value}",
-            "the {target} should be at the {value}",
-            "bring the {target} to the {value} corner",
-            "the {target} belongs in the {value}",
-            "place the {target} in the {value}",
-            "let the {target} go to the {value}",
-        ),
+        "put the {target} at the {value} | shift the {target} to the {value} | "
+        "the {target} should be at the {value} | bring the {target} to the {value} corner | "
+        "the {target} belongs in the {value} | place the {target} in the {value} | "
+        "let the {target} go to the {value}",
     ),
-    "resize": Family(
+    "exchange": _family(
+        _exchange("place", "jitter"),
+        [(a, b) for i, a in enumerate(_EVERY_KIND) for b in _EVERY_KIND[i + 1 :]],
+        "let the {target} and the {value} change places",
+        "put the {target} where the {value} is and back | exchange the {target} and the {value} | "
+        "the {target} and the {value} should trade places | swap the {target} and the {value} around | "
+        "switch the places of the {target} and the {value} | the {target} takes the place of the {value} "
+        "and the other way round",
+    ),
+    "resize": _family(
         _change_thing(size="value"),
-        _product(SHAPES, list(RADII)),
+        _product(SHAPES, RADII),
         "make the {target} {value}",
-        (
-            "the {target} should be {value}",
-            "i want a {value} {target}",
-            "let the {target} be {value}",
-            "change the size of the {target} to {value}",
-            "the {target} needs to be {value}",
-            "resize the {target} until it is {value}",
-        ),
+        "the {target} should be {value} | i want a {value} {target} | let the {target} be {value} | "
+        "change the size of the {target} to {value} | the {target} needs to be {value} | "
+        "resize the {target} until it is {value}",
     ),
-    "background": Family(
-        _background,
-        _product([""], list(BACKGROUNDS)),
-        "make the background {value}",
-        (
-            "change the background to {value}",
-            "put it on a {value} background",
-            "use a {value} background",
-            "the background should be {value}",
-            "set a {value} backdrop",
-            "replace the background by {value}",
-            "i prefer a {value} background",
-        ),
+    "pattern": _family(
+        _change_thing(pattern="value"),
+        _product(SHAPES, PATTERNS),
+        "give the {target} {value}",
+        "paint {value} on the {target} | the {target} should have {value} | put {value} on the {target} | "
+        "i want {value} on the {target} | decorate the {target} with {value} | the {target} needs {value}",
     ),
-    "night": Family(
-        _look,
-        (("", "night"),),
-        "make it night",
-        (
-            "turn day into night",
-            "maybe night view looks better",
-            "it should be dark like at night",
-            "show it at night",
-            "let night fall",
-            "as it would look at night",
-        ),
+    "outline": _family(
+        _change_thing(outline="value"),
+        _product(SHAPES, OUTLINES),
+        "give the {target} a {value} outline",
+        "draw a {value} line around the {target} | put a {value} border around the {target} | "
+        "outline the {target} in {value} | the {target} should have a {value} edge | "
+        "surround the {target} with a {value} line | the {target} needs a {value} contour",
     ),
-    "invert": Family(
-        _look,
-        (("", "inverted"),),
-        "invert the colours",
-        (
-            "make it a negative",
-            "turn all colours into their opposites",
-            "show the photographic negative",
-            "invert everything",
-            "i want inverted colours",
-            "flip every colour to its opposite",
-        ),
-    ),
-    "grey": Family(
-        _look,
-        (("", "grey"),),
-        "make it grey",
-        (
-            "remove all colour",
-            "turn it into black and white",
-            "make it a black and white photo",
-            "i want it without colours",
-            "desaturate the picture",
-            "drain the colour from it",
-        ),
-    ),
-    "sepia": Family(
-        _look,
-        (("", "sepia"),),
-        "make it sepia",
-        (
-            "give it an old photo look",
-            "make it look like an old brown photo",
-            "tone it in sepia",
-            "i want a sepia picture",
-            "make it look antique",
-            "an aged sepia look please",
-        ),
-    ),
-    "blur": Family(
-        _look,
-        (("", "blurred"),),
-        "blur the picture",
-        (
-            "make it blurry",
-            "make it out of focus",
-            "soften everything",
-            "i want a blurred picture",
-            "defocus the picture",
-            "let it look blurred",
-        ),
-    ),
-    "mirror": Family(
-        _mirror,
-        (("", ""),),
-        "mirror the picture",
-        (
-            "flip it horizontally",
-            "reflect the picture",
-            "show it in a mirror",
-            "turn it the other way round",
-            "mirror it",
-            "flip the picture left to right",
-        ),
-    ),
-    "smile": Family(
-        _change_thing(mouth="smile"),
-        (("face", ""),),
-        "make the face smile",
-        (
-            "the face should look happy",
-            "give the face a smile",
-            "cheer the face up",
-            "let the face smile",
-            "i want a happy face",
-            "put a smile on the face",
-        ),
-    ),
-    "frown": Family(
-        _change_thing(mouth="frown"),
-        (("face", ""),),
-        "make the face frown",
-        (
-            "the face should look sad",
-            "give the face a frown",
-            "make the face unhappy",
-            "let the face frown",
-            "i want a sad face",
-            "put a frown on the face",
-        ),
-    ),
-    "glasses": Family(
-        _change_thing(glasses=True),
-        (("face", ""),),
-        "put glasses on the face",
-        (
-            "give the face glasses",
-            "add glasses to the face",
-            "the face should wear glasses",
-            "the face needs glasses",
-            "let the face wear spectacles",
-            "i want glasses on the face",
-        ),
-    ),
-    "hat": Family(
-        _change_thing(hat=True),
-        (("face", ""),),
-        "put a hat on the face",
-        (
-            "give the face a hat",
-            "add a hat to the face",
-            "the face should wear a hat",
-            "the face needs a hat",
-            "let the face wear a hat",
-            "i want a hat on the face",
-        ),
-    ),
-    "swap": Family(
-        _swap,
-        tuple((a, b) for i, a in enumerate(SHAPES) for b in SHAPES[i + 1 :]),
+    "swap": _family(
+        _exchange("colour"),
+        [(a, b) for i, a in enumerate(SHAPES) for b in SHAPES[i + 1 :]],
         "swap the colours of the {target} and the {value}",
-        (
-            "exchange the colours of the {target} and the {value}",
-            "give the {target} and the {value} each other's colour",
-            "the {target} and the {value} should trade colours",
-            "switch colours between the {target} and the {value}",
-            "let the {target} and the {value} change colours with each other",
-            "trade the colours of the {target} and the {value}",
+        "exchange the colours of the {target} and the {value} | "
+        "give the {target} and the {value} each other's colour | "
+        "the {target} and the {value} should trade colours | "
+        "switch colours between the {target} and the {value} | "
+        "let the {target} and the {value} change colours with each other | "
+        "trade the colours of the {target} and the {value}",
+    ),
+    # Edits of the face.
+    "smile": _family(
+        _change_thing(mouth="smile"),
+        [("face", "")],
+        "make the face smile",
+        "the face should look happy | give the face a smile | cheer the face up | let the face smile | "
+        "i want a happy face | put a smile on the face",
+    ),
+    "frown": _family(
+        _change_thing(mouth="frown"),
+        [("face", "")],
+        "make the face frown",
+        "the face should look sad | give the face a frown | make the face unhappy | let the face frown | "
+        "i want a sad face | put a frown on the face",
+    ),
+    "surprise": _family(
+        _change_thing(mouth="open"),
+        [("face", "")],
+        "make the face look surprised",
+        "open the mouth of the face | surprise the face | let the face say oh | "
+        "the face should be astonished | i want a surprised face | give the face an open mouth",
+    ),
+    "wear": _family(
+        _wear,
+        _product(["face"], FEATURES),
+        "give the face {value}",
+        "add {value} to the face | the face should have {value} | the face needs {value} | "
+        "draw {value} on the face | let the face have {value} | i want {value} on the face",
+    ),
+    "hat": _family(
+        _wear,
+        _product(["face"], HATS),
+        "put {value} on the face",
+        "the face should wear {value} | {value} for the face | the face needs {value} on its head | "
+        "dress the face with {value} | let the face wear {value} | i want the face to wear {value}",
+    ),
+    # Edits of the whole scene.
+    "repaint": _family(
+        _recolour_all,
+        _product(_NONE, COLOURS),
+        "make all shapes {value}",
+        "paint every shape {value} | all shapes should be {value} | colour all shapes {value} | "
+        "turn all shapes {value} | every shape in {value} | i want nothing but {value} shapes",
+    ),
+    "background": _family(
+        _change_picture("background", "{value}"),
+        _product(_NONE, BACKGROUNDS),
+        "make the background {value}",
+        "change the background to {value} | put it on a {value} background | use a {value} background | "
+        "the background should be {value} | set a {value} backdrop | replace the background by {value} | "
+        "i prefer a {value} background",
+    ),
+    # Something over the picture.
+    "stripes": _family(
+        _change_picture("overlay", "{value} stripes"),
+        _product(
+            _NONE, [f"{colour} {way}" for way in ("horizontal", "vertical", "diagonal") for colour in COLOURS]
         ),
+        "draw {value} stripes over it",
+        "add {value} stripes | cover it with {value} stripes | put {value} stripes over the picture | "
+        "i want {value} stripes | lay {value} stripes over everything | make it striped with {value} stripes",
+    ),
+    "bar": _family(
+        _change_picture("overlay", "a {value}"),
+        _product(
+            _NONE,
+            [
+                f"{colour} bar at the {side}"
+                for side in ("top", "bottom", "left", "right")
+                for colour in COLOURS
+            ],
+        ),
+        "draw a {value}",
+        "add a {value} | put a {value} | i want a {value} | there should be a {value} | "
+        "lay a {value} over it | it needs a {value}",
+    ),
+    "dots": _family(
+        _change_picture("overlay", "{value} dots"),
+        _product(_NONE, COLOURS),
+        "draw {value} dots over it",
+        "add {value} dots | cover it with {value} dots | sprinkle {value} dots over the picture | "
+        "i want {value} dots | lay {value} dots over everything | make it dotted with {value} dots",
+    ),
+    "frame": _family(
+        _change_picture("overlay", "a {value} frame"),
+        _product(_NONE, COLOURS),
+        "put a {value} frame around it",
+        "frame it in {value} | add a {value} frame | the picture needs a {value} frame | "
+        "i want a {value} frame | put a {value} border around the picture | surround it with a {value} frame",
+    ),
+    # The picture moved.
+    "mirror": _family(
+        _change_picture("pose", "mirrored"),
+        [("", "")],
+        "mirror the picture",
+        "reflect the picture | show it in a mirror | flip it left to right | mirror it | "
+        "flip it horizontally | swap left and right",
+    ),
+    "flip": _family(
+        _change_picture("pose", "flipped"),
+        [("", "")],
+        "flip the picture top to bottom",
+        "flip it vertically | reflect it in water | swap top and bottom | mirror it top to bottom | "
+        "turn it over vertically | show it as a lake mirrors it",
+    ),
+    "turn": _family(
+        _change_picture("pose", "turned {value}"),
+        _product(_NONE, ("left", "right", "upside down")),
+        "turn the picture {value}",
+        "rotate it {value} | turn it {value} | rotate the picture {value} | it should be turned {value} | "
+        "let it be turned {value} | i want the picture turned {value}",
+    ),
+    "shift": _family(
+        _change_picture("pose", "shifted {value}"),
+        _product(_NONE, _SHIFTS),
+        "shift the picture {value}",
+        "slide it {value} | move everything {value} | push the picture {value} | shift everything {value} | "
+        "the whole picture should go {value} | scroll the picture {value}",
+    ),
+    "zoom": _family(
+        _change_picture("pose", "enlarged {value}"),
+        _product(_NONE, PLACES),
+        "enlarge the {value}",
+        "zoom in on the {value} | show only the {value} and larger | cut out the {value} | "
+        "magnify the {value} | look closer at the {value} | crop it to the {value}",
+    ),
+    # The picture's colours and sharpness.
+    "night": _family(
+        _change_picture("look", "night"),
+        [("", "")],
+        "make it night",
+        "turn day into night | maybe night view looks better | it should be dark like at night | "
+        "show it at night | let night fall | as it would look at night",
+    ),
+    "invert": _family(
+        _change_picture("look", "inverted"),
+        [("", "")],
+        "invert the colours",
+        "make it a negative | turn all colours into their opposites | show the photographic negative | "
+        "invert everything | i want inverted colours | flip every colour to its opposite",
+    ),
+    "grey": _family(
+        _change_picture("look", "grey"),
+        [("", "")],
+        "make it grey",
+        "remove all colour | turn it into black and white | make it a black and white photo | "
+        "i want it without colours | desaturate the picture | drain the colour from it",
+    ),
+    "sepia": _family(
+        _change_picture("look", "sepia"),
+        [("", "")],
+        "make it sepia",
+        "give it an old photo look | make it look like an old brown photo | tone it in sepia | "
+        "i want a sepia picture | make it look antique | an aged sepia look please",
+    ),
+    "hue": _family(
+        _change_picture("look", "hues turned by {value} degrees"),
+        _product(_NONE, ("60", "120", "180", "240", "300")),
+        "turn the hues by {value} degrees",
+        "rotate the hues by {value} degrees | shift all hues by {value} degrees | "
+        "turn the colour wheel by {value} degrees | every hue should move by {value} degrees | "
+        "rotate the colours by {value} degrees | change the hues by {value} degrees",
+    ),
+    "tint": _family(
+        _change_picture("look", "tinted {value}"),
+        _product(_NONE, COLOURS),
+        "tint the picture {value}",
+        "put a {value} glass over it | make everything look {value} | cast {value} light on it | "
+        "give it a {value} tint | show it through a {value} filter | wash it with {value}",
+    ),
+    "light": _family(
+        _change_picture("look", "light {value}"),
+        _product(_NONE, ("brighter", "darker")),
+        "make it {value}",
+        "it should be {value} | i want it {value} | show it {value} | everything a bit {value} | "
+        "let it be {value} | the picture should look {value}",
+    ),
+    "contrast": _family(
+        _change_picture("look", "contrast {value}"),
+        _product(_NONE, ("stronger", "weaker")),
+        "make the contrast {value}",
+        "{value} contrast please | i want a {value} contrast | the contrast should be {value} | "
+        "give it a {value} contrast | let the contrast be {value} | it needs a {value} contrast",
+    ),
+    "channels": _family(
+        _change_picture("look", "channels {value}"),
+        _product(_NONE, ("red and green", "green and blue", "red and blue")),
+        "exchange {value} everywhere",
+        "swap the channels {value} | swap {value} in every pixel | trade {value} in all colours | "
+        "let {value} change roles | mix up {value} | {value} should be the other way round",
+    ),
+    "blur": _family(
+        _change_picture("look", "blurred {value}"),
+        _product(_NONE, ("a little", "strongly")),
+        "blur the picture {value}",
+        "make it blurry {value} | soften everything {value} | defocus it {value} | blur it {value} | "
+        "make it out of focus {value} | i want it blurred {value}",
+    ),
+    "pixelate": _family(
+        _change_picture("look", "pixelated"),
+        [("", "")],
+        "pixelate the picture",
+        "make it a mosaic | show big pixels | turn it into blocks | make it blocky | "
+        "reduce it to a few squares | like an old computer game",
     ),
 }
 
@@ -697,30 +929,28 @@ def _draw_pairs(edit: Edit, instruction: str, count: int, split: str, rng: rando
 
 
 def draw_split(split: str, instructions: int, pairs_each: int, seed: int) -> list[Pair]:
-    """The pairs of one split.  Families take turns, so that rare and common edits weigh about the same.
+    """The pairs of one split: every edit of a family in turn, in a new wording while one is found.
 
-    A family of many edits gets a larger share than one of a single edit: by the square root of their number,
-    and in `train` by its fourth root, for a smile takes as many examples to learn as colours do.
+    Families take turns, so that rare and common edits weigh about the same: one of many edits gets a larger
+    share by the fourth root of their number, for a smile takes as many examples to learn as colours do. The
+    turns go in one order in all splits, and `train`, the largest, takes first what the others take.
     """
     rng = random.Random(f"{split} {seed}")  # a string seeds the same on every machine
     edits: dict[str, list[Edit]] = {}
     for edit in edits_of(split):
         edits.setdefault(edit.family, []).append(edit)
-    root = 4 if split == "train" else 2
-    shares = [len(family) ** (1 / root) for family in edits.values()]
+    for name, family in edits.items():
+        random.Random(name).shuffle(family)
+    shares = [len(family) ** (1 / 4) for family in edits.values()]
     pairs: list[Pair] = []
     said: set[str] = set()
     drawn = 0
     while drawn < instructions:
         family = edits[rng.choices(list(edits), shares)[0]]
-        if split == "train":  # every edit in turn, and in a new wording while one is found
-            edit = family[0]
-            family.append(family.pop(0))
-            sayings = [say(edit, rng) for _ in range(20)]
-            instruction = next((words for words in sayings if words not in said), sayings[0])
-        else:
-            edit = rng.choice(family)
-            instruction = say(edit, rng)
+        edit = family[0]
+        family.append(family.pop(0))
+        sayings = [say(edit, rng) for _ in range(20)]
+        instruction = next((words for words in sayings if words not in said), sayings[0])
         group = _draw_pairs(edit, instruction, pairs_each, split, rng)
         if group:
             said.add(instruction)
