@@ -68,6 +68,7 @@ FEATURES = (
 )
 HATS = ("a purple hat", "a green hat", "a red hat")
 PATTERNS = ("white stripes", "a white half")
+HUES = {"a sixth": 60, "a third": 120, "a half": 180, "two thirds": 240, "five sixths": 300}  # degrees
 OUTLINES = {"white": (250, 250, 250), "black": (10, 10, 10)}
 CLASSES = ("background", "face", *SHAPES)  # what the segment masks tell apart; the index is the class id
 
@@ -376,7 +377,7 @@ def _apply_look(image: Image.Image, look: str) -> Image.Image:
     elif what == "tinted":
         pixels = 0.55 * pixels + 0.45 * np.array(COLOURS[value], np.float32)
     elif what == "hues":
-        pixels = _turn_hues(pixels, int(value.split()[-2]))
+        pixels = _turn_hues(pixels, HUES[value.removeprefix("turned by ")])
     elif what == "light":
         pixels = 0.55 * pixels + 0.45 * 255 * (value == "brighter")
     elif what == "contrast":
@@ -810,12 +811,12 @@ FAMILIES = {
         "i want a sepia picture | make it look antique | an aged sepia look please",
     ),
     "hue": _family(
-        _change_picture("look", "hues turned by {value} degrees"),
-        _product(_NONE, ("60", "120", "180", "240", "300")),
-        "turn the hues by {value} degrees",
-        "rotate the hues by {value} degrees | shift all hues by {value} degrees | "
-        "turn the colour wheel by {value} degrees | every hue should move by {value} degrees | "
-        "rotate the colours by {value} degrees | change the hues by {value} degrees",
+        _change_picture("look", "hues turned by {value}"),
+        _product(_NONE, HUES),
+        "turn the hues by {value}",
+        "rotate the hues by {value} | shift all hues by {value} | turn the colour wheel by {value} | "
+        "every hue should move by {value} | rotate the colours by {value} of a circle | "
+        "change the hues by {value}",
     ),
     "tint": _family(
         _change_picture("look", "tinted {value}"),
