@@ -356,3 +356,14 @@ def test_a_folder_that_exists_is_left_alone(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="exists already"):
         world.main()
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_train_has_the_pairs_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(world, "SPLITS", {"train": (4, 2), "seen": (2, 2)})
+    monkeypatch.setattr("sys.argv", ["world.py", "--out", str(tmp_path / "toy"), "--pairs", "3"])
+    world.main()
+    assert [len(read_pairs(tmp_path / "toy", split)) for split in ("train", "seen")] == [12, 4]
+    monkeypatch.setattr("sys.argv", ["world.py", "--out", str(tmp_path / "other"), "--pairs", "1"])
+    with pytest.raises(SystemExit, match="--pairs 1"):
+        world.main()
+    assert not (tmp_path / "other").exists()

@@ -1013,10 +1013,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the toy world as a dataset folder.")
     parser.add_argument("--out", type=Path, default=Path("data/toy"))
     parser.add_argument("--seed", type=int, default=0)
+    instructions, pairs = SPLITS["train"]
+    parser.add_argument("--pairs", type=int, default=pairs, help="of each instruction in train")
     args = parser.parse_args()
     if args.out.exists():
         sys.exit(f"world.py: error: {args.out} exists already; remove it or choose another --out")
-    write_dataset(args.out, args.seed)
+    if args.pairs < 2:
+        sys.exit(f"world.py: error: --pairs {args.pairs}: give 2 or more, an example and a query")
+    write_dataset(args.out, args.seed, SPLITS | {"train": (instructions, args.pairs)})
     for split in SPLITS:
         lines = (args.out / split / "metadata.jsonl").read_text().splitlines()
         print(
