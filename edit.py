@@ -58,8 +58,9 @@ SCHEDULERS = {
     "unipc": diffusers.UniPCMultistepScheduler,
 }
 # Choice: how an editor samples unless told otherwise; `train.py` records it with what it trained. A scale of
-# 1 is no guidance: one branch instead of three, and on the toy world nothing better was found.
-SAMPLING = {"steps": 20, "guidance_text": 1.0, "guidance_visual": 1.0}
+# 1 is no guidance: one branch instead of three, and on the toy world nothing better was found. An eta of 1 is
+# fresh noise at every step: later steps can mend what the first ones drew.
+SAMPLING = {"steps": 20, "eta": 1.0, "guidance_text": 1.0, "guidance_visual": 1.0}
 
 
 # --- The editor ---------------------------------------------------------------------------------------------
@@ -111,7 +112,8 @@ class Editor:
         missing = {"stable_diffusion", "llm", "panel"} - set(settings)
         if missing:
             raise backbone.BackboneError(f"{folder}: instructgie.json lacks {', '.join(sorted(missing))}")
-        kinds = {"panel": int, "steps": int, "guidance_text": int | float, "guidance_visual": int | float}
+        kinds = {"panel": int, "steps": int}
+        kinds |= dict.fromkeys(("eta", "guidance_text", "guidance_visual"), int | float)
         for name, kind in ({"stable_diffusion": str, "llm": str | None} | kinds).items():
             if name in settings and not isinstance(settings[name], kind):
                 raise backbone.BackboneError(f"{folder}: instructgie.json has {name} {settings[name]!r}")
@@ -134,6 +136,7 @@ class Editor:
         instructions: list[str],
         seeds: list[int],
         steps: int = SAMPLING["steps"],
+        eta: float = SAMPLING["eta"],
         guidance_text: float = SAMPLING["guidance_text"],
         guidance_visual: float = SAMPLING["guidance_visual"],
         scheduler: str = "ddim",
@@ -147,9 +150,11 @@ class Editor:
             queries: (B, 3, P, P) in [-1, 1].
             instructions: B texts, unified already; "" for none.
             seeds: one for each sample. A sample depends on its own alone, not on the batch around it.
+            eta: share of fresh noise at every step, from 0 (DDIM) to 1 (DDPM); scheduler "ddim" alone has it.
             guidance_text, guidance_visual: 1 is no guidance, 0 is no instruction and no example pair.
 
-        Raises ValueError for lists of another length than B, and for more steps than there are timesteps.
+        Raises ValueError for lists of another length than B, more steps than there are timesteps, and an eta
+        outside 0 … 1.
 
         Choice: two guidance scales, after InstructPix2Pix (Brooks et al., 2023, section 3.2.1). With the
         prediction e(text, pair), where 0 is an empty text or a grey example row, and the query stays:
@@ -162,6 +167,8 @@ class Editor:
         timesteps = self.sd.scheduler.config.num_train_timesteps
         if not 1 <= steps <= timesteps:
             raise ValueError(f"the number of steps must be 1 … {timesteps}, not {steps}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be 0 … 1, not {eta}")
         sd, rcldm, device, dtype = self.sd, self.rcldm, self.sd.unet.device, self.sd.unet.dtype
 
         # The formula as weights, without the branches whose weight is zero. Where no sample has a pair (or
@@ -188,7 +195,8 @@ class Editor:
         shape = (sd.unet.config.in_channels, *[2 * self.panel // self.factor] * 2)
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
         x_t = noise.to(device) * solver.init_noise_sigma
-        extra = {"generator": generators} if "generator" in inspect.signature(solver.step).parameters else {}
+        known = inspect.signature(solver.step).parameters
+        extra = {k: v for k, v in (("generator", generators), ("eta", eta)) if k in known}
         for t in tqdm(solver.timesteps, desc="edit", unit="step", leave=False, disable=not progress):
             inputs = solver.scale_model_input(torch.cat([x_t] * len(branches)), t).to(dtype)
             down, mid = rcldm(inputs, t, states, condition, return_dict=False)
@@ -330,6 +338,7 @@ def arguments() -> argparse.Namespace:
     add("--num-images", type=int, default=1, help="answers to each input, of seeds S, S + 1, …")
     add("--seed", type=int, default=0, help="of the first answer to each input")
     add("--steps", type=int, help="of the sampler (default: the editor's)")
+    add("--eta", type=float, help="fresh noise at every step, 0 … 1, of ddim (default: the editor's)")
     add("--guidance-text", type=float, help="weight of the instruction, 1 for none (default: the editor's)")
     add("--guidance-visual", type=float, help="weight of the example, 1 for none (default: the editor's)")
     add("--scheduler", default="ddim", choices=SCHEDULERS, help="the sampler")

@@ -217,6 +217,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--count", type=int, default=512, help="queries, or all where the split has fewer")
     add("--batch", type=int, default=32, help="edited at a time")
     add("--steps", type=int, help="of sampling (default: the editor's)")
+    add("--eta", type=float, help="fresh noise at every step, 0 … 1 (default: the editor's)")
     add("--guidance-text", type=float, help="guidance scale of the instruction (default: the editor's)")
     add("--guidance-visual", type=float, help="guidance scale of the example (default: the editor's)")
     add("--seed", type=int, default=0, help="of the order of the queries, their examples and the noise")

@@ -106,7 +106,7 @@ def apart(a, b):
 
 def test_an_untrained_editor_is_the_bare_unet_to_the_last_bit(folders, edits):
     editor = Editor.load(folders / "untrained", "cpu")
-    drawn = draw(editor, edits, guidance_text=1, steps=4)
+    drawn = draw(editor, edits, guidance_text=1, steps=4, eta=0)
     sd, x = (
         editor.sd,
         torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(3)]),
@@ -118,6 +118,12 @@ def test_an_untrained_editor_is_the_bare_unet_to_the_last_bit(folders, edits):
         for t in scheduler.timesteps:
             x = scheduler.step(sd.unet(x, t, states).sample, t, x).prev_sample
     assert drawn.shape == (3, 4, 8, 8) and torch.equal(drawn, x)
+
+
+def test_eta_is_fresh_noise_at_every_step(editor, edits):
+    settled, fresh = (draw(editor, edits, steps=3, eta=eta) for eta in (0.0, 1.0))
+    assert apart(settled, fresh) > 0.01
+    assert torch.equal(fresh, draw(editor, edits, steps=3, eta=1.0))
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -306,6 +312,7 @@ def test_settings_are_stored_and_make_the_answer_again(command):
     command(*common, "--output", "c.png")  # the editor's own settings, and the class's where it has none
     record = json.loads(Image.open("c.png").text["instructgie"])
     assert (record["steps"], record["guidance_text"], record["guidance_visual"]) == (2, 1.0, 1.0)
+    assert record["eta"] == 1.0
 
 
 def test_folders_clashing_stems_several_images_and_grids(command, here):
@@ -362,6 +369,7 @@ INPUT, OUTPUT = ("--input", "x.png"), ("--output", "out")
         ((*PAIR, *INPUT, *OUTPUT, "--batch", "-1"), "--batch must be at least 1"),
         ((*PAIR, *INPUT, *OUTPUT, "--guidance-text", "nan"), "--guidance-text must be a finite number"),
         ((*PAIR, *INPUT, *OUTPUT, "--guidance-visual", "inf"), "--guidance-visual must be a finite number"),
+        ((*PAIR, *INPUT, *OUTPUT, "--eta", "1.5"), "eta must be 0 … 1"),
         ((*PAIR, *INPUT, *OUTPUT, "--seed", "-1"), "--seed must be a whole number"),
         ((*PAIR, *INPUT, "--output", "out.png", "--num-images", "2"), "several go to a folder"),
         ((*PAIR, *INPUT, "--output", "out.jpg"), "one answer goes to a .png file"),

@@ -27,7 +27,7 @@ class FakeEditor:
     panel = 64
 
     def __init__(self, data, copies: bool = False) -> None:
-        self.settings = {"steps": 7, "guidance_text": 1.5, "guidance_visual": 1.0}
+        self.settings = {"steps": 7, "eta": 0.5, "guidance_text": 1.5, "guidance_visual": 1.0}
         self.copies, self.calls, self.shown, self.stop_after = copies, [], [], None
         pairs = [
             [to_panel(load_image(picture), 64) for picture in (pair.input, pair.output)]
@@ -96,7 +96,7 @@ def test_each_mode_withholds_what_it_says(data, tmp_path, editor):
     pair, instruction = editor.calls
     assert (pair[0], pair[1]) == ([True, True], ["", ""])
     assert instruction[0] == [False, False] and all(text.startswith("unified") for text in instruction[1])
-    assert pair[3] == {"steps": 7, "guidance_text": 3.0, "guidance_visual": 1.0}
+    assert pair[3] == {"steps": 7, "eta": 0.5, "guidance_text": 3.0, "guidance_visual": 1.0}
     assert [record["mode"] for record in lines(tmp_path / "seen" / "pair")] == ["pair"] * 2
     assert {record["unified"] for record in lines(tmp_path / "seen" / "pair")} == {""}
 

@@ -40,7 +40,10 @@ def test_the_sheet_shows_example_input_and_answer(tmp_path, monkeypatch, alone):
     asked = []
 
     class Inverter:
-        def sample(self, examples, has_example, queries, instructions, seeds):
+        settings = strangers.SAMPLING | {"steps": 3}
+
+        def sample(self, examples, has_example, queries, instructions, seeds, **sampling):
+            assert sampling == self.settings
             asked.extend(instructions)
             assert examples.shape == (50, 2, 3, 64, 64) and has_example is None and len(set(seeds)) == 50
             return -queries

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from dataset import image_to_tensor, tensor_to_image
-from edit import Editor
+from edit import SAMPLING, Editor
 from evaluate import write_whole
 from toy import world
 
@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         panels = torch.stack([torch.stack([image_to_tensor(p) for p in row[1:]]) for row in rows])
         words = ["" if args.pair_alone else edit.instruction for edit, *_ in rows]
         seeds = list(range(args.seed, args.seed + len(rows)))
-        latents = editor.sample(panels[:, :2], None, panels[:, 2], words, seeds=seeds)
+        sampling = {name: editor.settings[name] for name in SAMPLING}
+        latents = editor.sample(panels[:, :2], None, panels[:, 2], words, seeds=seeds, **sampling)
         answers = [tensor_to_image(answer) for answer in editor.decode_answers(latents)]
         page = sheet([(row[0].instruction, *row[1:], answer) for row, answer in zip(rows, answers)])
         args.out.parent.mkdir(parents=True, exist_ok=True)
