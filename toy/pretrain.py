@@ -521,7 +521,7 @@ def train_segmenter(args: argparse.Namespace) -> None:
             masks.append((shown[None] == present[:, None, None]).float())
         return {"loss": model(pixel_values=images, mask_labels=masks, class_labels=classes).loss}
 
-    fit("segmenter", model, loss, steps=args.scaled(2000), lr=5e-4, runs=args.runs, weight_decay=0.01)
+    fit("segmenter", model, loss, steps=args.scaled(6500), lr=1e-3, runs=args.runs, weight_decay=0.01)
     processor = Mask2FormerImageProcessor(
         size={"height": world.PANEL, "width": world.PANEL},
         image_mean=[0.5] * 3,
