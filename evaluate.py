@@ -173,17 +173,8 @@ def contact_sheet(
     truth where the pair is another's: the dataset does not hold it.
     """
     names = ("example before", "example after", "input", "answer", "truth")
-    line, gap, font = 16, 12, ImageFont.load_default(size=11)
-    width, height = 5 * side + gap, side + line
-    columns = min(2, len(queries))
-    rows = -(-len(queries) // columns)
-    sheet = Image.new("RGB", (columns * width + gap, rows * height + line + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column in range(columns):
-        for j, name in enumerate(names):
-            draw.text((gap + column * width + j * side + 2, 1), name, "grey", font)
+    rows = []
     for k, query in enumerate(queries):
-        x, y = gap + k % columns * width, line + k // columns * height
         panels = [tensor_to_image(panel) for panel in data.load_panels(query.example, query.index)]
         grey = Image.new("RGB", (side, side), "grey")
         if mode == "instruction":
@@ -192,10 +183,27 @@ def contact_sheet(
             panels[3] = grey
         panels.insert(3, load_image(folder / f"{k:05d}.png"))
         withheld = "not told: " if mode.endswith("pair") else ""
-        draw.text((x + 2, y + 1), withheld + data.pairs[query.index].instruction, "black", font)
+        rows.append((withheld + data.pairs[query.index].instruction, panels))
+    return panel_rows(rows, names, side, min(2, len(queries)))
+
+
+def panel_rows(
+    rows: list[tuple[str, list[Image.Image]]], names: tuple[str, ...], side: int, columns: int
+) -> Image.Image:
+    """Words above panels of `side` pixels for each row, `columns` rows side by side; `names` heads them."""
+    line, gap, font = 16, 12, ImageFont.load_default(size=11)
+    head, across = (line, len(names)) if names else (0, len(rows[0][1]))
+    width, height = across * side + gap, side + line
+    size = columns * width + gap, -(-len(rows) // columns) * height + head + gap
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (words, panels) in enumerate(rows):
+        x, y = gap + k % columns * width, head + k // columns * height
+        for j, name in enumerate(names if k < columns else ()):
+            draw.text((x + j * side + 2, 1), name, "grey", font)
+        draw.text((x + 2, y + 1), words, "black", font)
         for j, panel in enumerate(panels):
-            panel = panel.resize((side, side), Image.Resampling.BICUBIC)
-            sheet.paste(panel, (x + j * side, y + line))
+            sheet.paste(panel.resize((side, side), Image.Resampling.BICUBIC), (x + j * side, y + line))
     return sheet
 
 

@@ -16,15 +16,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from dataset import load_image
-from evaluate import write_whole
+from evaluate import panel_rows, write_whole
 from toy import score, world
 
-SIDE, LINE, GAP = 96, 16, 12  # pixels of a panel, of a line of text, between columns
 PANELS = ("example before", "example after", "input", "answer", "truth", "nearest")
 
 
@@ -54,23 +53,16 @@ def first_failures(result: dict, each: int) -> list[dict]:
 def sheet(folder: Path, rows: list[dict]) -> Image.Image:
     """A line of six panels for each row, two lines side by side."""
     records = {record["answer"]: record for record in score.read_answers(folder)}
-    width, height = len(PANELS) * SIDE + GAP, SIDE + LINE
-    page = Image.new("RGB", (2 * width + GAP, -(-len(rows) // 2) * height + LINE + GAP), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=11)
-    for k, row in enumerate(rows):
+    lines = []
+    for row in rows:
         record = records[row["answer"]]
         scene = world.scene_from_json(json.loads(record["scene"]))
         truth = score.Truth(scene, world.Edit(**json.loads(record["edit"])))
         nearest = truth.nearest(load_image(folder / row["answer"]))
         files = record["example_input"], record["example_output"], record["input"], folder / row["answer"]
         panels = [*map(load_image, files), *map(Image.fromarray, (truth.picture, truth.pictures[nearest]))]
-        x, y = GAP + k % 2 * width, LINE + k // 2 * height
-        draw.text((x + 2, y + 1), f"{record['canonical']}; nearest: {row['nearest_edit']}", "black", font)
-        for j, (name, panel) in enumerate(zip(PANELS, panels)):
-            if k < 2:
-                draw.text((x + j * SIDE + 2, 1), name, "grey", font)
-            page.paste(panel.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (x + j * SIDE, y + LINE))
-    return page
+        lines.append((f"{record['canonical']}; nearest: {row['nearest_edit']}", panels))
+    return panel_rows(lines, PANELS, side=96, columns=2)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from dataset import image_to_tensor, tensor_to_image
 from edit import SAMPLING, Editor
-from evaluate import write_whole
+from evaluate import panel_rows, write_whole
 from toy import world
 
 PICTURES = Path(__file__).with_name("strangers.txt")
@@ -81,22 +81,11 @@ def main(argv: list[str] | None = None) -> None:
         sampling = {name: editor.settings[name] for name in SAMPLING}
         latents = editor.sample(panels[:, :2], None, panels[:, 2], words, seeds=seeds, **sampling)
         answers = [tensor_to_image(answer) for answer in editor.decode_answers(latents)]
-        page = sheet([(row[0].instruction, *row[1:], answer) for row, answer in zip(rows, answers)])
+        lines = [(edit.instruction, [*shown, answer]) for (edit, *shown), answer in zip(rows, answers)]
+        page = panel_rows(lines, (), side=80, columns=3)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(args.out, lambda file: page.save(file, format="PNG"))
         print(args.out)
-
-
-def sheet(rows: list[tuple], side: int = 80, columns: int = 3) -> Image.Image:
-    """(words, example before, example after, input, answer) of each, `columns` side by side."""
-    width, height, font = 4 * side + 12, side + 16, ImageFont.load_default(size=11)
-    page = Image.new("RGB", (columns * width + 12, -(-len(rows) // columns) * height + 12), "white")
-    for k, (words, *pictures) in enumerate(rows):
-        x, y = 12 + k % columns * width, k // columns * height
-        ImageDraw.Draw(page).text((x + 2, y + 1), words, "black", font)
-        for j, picture in enumerate(pictures):
-            page.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (x + j * side, y + 16))
-    return page
 
 
 if __name__ == "__main__":
