@@ -610,18 +610,8 @@ def train_editor(args: argparse.Namespace) -> None:
     run, data = args.runs.parent / "editor", args.runs.parent / "toy-large"
     if not data.exists():  # Choice: four times the pairs of each instruction that train.py is content with
         world.write_dataset(data, args.seed, world.SPLITS | {"train": (world.SPLITS["train"][0], 24)})
-    command = [
-        sys.executable,
-        "train.py",
-        "--output",
-        run,
-        "--data",
-        data,
-        "--seed",
-        args.seed,
-        "--device",
-        args.device,
-    ]
+    command = [sys.executable, "train.py", "--output", run, "--data", data]
+    command += ["--seed", args.seed, "--device", args.device]
     command += ["--encoder-steps", args.scaled(42_000), "--encoder-width", 128, "--encoder-lr", 0]
     command += ["--steps", args.scaled(9400), "--ema", 0.999]
     command += ["--resume"] if run.exists() else []

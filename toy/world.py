@@ -69,6 +69,7 @@ FEATURES = (
 HATS = ("a purple hat", "a green hat", "a red hat")
 PATTERNS = ("white stripes", "a white half")
 HUES = {"a sixth": 60, "a third": 120, "a half": 180, "two thirds": 240, "five sixths": 300}  # degrees
+CHANNELS = {"red and green": (1, 0, 2), "green and blue": (0, 2, 1), "red and blue": (2, 1, 0)}  # exchanged
 OUTLINES = {"white": (250, 250, 250), "black": (10, 10, 10)}
 CLASSES = ("background", "face", *SHAPES)  # what the segment masks tell apart; the index is the class id
 
@@ -320,12 +321,14 @@ def _draw_overlay(image: Image.Image, overlay: str) -> None:
         for x in range(step // 2, side, step):
             for y in range(step // 2, side, step):
                 draw.ellipse((x - width, y - width, x + width, y + width), fill=fill)
-    for i in range(-side, 2 * side, step) if "stripes" in words else ():
-        if "diagonal" in words:
+    elif "diagonal" in words:
+        for i in range(-side, side, step):
             draw.polygon([(i, 0), (i + width, 0), (i + width + side, side), (i + side, side)], fill=fill)
-        else:
-            ends = (0, i, side, i + width) if "horizontal" in words else (i, 0, i + width, side)
-            draw.rectangle(ends, fill=fill)
+    else:  # stripes that are horizontal or vertical
+        for i in range(0, side, step):
+            draw.rectangle(
+                (0, i, side, i + width) if "horizontal" in words else (i, 0, i + width, side), fill=fill
+            )
 
 
 _TRANSPOSED = {
@@ -383,9 +386,7 @@ def _apply_look(image: Image.Image, look: str) -> Image.Image:
     elif what == "contrast":
         pixels = 128 + (pixels - 128) * {"stronger": 1.8, "weaker": 0.4}[value]
     else:
-        pixels = pixels[
-            ..., {"red and green": (1, 0, 2), "green and blue": (0, 2, 1), "red and blue": (2, 1, 0)}[value]
-        ]
+        pixels = pixels[..., CHANNELS[value]]
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 
@@ -551,6 +552,7 @@ def _product(targets: Iterable[str], values: Iterable[str]) -> list[tuple[str, s
 
 _EVERY_KIND = ("face", *SHAPES)
 _NONE = ("",)
+# Choice: many families, most with parameters, so that a model learns to read the example.
 FAMILIES = {
     # Edits of one thing.
     "recolour": _family(
@@ -841,7 +843,7 @@ FAMILIES = {
     ),
     "channels": _family(
         _change_picture("look", "channels {value}"),
-        _product(_NONE, ("red and green", "green and blue", "red and blue")),
+        _product(_NONE, CHANNELS),
         "exchange {value} everywhere",
         "swap the channels {value} | swap {value} in every pixel | trade {value} in all colours | "
         "let {value} change roles | mix up {value} | {value} should be the other way round",
@@ -932,9 +934,9 @@ def _draw_pairs(edit: Edit, instruction: str, count: int, split: str, rng: rando
 def draw_split(split: str, instructions: int, pairs_each: int, seed: int) -> list[Pair]:
     """The pairs of one split: every edit of a family in turn, in a new wording while one is found.
 
-    Families take turns, so that rare and common edits weigh about the same: one of many edits gets a larger
-    share by the fourth root of their number, for a smile takes as many examples to learn as colours do. The
-    turns go in one order in all splits, and `train`, the largest, takes first what the others take.
+    Choice: families take turns, so that rare and common edits weigh about the same: one of many edits gets a
+    larger share by the fourth root of their number, for a smile takes as many examples to learn as colours do.
+    The turns go in one order in all splits, and `train`, the largest, takes first what the others take.
     """
     rng = random.Random(f"{split} {seed}")  # a string seeds the same on every machine
     edits: dict[str, list[Edit]] = {}
