@@ -97,6 +97,27 @@ def finished(answers: Path) -> set[str]:
         raise ValueError(f"{answers}: damaged; remove its folder and start again") from None
 
 
+def read_answers(folder: Path, keys: set[str]) -> list[dict[str, Any]]:
+    """The lines of `answers.jsonl`, but for one that a running or killed evaluation has left half-written.
+
+    keys: that every line must have, or a ValueError tells which does not.
+    """
+    path = folder / "answers.jsonl"
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            try:
+                records.append(json.loads(line))
+                missing = keys - records[-1].keys()
+            except (ValueError, AttributeError):
+                raise ValueError(f"{path}:{number}: not a JSON object") from None
+            if missing:
+                raise ValueError(f"{path}:{number}: has no {min(missing)!r}; answers need it for this metric")
+    if not records:
+        raise ValueError(f"{path}: holds no answers")
+    return records
+
+
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Stores the settings beside the answers; raises ValueError where answers of other settings lie there."""
     path = folder / "settings.json"

@@ -52,7 +52,7 @@ def first_failures(result: dict, each: int) -> list[dict]:
 
 def sheet(folder: Path, rows: list[dict]) -> Image.Image:
     """A line of six panels for each row, two lines side by side."""
-    records = {record["answer"]: record for record in score.read_answers(folder)}
+    records = {record["answer"]: record for record in score.read_queries(folder)}
     lines = []
     for row in rows:
         record = records[row["answer"]]

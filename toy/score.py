@@ -35,6 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from dataset import image_to_tensor, tensor_to_image
+from evaluate import read_answers
 from toy import world
 
 UNEDITED = "unedited"  # the name of the input among the families
@@ -105,23 +106,12 @@ class Truth:
 # --- Folders of answers -------------------------------------------------------------------------------------
 
 
-def read_answers(folder: Path) -> list[dict]:
-    """The lines of `answers.jsonl`, but for one that a running or killed evaluation has left half-written."""
-    path = folder / "answers.jsonl"
-    records = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if line.endswith(b"\n"):
-            try:
-                records.append(json.loads(line))
-                if records[-1].get("mode") == "other-pair":
-                    records[-1]["edit"] = records[-1]["example"]["edit"]
-                missing = {"answer", "scene", "edit"} - records[-1].keys()
-            except (ValueError, AttributeError, TypeError, KeyError):
-                raise ValueError(f"{path}:{number}: not a JSON object") from None
-            if missing:
-                raise ValueError(f"{path}:{number}: has no {min(missing)!r}; not an answer in the toy world")
-    if not records:
-        raise ValueError(f"{path}: holds no answers")
+def read_queries(folder: Path) -> list[dict]:
+    """The answers' lines, each with the scene and the edit that it is measured by."""
+    records = read_answers(folder, {"answer", "scene", "edit"})
+    for record in records:
+        if record.get("mode") == "other-pair":
+            record["edit"] = record["example"]["edit"]
     return records
 
 
@@ -138,7 +128,7 @@ def score(folders: list[Path], stable_diffusion: str | None = None) -> list[dict
     stable_diffusion: the folder whose VAE gives the floor of all errors; None for no floor.
     """
     scores: dict[Path, list[dict]] = {folder: [] for folder in folders}
-    records = {folder: read_answers(folder) for folder in scores}
+    records = {folder: read_queries(folder) for folder in scores}
     vae = backbone.load_stable_diffusion(stable_diffusion).vae if stable_diffusion else None
     queries: dict[tuple[str, str, bool], list[tuple[Path, str]]] = {}
     for folder, lines in records.items():

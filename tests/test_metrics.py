@@ -1,0 +1,131 @@
+"""metrics.py: each formula against another's, and the metrics of answers whose worth is known beforehand."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+
+import backbone
+import metrics
+
+COUNT = 70  # more than the toy CLIP's 64 features
+
+
+def cloud(count, dim, seed=0):
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)) @ torch.rand(
+        dim, dim, generator=torch.Generator().manual_seed(seed + 1)
+    )
+
+
+def textbook(one, other):
+    """The formula as it is printed, with scipy's matrix root."""
+    one, other = one.double().numpy(), other.double().numpy()
+    root = scipy.linalg.sqrtm(np.cov(one.T) @ np.cov(other.T)).real
+    apart = np.square(one.mean(0) - other.mean(0)).sum()
+    return apart + np.trace(np.cov(one.T)) + np.trace(np.cov(other.T)) - 2 * np.trace(root)
+
+
+@pytest.mark.parametrize("counts", [(200, 150), (200, 30)])
+def test_the_distance_is_that_of_the_textbook(counts):
+    one, other = (cloud(count, 12, seed) + seed for count, seed in zip(counts, (0, 5)))
+    assert metrics.frechet_distance(one, other) == pytest.approx(textbook(one, other), rel=1e-6)
+    few, others = cloud(8, 12), cloud(9, 12, 3)  # fewer pictures than features
+    assert metrics.frechet_distance(few, others) == pytest.approx(textbook(few, others), rel=1e-3)
+
+
+def test_the_distance_is_that_of_torchmetrics():
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    features = torch.nn.Identity()
+    features.num_features = 12
+    theirs = fid.FrechetInceptionDistance(feature=features)
+    one, other = cloud(200, 12), cloud(150, 12, 5)
+    theirs.update(one, real=True)
+    theirs.update(other, real=False)
+    assert metrics.frechet_distance(one, other) == pytest.approx(theirs.compute().item(), rel=1e-3)
+
+
+def test_the_distance_of_a_cloud_to_itself_and_to_its_shifted_self():
+    one, shift = cloud(100, 6), torch.arange(6.0)
+    assert metrics.frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+    assert metrics.frechet_distance(one, one + shift) == pytest.approx(shift.square().sum().item(), rel=1e-5)
+
+
+def test_directional_similarity_is_the_cosine_of_two_changes():
+    before, after, said_before, said_after = cloud(20, 8).chunk(4)
+    ours = metrics.directional_similarity(before, after, said_before, said_after)
+    for k in range(5):
+        a, b = (after - before)[k].double().numpy(), (said_after - said_before)[k].double().numpy()
+        assert ours[k].item() == pytest.approx(a @ b / np.sqrt((a @ a) * (b @ b)), abs=1e-5)
+    assert not metrics.directional_similarity(before, before, said_before, said_after).any()
+
+
+def test_the_bootstrap_of_a_mean_is_its_standard_error():
+    values = cloud(400, 1)[:, 0].double()
+    low, high = metrics.bootstrap(lambda i: values[i].mean().item(), len(values), draws=4000)
+    middle, half = values.mean().item(), 1.96 * values.std().item() / 20
+    assert (low, high) == pytest.approx((middle - half, middle + half), abs=0.15 * half)
+    assert (low, high) == metrics.bootstrap(lambda i: values[i].mean().item(), len(values), draws=4000)
+
+
+@pytest.fixture
+def answers(tmp_path):
+    """Writes a folder of answers: to grey pictures whose truth is of many colours."""
+
+    def write(name, answer, count=COUNT, **changes):
+        folder = tmp_path / "seen" / name
+        folder.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        lines = []
+        for k in range(count):
+            grey = Image.new("RGB", (64, 64), "grey")
+            truth = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((64, 64), 0)
+            grey.save(tmp_path / f"{k}-in.png")
+            truth.save(tmp_path / f"{k}-out.png")
+            (truth if answer == "truth" else grey).save(folder / f"{k}.png")
+            line = {"answer": f"{k}.png", "input_caption": "a grey picture", "output_caption": "a red star"}
+            line |= {"input": str(tmp_path / f"{k}-in.png"), "output": str(tmp_path / f"{k}-out.png")}
+            lines.append(json.dumps({k: v for k, v in (line | changes).items() if v is not None}))
+        (folder / "answers.jsonl").write_text("\n".join(lines) + "\n")
+        return str(folder)
+
+    return write
+
+
+def test_perfect_answers_and_copies_of_the_input(answers, tmp_path, capsys):
+    out = tmp_path / "out" / "metrics.json"
+    metrics.main([answers("right", "truth"), answers("copies", "input"), "--json", str(out)])
+    right, copies = json.loads(out.read_text())["results"]
+    assert right["fid"] == pytest.approx(0, abs=1e-6) and copies["fid"] > 0.1
+    assert right["directional_similarity"] == right["true_directional_similarity"] != 0
+    assert copies["directional_similarity"] == pytest.approx(0, abs=1e-6)
+    assert copies["image_similarity"] == pytest.approx(1) and right["image_similarity"] < 0.9
+    low, high = right["directional_similarity_interval"]
+    assert low < right["directional_similarity"] < high
+    table = capsys.readouterr().out.splitlines()
+    assert "FID (clip)" in table[0] and table[2].startswith(f"| seen | right | {COUNT} | ")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"count": 64}, "64 answers are too few for an FID on 64 features"),
+        ({"input_caption": None}, "answers.jsonl:1: has no 'input_caption'"),
+        ({"output_caption": ""}, "needs both captions"),
+        ({"mode": "other-pair"}, "no true outputs"),
+        ({"output": "nowhere.png"}, "nowhere.png"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(answers, capsys, changes, message):
+    with pytest.raises(SystemExit) as stop:
+        metrics.main([answers("folder", "truth", **changes)])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and message in error and error.startswith("metrics.py: ")
+
+
+def test_the_paper_sized_features_are_refused_in_one_line_without_their_library(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torchmetrics.image.fid", None)
+    with pytest.raises(ValueError, match="pip install"):
+        metrics.inception(backbone.pick_device("cpu"))
