@@ -156,6 +156,12 @@ def encode_text(sd: StableDiffusion, texts: list[str]) -> torch.Tensor:
     return sd.text_encoder(inputs.input_ids.to(sd.text_encoder.device)).last_hidden_state
 
 
+def encode_images(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, H, W) in [-1, 1] → latents (B, C, h, w) of about unit variance, float32."""
+    latents = vae.encode(images.to(vae.dtype)).latent_dist.mean.float()
+    return (latents - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+
+
 def load_clip(
     source: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> nn.Module:

@@ -29,15 +29,17 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def save_checkpoint(
-    folder: Path, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, keep: int
+    folder: Path, step: int, modules: dict[str, nn.Module], *optimizers: torch.optim.Optimizer, keep: int
 ) -> None:
     """Writes `folder/checkpoint-STEP` whole or not at all, then deletes all but the newest `keep`.
 
-    Safetensors only: weights under their module's name, the optimiser's state as `optimizer/<index>/<name>`.
+    Safetensors only: weights under their module's name, the n-th optimiser's state under
+    `optimizer/<n>/<index>/<name>`.
     """
     tensors = {f"{name}/{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{i}/{k}": torch.as_tensor(v) for k, v in state.items()}
+    for n, optimizer in enumerate(optimizers):
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{n}/{i}/{k}": torch.as_tensor(v) for k, v in state.items()}
     temporary = folder / f".checkpoint.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -51,7 +53,7 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(folder: Path, modules: dict[str, nn.Module], *optimizers: torch.optim.Optimizer) -> int:
     """Loads the newest checkpoint of `folder` in place; returns its step, 0 where there is none."""
     checkpoints = sorted(folder.glob("checkpoint-*"))
     if not checkpoints:
@@ -60,10 +62,12 @@ def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimizer: torc
     for name, module in modules.items():
         prefix = f"{name}/"
         module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
-    state: dict[int, dict[str, Tensor]] = {}
+    states: dict[int, dict[int, dict[str, Tensor]]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
-            _, i, name = key.split("/")
-            state.setdefault(int(i), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            _, n, i, name = key.split("/")
+            states.setdefault(int(n), {}).setdefault(int(i), {})[name] = value
+    for n, optimizer in enumerate(optimizers):
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": states.get(n, {}), "param_groups": groups})
     return json.loads((checkpoints[-1] / "step.json").read_text())["step"]

@@ -83,6 +83,14 @@ def mask_query(grid: Tensor, fill: float = 0.0) -> Tensor:
     return masked
 
 
+def repeat_query(grid: Tensor) -> Tensor:
+    """A copy of the grid (..., C, 2P, 2P) whose answer is the query itself: what is known before the edit."""
+    _, _, query, _ = split_grid(grid)
+    repeated = grid.clone()
+    answer_panel(repeated).copy_(query)
+    return repeated
+
+
 def drop_example(grid: Tensor, fill: float = 0.0) -> Tensor:
     """A copy of the grid (..., C, 2P, 2P) whose example row is `fill`, so that the instruction stands alone.
 

@@ -186,7 +186,9 @@ class Editor:
         condition = torch.cat([shown if pair else alone for _, pair in branches])  # (K·B, 3, 2P, 2P)
         told, silent = (backbone.encode_text(sd, texts) for texts in (instructions, [""] * batch))
         states = torch.cat([told if text else silent for text, _ in branches])  # (K·B, tokens, D)
-        condition = rcldm.encode_condition(condition, states)
+        given = [backbone.encode_images(sd.vae, panel) for panel in split_grid(condition)[:3]]
+        known = compose_grid(*given, given[2])  # as `repeat_query` makes it of latents in training
+        condition, gate = rcldm.encode_condition(condition, states, known)
 
         solver = SCHEDULERS[scheduler].from_config(sd.scheduler.config)
         solver.set_timesteps(steps, device=device)
@@ -195,8 +197,8 @@ class Editor:
         shape = (sd.unet.config.in_channels, *[2 * self.panel // self.factor] * 2)
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
         x_t = noise.to(device) * solver.init_noise_sigma
-        known = inspect.signature(solver.step).parameters
-        extra = {k: v for k, v in (("generator", generators), ("eta", eta)) if k in known}
+        taken = inspect.signature(solver.step).parameters
+        extra = {k: v for k, v in (("generator", generators), ("eta", eta)) if k in taken}
         for t in tqdm(solver.timesteps, desc="edit", unit="step", leave=False, disable=not progress):
             inputs = solver.scale_model_input(torch.cat([x_t] * len(branches)), t).to(dtype)
             down, mid = rcldm(inputs, t, states, condition, return_dict=False)
@@ -204,7 +206,11 @@ class Editor:
             predictions = sd.unet(inputs, t, states, **residuals).sample.float().chunk(len(branches))
             prediction = sum(weight * e for weight, e in zip(branches.values(), predictions))
             x_t = solver.step(prediction, t, x_t, **extra).prev_sample
-        return x_t
+        if gate is None:
+            return x_t
+        # Choice: where the gate is less than half open, what is known shows through. The last branch is
+        # told most.
+        return torch.lerp(known[-batch:], x_t, (2 * gate[-batch:].float()).clamp(max=1))
 
     @torch.no_grad()
     def decode_answers(self, latents: Tensor) -> Tensor:

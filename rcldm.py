@@ -661,6 +661,13 @@ class VisualPromptEncoder(nn.Module):
     carry each pixel that far to compare or copy it. Interleaved, the twins are neighbours, and the block
     itself stays VMamba's. The blocks between see the panels whole.
     Choice: design "vit" has the same patch embedding, depth, width and MLP: only the way of mixing differs.
+
+    It also drafts the latents of the whole grid, and its projection reads the draft beside the features. A
+    gated encoder is given what is known of them (the example's, the query's, and the query's again where the
+    answer will be), and draws only where it must: draft = m · drawn + (1 - m) · known, with a gate m for each
+    place, half open at the start.
+    Choice: the draft, and the gate. An edit leaves most of a picture alone, and a small network cannot repeat
+    that as well as the autoencoder has it; with the gate it need not.
     """
 
     def __init__(
@@ -674,6 +681,8 @@ class VisualPromptEncoder(nn.Module):
         factor: int = 8,
         design: str = "vmamba",
         text_dim: int | None = None,
+        latent_channels: int = 4,
+        gated: bool = False,
     ):
         super().__init__()
         if design not in ("vmamba", "vit"):
@@ -696,7 +705,9 @@ class VisualPromptEncoder(nn.Module):
         if text_dim:
             self.register_buffer("text_whitening", torch.eye(text_dim))
         self.norm = nn.LayerNorm(width)
-        self.zero_proj = _zero(nn.Linear(width, out_channels))
+        self.drawn = nn.Linear(width, latent_channels)
+        self.gate = _zero(nn.Linear(width, 1)) if gated else None
+        self.zero_proj = _zero(nn.Linear(width + latent_channels, out_channels))
         self.positions = design == "vit"  # VMamba needs none: its scans and convolutions know where they are
         self.interleaved = design == "vmamba"  # to attention all places are equally near
         self.gradient_checkpointing = False
@@ -712,7 +723,14 @@ class VisualPromptEncoder(nn.Module):
         whitening = directions * (variances.clamp(min=0) + floor).rsqrt() @ directions.T
         self.text_whitening.copy_(whitening)
 
-    def forward(self, grid: Tensor, text: Tensor | None = None) -> Tensor:
+    def forward(
+        self, grid: Tensor, text: Tensor | None = None, known: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The encoding (B, out_channels, h, w), the draft (B, latent_channels, h, w), the gate (B, 1, h, w).
+
+        known: latents (B, latent_channels, h, w), for a gated encoder alone, which raises a ValueError
+        without them. Others have no gate, and return None.
+        """
         x = grid
         for conv, norm in zip(self.stem, self.stem_norms):
             x = x if conv is self.stem[0] else F.gelu(x).permute(0, 3, 1, 2)
@@ -728,7 +746,15 @@ class VisualPromptEncoder(nn.Module):
             checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
             x = self._gradient_checkpointing_func(block, x) if checkpointed else block(x)
             x = _deinterleave(x) if interleaved else x
-        return self.zero_proj(self.norm(x)).permute(0, 3, 1, 2)
+        x = self.norm(x)
+        draft, gate = self.drawn(x), None
+        if self.gate is not None:
+            if known is None:
+                raise ValueError("this prompt encoder also needs the latents of the known panels")
+            gate = self.gate(x).sigmoid()
+            draft = torch.lerp(known.permute(0, 2, 3, 1).to(draft.dtype), draft, gate)
+        encoding = self.zero_proj(torch.cat([x, draft], -1))
+        return tuple(y if y is None else y.permute(0, 3, 1, 2) for y in (encoding, draft, gate))
 
 
 # -------- 6. RCLDM ----------------------------------------------------------------------------------
@@ -751,6 +777,7 @@ class RCLDM(ModelMixin, ConfigMixin):
             that of the U-Net's first level.
         prompt_encoder_d_state: numbers of state per channel in its VMamba blocks.
         prompt_encoder_text: whether the `VisualPromptEncoder` reads the instruction too.
+        prompt_encoder_latents: whether it is gated, and wants the latents that are known.
         ssm_d_state: numbers of state per channel in the links. ssm_ratio: of all VMamba blocks.
 
     Untrained, every design leaves the U-Net's output exactly as it is: the condition comes in through a
@@ -771,6 +798,7 @@ class RCLDM(ModelMixin, ConfigMixin):
         prompt_encoder_width: int | None = None,
         prompt_encoder_d_state: int = 4,
         prompt_encoder_text: bool = True,
+        prompt_encoder_latents: bool = False,
         mlp_ratio: float = 2.0,
         ssm_d_state: int = 1,
         ssm_ratio: float = 1.0,
@@ -788,9 +816,19 @@ class RCLDM(ModelMixin, ConfigMixin):
             widths = (16, 32, 96, *[256] * factor.bit_length())[: factor.bit_length()]
             self.prompt_encoder = ControlNetConditioningEmbedding(channels, block_out_channels=widths)
         else:
-            sizes = prompt_encoder_depth, prompt_encoder_width, prompt_encoder_d_state, ssm_ratio, mlp_ratio
-            text_dim = copy.config.cross_attention_dim if prompt_encoder_text else None
-            self.prompt_encoder = VisualPromptEncoder(channels, *sizes, factor, design, text_dim)
+            self.prompt_encoder = VisualPromptEncoder(
+                channels,
+                prompt_encoder_depth,
+                prompt_encoder_width,
+                ssm_d_state=prompt_encoder_d_state,
+                ssm_ratio=ssm_ratio,
+                mlp_ratio=mlp_ratio,
+                factor=factor,
+                design=design,
+                text_dim=copy.config.cross_attention_dim if prompt_encoder_text else None,
+                latent_channels=copy.config.in_channels,
+                gated=prompt_encoder_latents,
+            )
         if design == "vmamba":
             links = [*copy.controlnet_down_blocks, copy.controlnet_mid_block]  # zero convolutions until here
             links = [ZeroVMamba(link.in_channels, ssm_d_state, ssm_ratio) for link in links]
@@ -807,10 +845,15 @@ class RCLDM(ModelMixin, ConfigMixin):
         model.trainable_copy.load_state_dict(weights, strict=False)  # lacks only the ways in and out
         return model
 
-    def encode_condition(self, grid: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """The condition grid (B, 3, H, W) in [-1, 1] → its encoding (B, C0, H/factor, W/factor).
+    def encode_condition(
+        self, grid: Tensor, encoder_hidden_states: Tensor, known: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The condition grid (B, 3, H, W) in [-1, 1] → its encoding (B, C0, H/factor, W/factor), and the gate
+        (B, 1, H/factor, W/factor) with `prompt_encoder_latents`, else None.
 
-        encoder_hidden_states: text embeddings (B, T, cross_attention_dim); design "conv" does not read them.
+        encoder_hidden_states: text embeddings (B, T, cross_attention_dim). known: with
+        `prompt_encoder_latents`, the latents of the example and the query, and of the query again in the
+        answer's place (B, latent channels, H/factor, W/factor). Design "conv" reads neither.
         Zeros of the encoding's shape mean "no visual prompt": the trainable copy then sees the latents alone.
         """
         sides = 2 * self.config.factor  # two panels, each a whole number of latents
@@ -818,9 +861,11 @@ class RCLDM(ModelMixin, ConfigMixin):
             wanted = f"(B, 3, H, W) with H and W multiples of {sides}"
             raise ValueError(f"the condition grid must be {wanted}, got {(*grid.shape,)}")
         if self.config.design == "conv":
-            return self.prompt_encoder(grid.to(self.dtype))
-        grid = grid.expand(len(encoder_hidden_states), -1, -1, -1)  # one grid may stand for all
-        return self.prompt_encoder(grid.to(self.dtype), encoder_hidden_states.to(self.dtype))
+            return self.prompt_encoder(grid.to(self.dtype)), None
+        batch = len(encoder_hidden_states)  # one grid may stand for all
+        grid, known = (x if x is None else x.to(self.dtype).expand(batch, -1, -1, -1) for x in (grid, known))
+        encoding, _, gate = self.prompt_encoder(grid, encoder_hidden_states.to(self.dtype), known)
+        return encoding, gate
 
     def forward(
         self,
@@ -830,6 +875,7 @@ class RCLDM(ModelMixin, ConfigMixin):
         controlnet_cond: Tensor,
         conditioning_scale: float = 1.0,
         return_dict: bool = True,
+        known: Tensor | None = None,
         **kwargs,
     ) -> ControlNetOutput | tuple[list[Tensor], Tensor]:
         """The residuals that `UNet2DConditionModel` adds to its skip features and its middle block's output.
@@ -842,6 +888,7 @@ class RCLDM(ModelMixin, ConfigMixin):
                 `encode_condition` made of it (B or 1, C0, h, w). Shapes tell them apart, and no other is
                 taken.
             conditioning_scale: factor on all residuals.
+            known: for `encode_condition`, where the condition is a grid.
             kwargs: for `ControlNetModel.forward` (class_labels, attention_mask, guess_mode, …).
 
         Returns:
@@ -856,7 +903,7 @@ class RCLDM(ModelMixin, ConfigMixin):
         if shape in ((1, c0, h, w), (batch, c0, h, w)):
             features = controlnet_cond
         elif shape in ((1, 3, f * h, f * w), (batch, 3, f * h, f * w)):
-            features = self.encode_condition(controlnet_cond, encoder_hidden_states)
+            features, _ = self.encode_condition(controlnet_cond, encoder_hidden_states, known)
         else:
             wanted = f"a grid ({batch}, 3, {f * h}, {f * w}) or its encoding ({batch}, {c0}, {h}, {w})"
             raise ValueError(f"for latents {(*sample.shape,)} the condition must be {wanted}, got {shape}")
@@ -910,7 +957,7 @@ def main() -> None:
             sizes, largest = [(*r.shape[1:],) for r in (*down, mid)], max(r.abs().max() for r in (*down, mid))
             print(f"          residuals {sizes}, the largest {largest:g}")
             print(f"          the U-Net's output is unchanged to the last bit: {same}")
-        encoding = model.encode_condition(grid, inputs[2])
+        encoding, _ = model.encode_condition(grid, inputs[2])
         print(f"   condition grid {(*grid.shape,)} → encoding {(*encoding.shape,)}")
 
 

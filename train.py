@@ -49,10 +49,11 @@ from dataset import (
     drop_example,
     mask_query,
     read_pairs,
+    repeat_query,
     tensor_to_image,
 )
 from edit import SAMPLING, Editor
-from rcldm import RCLDM
+from rcldm import RCLDM, VisualPromptEncoder
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings: every one once, with its reason
@@ -81,6 +82,7 @@ def settings() -> argparse.Namespace:
     add("--no-rcldm", action="store_true", help="ControlNet's convolutions in place of VMamba")
     add("--encoder", default="vmamba", choices=("vmamba", "vit"), help="what the RCLDM is built of")
     add("--no-encoder-text", action="store_true", help="the figure's: words to the U-Nets alone")
+    add("--no-encoder-latents", action="store_true", help="it draws what the edit leaves alone, too")
     add("--no-esm", action="store_true", help="without editing-shift matching")
     add("--no-liu", action="store_true", help="instructions as people wrote them")
     add("--no-sam", action="store_true", help="without selective-area matching")
@@ -95,7 +97,7 @@ def settings() -> argparse.Namespace:
     add("--encoder-lr", type=float, default=0.1, help="of a taught encoder thereafter, times --lr; 0: frozen")
     add("--encoder-width", type=int, help="channels of its blocks (default: as the U-Net's first level)")
     add("--auxiliary-weight", type=float, default=0.3, help="of saying what it sees, while it is taught")
-    add("--noise-power", type=float, default=1.7, help="above 1: strong noise comes more often than weak")
+    add("--noise-power", type=float, default=1.0, help="above 1: strong noise comes more often than weak")
     add("--weight-decay", type=float, default=0.01)
     add("--clip-norm", type=float, default=1.0, help="largest norm of the gradient")
     add("--ema", type=float, default=0.998, help="decay of the averaged weights, which are what is saved")
@@ -112,8 +114,8 @@ def settings() -> argparse.Namespace:
     add("--sam-classes", nargs="+", help="names of the segmenter's classes (default: the preset's)")
     add("--sam-propose", action="store_true", help="let the language model choose the segmenter's classes")
     # Dropout makes guidance possible, and edits by the example alone or by the instruction alone.
-    add("--drop-text", type=float, default=0.4, help="share of samples without the instruction")
-    add("--drop-example", type=float, default=0.3, help="share of samples without the example pair")
+    add("--drop-text", type=float, default=0.5, help="share of samples without the instruction")
+    add("--drop-example", type=float, default=0.2, help="share of samples without the example pair")
     add("--drop-both", type=float, default=0.05, help="share of samples without either")
     add("--panel", type=int, help="P, pixels along a panel's side (default: the preset's)")
     add("--flip", action="store_true", help="mirror half of the grids; encodes every step instead of once")
@@ -165,9 +167,7 @@ class Frozen(NamedTuple):
         in whatever grid it appears.
         """
         flat = panels.flatten(0, 1)
-        vae = self.vae
-        latents = vae.encode(flat.to(vae.dtype)).latent_dist.mean.float()
-        latents = (latents - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+        latents = backbone.encode_images(self.vae, flat)
         embeddings = areas = None
         if self.clip is not None:
             embeddings = esm.embed(self.clip, flat).unflatten(0, panels.shape[:2])
@@ -278,7 +278,7 @@ def dropout(batch: int, drop: tuple[float, float, float], g: torch.Generator) ->
 def draw_timesteps(u: Tensor, power: float, count: int) -> Tensor:
     """Noise levels 0 … count - 1 from uniform u in [0, 1); a power above 1 makes strong noise likelier.
 
-    Choice: at weak noise x_t itself shows the answer, and nothing is learnt of the condition.
+    Choice: all alike, as Stable Diffusion was trained.
     """
     share = 1 - (1 - u) ** power
     return (share * count).long().clamp(max=count - 1)  # a share may round to 1
@@ -363,7 +363,7 @@ class Losses:
         t = draw_timesteps(torch.rand(count, generator=g), args.noise_power, timesteps).to(device)
         x_t = scheduler.add_noise(x_0, noise, t)
 
-        down, mid = model(x_t, t, states, condition, return_dict=False)
+        down, mid = model(x_t, t, states, condition, known=repeat_query(x_0), return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         prediction = self.sd.unet(x_t, t, states, **residuals).sample.float()
 
@@ -418,7 +418,7 @@ class AuxiliaryHeads(nn.Module):
 
     def __init__(self, encoder: nn.Module, classes: int) -> None:
         super().__init__()
-        width, depth = encoder.zero_proj.in_features, len(encoder.blocks)
+        width, depth = encoder.drawn.in_features, len(encoder.blocks)
         self.half_way = (depth // 2 - 1) | 1  # a block that sees the panels whole, as every second does
         later = range(self.half_way + 2, depth, 2)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
@@ -458,6 +458,9 @@ def _yes_or_no(logits: Tensor, truth: Tensor, asked: Tensor) -> Tensor:
     return (error * asked).sum() / asked.sum().clamp(min=1)
 
 
+SCAN_PARAMETERS = ("A_logs", "Ds", "dt_projs_bias")  # no matrices, whatever their shape
+
+
 def teach_prompt_encoder(
     model: RCLDM, losses_of: Losses, data: VisualPromptDataset, args: argparse.Namespace, is_main: bool
 ) -> None:
@@ -465,64 +468,77 @@ def teach_prompt_encoder(
 
     Choice: the paper's encoder starts from nothing, and behind a projection that is zero. It and the links,
     zero as well, then wait for each other, and a step of the whole model costs four of the encoder. So the
-    encoder first learns, through a linear head, to guess the latents of all four panels, the answer too: a
-    blurred guess, the mean of what may be right, but it has to read the example and find the query.
-    `AuxiliaryHeads` help it to. Then head and the U-Net's first convolution (of a flat area) become its
-    projection, and so the trainable copy sees the guess as it knows to see pictures; eight times as strong,
-    lest the noise it is added to drown it. The links are zero still, and the model changes nothing.
+    encoder first learns to draft the latents of all four panels, the answer too: blurred, the mean of what
+    may be right, but for that it has to read the example and find the query. `AuxiliaryHeads` help it to.
+    Then its projection becomes the U-Net's first convolution (of a flat area) of the draft, and so the
+    trainable copy sees the draft as it knows to see pictures; 32 times as strong, lest the noise that it is
+    added to blur it. The links are zero still, and the model changes nothing.
+    Choice: Muon (Jordan et al., 2024) for the blocks' matrices, AdamW for all else.
     """
     encoder, device = model.prompt_encoder, model.device
-    place = "conv_out" if hasattr(encoder, "conv_out") else "zero_proj"
-    projection, channels = getattr(encoder, place), len(losses_of.grey)
-    if place == "zero_proj":
-        head = nn.Linear(projection.in_features, channels).to(device)
-    else:
-        head = nn.Conv2d(projection.in_channels, channels, 3, padding=1).to(device)
-    setattr(encoder, place, head)
-    modules = {"encoder": encoder}
-    auxiliary = classes = None
-    if place == "zero_proj" and args.auxiliary_weight:
-        classes = read_classes(data, losses_of.grey.shape[-1])
-        count = 1 if classes is None else int(classes.max()) + 1
-        modules["auxiliary_heads"] = auxiliary = AuxiliaryHeads(encoder, count).to(device)
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99))
+    channels = len(losses_of.grey)
+    modules: dict[str, nn.Module] = {"encoder": encoder}
+    auxiliary = classes = projection = None
+    if isinstance(encoder, VisualPromptEncoder):
+        if args.auxiliary_weight:
+            classes = read_classes(data, losses_of.grey.shape[-1])
+            count = 1 if classes is None else int(classes.max()) + 1
+            modules["auxiliary_heads"] = auxiliary = AuxiliaryHeads(encoder, count).to(device)
+    else:  # ControlNet's convolutions draft as well, through a head in the place of their last
+        projection = encoder.conv_out
+        encoder.conv_out = nn.Conv2d(projection.in_channels, channels, 3, padding=1).to(device)
+    hidden, rest = [], []
+    for name, parameter in (p for module in modules.values() for p in module.named_parameters()):
+        is_matrix = parameter.ndim == 2 and name.startswith(("blocks.", "text_attentions."))
+        (hidden if is_matrix and not name.endswith(SCAN_PARAMETERS) else rest).append(parameter)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=(0.9, 0.99))]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     folder = args.output / "prompt-encoder"
-    start = load_checkpoint(folder, modules, optimizer) if args.resume else 0
+    start = load_checkpoint(folder, modules, *optimizers) if args.resume else 0
     steps = range(start, args.encoder_steps)
     order = list(draw_order(len(data), args.batch, args.seed + 1, steps, 0, 1))
     loader = DataLoader(data, batch_sampler=order, num_workers=args.workers)
     total = args.encoder_steps
     progress = tqdm(loader, "prompt encoder", total, initial=start, mininterval=2, disable=not is_main)
+    smooth: dict[str, float] = {}
     for step, batch in zip(steps, progress):
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / args.encoder_steps)
         g = torch.Generator().manual_seed((args.seed + 1) * 1_000_003 + step)
         condition, x_0, facts, states, keep = losses_of.draw(batch, g, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            guess = model.encode_condition(condition, states)  # in fp16, gradients would have to be scaled
-        guess = guess.float()
-        losses = {"guess": losses_of.mean((guess - x_0).square(), facts.latents[len(x_0) :], guess)}
-        loss = losses["guess"]
+            if projection is None:  # in fp16, gradients would have to be scaled
+                _, draft, _ = encoder(condition, states, repeat_query(x_0))
+            else:
+                draft = encoder(condition)
+        draft = draft.float()
+        losses = {"draft": losses_of.mean((draft - x_0).square(), facts.latents[len(x_0) :], draft)}
+        loss = losses["draft"]
         if auxiliary is not None:
             shown = None if classes is None else place_classes(classes, batch).to(device)
             said = auxiliary(shown, place_changes(facts), keep)
             loss = loss + args.auxiliary_weight * sum(said.values())
             losses |= said
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 20 == 0:
-            progress.set_postfix({k: f"{v.item():.4f}" for k, v in losses.items()}, refresh=False)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, value in losses.items():
+            smooth[name] = 0.95 * smooth.get(name, value.item()) + 0.05 * value.item()
+        progress.set_postfix({name: f"{value:.4f}" for name, value in smooth.items()}, refresh=False)
         if is_main and ((step + 1) % args.checkpoint_every == 0 or step + 1 == args.encoder_steps):
-            save_checkpoint(folder, step + 1, modules, optimizer, keep=1)
+            save_checkpoint(folder, step + 1, modules, *optimizers, keep=1)
     for hook in auxiliary.hooks if auxiliary is not None else ():
         hook.remove()
-    setattr(encoder, place, projection)
     with torch.no_grad():
-        first = 8 * model.trainable_copy.conv_in.weight.sum((2, 3))  # (C0, C)
-        projection.weight.copy_(torch.einsum("oc,c...->o...", first, head.weight))
-        projection.bias.copy_(first @ head.bias)
+        first = 32 * model.trainable_copy.conv_in.weight.sum((2, 3))  # (C0, C)
+        if projection is None:
+            encoder.zero_proj.weight[:, -channels:] = first
+        else:
+            head, encoder.conv_out = encoder.conv_out, projection
+            projection.weight.copy_(torch.einsum("oc,c...->o...", first, head.weight))
+            projection.bias.copy_(first @ head.bias)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -603,13 +619,12 @@ def parameter_groups(model: nn.Module, weight_decay: float, encoder_lr: float) -
     Choice: a prompt encoder that has been taught learns at `encoder_lr` of the others' rate. The links need a
     high one to grow from zero, which may undo what the encoder knows; not compared with all else equal.
     """
-    plain = ("A_logs", "Ds", "dt_projs_bias")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         share = encoder_lr if name.startswith("prompt_encoder.") else 1.0
-        decay = 0.0 if parameter.ndim <= 1 or name.endswith(plain) else weight_decay
+        decay = 0.0 if parameter.ndim <= 1 or name.endswith(SCAN_PARAMETERS) else weight_decay
         groups.setdefault((share, decay), []).append(parameter)
     return [
         {"params": parameters, "lr_share": share, "weight_decay": decay}
@@ -688,6 +703,7 @@ def main() -> None:
     factor = args.panel // losses_of.grey.shape[-1]
     torch.manual_seed(args.seed)  # the same weights whether the facts above were computed or cached
     encoder = {"prompt_encoder_width": args.encoder_width, "prompt_encoder_text": not args.no_encoder_text}
+    encoder["prompt_encoder_latents"] = not args.no_encoder_latents
     model = RCLDM.from_unet(sd.unet, design, factor=factor, **encoder).to(device)
     if design != "conv" and not args.no_encoder_text:
         model.prompt_encoder.whiten(texts[:-1])
@@ -754,7 +770,7 @@ def main() -> None:
                 writer.add_scalar(f"loss/{name}", value, step)
         if step % args.checkpoint_every == 0 or step == args.steps:
             modules = {"model": model, "average": average}
-            save_checkpoint(args.output, step, modules, optimizer.optimizer, args.keep)
+            save_checkpoint(args.output, step, modules, optimizer.optimizer, keep=args.keep)
         if step % args.validate_every == 0 or step == args.steps:
             save_editor(average.module, args, step)
             if args.validation_pictures:

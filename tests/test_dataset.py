@@ -51,6 +51,7 @@ def test_masks_change_their_panels_and_no_other(size, fill):
     flat = torch.full_like(panels[0], fill)
     assert torch.equal(ds.mask_query(grid, fill), ds.compose_grid(*panels[:3], flat))
     assert torch.equal(ds.drop_example(grid, fill), ds.compose_grid(flat, flat, *panels[2:]))
+    assert torch.equal(ds.repeat_query(grid), ds.compose_grid(*panels[:3], panels[2]))
     assert torch.equal(grid, kept)  # a copy is masked, never the grid itself
 
 
@@ -62,7 +63,7 @@ def test_gradient_passes_a_mask_only_outside_it():
 
 @pytest.mark.parametrize("shape", [(3, 5, 5), (3, 4, 6), (4, 4), (3, 0, 0)])
 def test_what_is_no_grid_is_refused(shape):
-    for function in (ds.split_grid, ds.answer_panel, ds.mask_query, ds.drop_example):
+    for function in (ds.split_grid, ds.answer_panel, ds.mask_query, ds.drop_example, ds.repeat_query):
         with pytest.raises(ValueError, match="even sides"):
             function(torch.zeros(shape))
 

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import backbone
 import edit
-from dataset import split_grid
+from dataset import compose_grid, repeat_query, split_grid
 from edit import SCHEDULERS, Editor, fit_panel, unfit
 from rcldm import RCLDM
 
@@ -56,7 +56,7 @@ def save_stable_diffusion(folder):
 def save_editor(folder, sd_folder, unet, trained=True, **settings):
     """An RCLDM as `train.py` saves it; `trained` means that its zeros have moved, at random."""
     torch.manual_seed(1)
-    model = RCLDM.from_unet(unet, prompt_encoder_depth=1)
+    model = RCLDM.from_unet(unet, prompt_encoder_depth=1, prompt_encoder_latents=True)
     if trained:
         for name, parameter in model.named_parameters():
             if "zero_proj" in name:
@@ -153,6 +153,38 @@ def branches(editor, edits, monkeypatch, **options):
     monkeypatch.undo()
     assert len(sizes) == 2 and len(set(sizes)) == 1 and encoded == sizes[:1]
     return sizes[0] // 3
+
+
+def test_the_encoder_is_given_the_latents_it_was_trained_with(editor, edits, monkeypatch):
+    given = []
+    encode = editor.rcldm.encode_condition
+    monkeypatch.setattr(
+        editor.rcldm, "encode_condition", lambda *inputs: given.append(inputs) or encode(*inputs)
+    )
+    draw(editor, edits, has_example=[True, False, True])
+    condition, _, known = given[0]
+    with torch.no_grad():
+        panels = [backbone.encode_images(editor.sd.vae, panel) for panel in split_grid(condition)]
+        grey = backbone.encode_images(editor.sd.vae, torch.zeros(1, 3, P, P))
+    torch.testing.assert_close(known, repeat_query(compose_grid(*panels)))
+    torch.testing.assert_close(known[1:2], compose_grid(grey, grey, *[panels[2][1:2]] * 2))
+
+
+def test_what_the_gate_leaves_shut_stays_as_it_was(editor, edits, monkeypatch):
+    def with_gate(opening):
+        def encode(*inputs):
+            encoding, gate = given(*inputs)
+            known.append(inputs[2])
+            return encoding, torch.full_like(gate, opening)
+
+        monkeypatch.setattr(editor.rcldm, "encode_condition", encode)
+        return draw(editor, edits)
+
+    known, given = [], editor.rcldm.encode_condition
+    shut, quarter, half, open_ = (with_gate(opening) for opening in (0, 0.25, 0.5, 1))
+    torch.testing.assert_close(shut, known[0])
+    torch.testing.assert_close(quarter, (known[0] + open_) / 2)
+    assert torch.equal(half, open_) and apart(open_, known[0]) > 0.1
 
 
 NO_PAIR, NO_TEXT = {"has_example": [False] * 3}, {"texts": [""] * 3}

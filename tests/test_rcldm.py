@@ -398,8 +398,8 @@ def grid():
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2)) * 2 - 1
 
 
-def edited(unet, model, inputs, condition):
-    down, mid = model(*inputs, condition, return_dict=False)
+def edited(unet, model, inputs, condition, known=None):
+    down, mid = model(*inputs, condition, known=known, return_dict=False)
     return unet(*inputs, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
 
 
@@ -421,7 +421,7 @@ def test_untrained_it_changes_no_bit(unet, inputs, grid, design):
     model = RCLDM.from_unet(unet, design)
     with torch.no_grad():
         assert torch.equal(edited(unet, model, inputs, grid), unet(*inputs).sample)
-        assert not model.encode_condition(grid, inputs[2]).any()
+        assert not model.encode_condition(grid, inputs[2])[0].any()
     shapes = [(2, 16, 8, 8), (2, 16, 8, 8), (2, 16, 4, 4), (2, 32, 4, 4), (2, 32, 4, 4)]
     assert [tuple(r.shape) for r in all_residuals(model(*inputs, grid))] == shapes
 
@@ -429,12 +429,12 @@ def test_untrained_it_changes_no_bit(unet, inputs, grid, design):
 @pytest.mark.parametrize("design", rcldm.DESIGNS)
 def test_everything_learns_from_the_fourth_step_on(unet, inputs, grid, design):
     torch.manual_seed(0)
-    model = RCLDM.from_unet(unet, design, prompt_encoder_depth=2)
+    model = RCLDM.from_unet(unet, design, prompt_encoder_depth=2, prompt_encoder_latents=True)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
     with_gradient = []
     for _ in range(4):
         optimiser.zero_grad()
-        (edited(unet, model, inputs, grid) - inputs[0]).square().mean().backward()
+        (edited(unet, model, inputs, grid, inputs[0]) - inputs[0]).square().mean().backward()
         moving = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         with_gradient.append(moving)
         optimiser.step()
@@ -445,7 +445,8 @@ def test_everything_learns_from_the_fourth_step_on(unet, inputs, grid, design):
     assert names - with_gradient[2] == words and bool(words) == (design != "conv")
     assert not names - with_gradient[3]
     with torch.no_grad():
-        assert not torch.equal(edited(unet, model, inputs, grid), edited(unet, model, inputs, -grid))
+        one, other = (edited(unet, model, inputs, seen, inputs[0]) for seen in (grid, -grid))
+        assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("design", rcldm.DESIGNS)
@@ -467,7 +468,7 @@ def test_saved_and_loaded_it_is_the_same(unet, inputs, grid, design, tmp_path):
 def test_the_condition_may_be_encoded_once(unet, inputs, grid, design):
     model = awake(RCLDM.from_unet(unet, design, prompt_encoder_depth=1))
     with torch.no_grad():
-        encoding = model.encode_condition(grid, inputs[2])
+        encoding, _ = model.encode_condition(grid, inputs[2])
         assert encoding.shape == (2, 16, 8, 8) and encoding.any()
         inline, once = (all_residuals(model(*inputs, condition)) for condition in (grid, encoding))
         assert all(torch.equal(a, b) for a, b in zip(inline, once))
@@ -478,6 +479,29 @@ def test_the_condition_may_be_encoded_once(unet, inputs, grid, design):
 
 
 @pytest.mark.parametrize("design", ["vmamba", "vit"])
+def test_the_draft_is_what_is_known_where_the_gate_is_shut(unet, inputs, grid, design):
+    options = dict(prompt_encoder_depth=1, prompt_encoder_latents=True)
+    model = awake(RCLDM.from_unet(unet, design, **options))
+    known, encoder = inputs[0], model.prompt_encoder
+    with torch.no_grad():
+        encoder.gate.weight.zero_()
+        drafts = []
+        for bias in (-100.0, 0.0, 100.0):  # shut, half open, open
+            encoder.gate.bias.fill_(bias)
+            drafts.append(encoder(grid, inputs[2], known)[1])
+        shut, half_open, drawn = drafts
+        assert torch.equal(shut, known) and not torch.allclose(drawn, known, atol=0.1)
+        torch.testing.assert_close(half_open, (known + drawn) / 2)
+        other, gate = model.encode_condition(grid, inputs[2], known + 1)
+        assert torch.equal(gate, torch.ones(2, 1, 8, 8))
+        assert torch.equal(other, model.encode_condition(grid, inputs[2], known)[0])
+        encoder.gate.bias.zero_()
+        assert not torch.equal(other, model.encode_condition(grid, inputs[2], known)[0])
+    with pytest.raises(ValueError, match="latents of the known panels"):
+        model(*inputs, grid)
+
+
+@pytest.mark.parametrize("design", ["vmamba", "vit"])
 def test_the_prompt_encoder_reads_the_instruction_unless_told_not_to(unet, inputs, grid, design):
     reading, deaf = (
         awake(RCLDM.from_unet(unet, design, prompt_encoder_depth=2, prompt_encoder_text=text))
@@ -485,11 +509,13 @@ def test_the_prompt_encoder_reads_the_instruction_unless_told_not_to(unet, input
     )
     said, other = inputs[2], inputs[2].flip(0)
     with torch.no_grad():
-        change = reading.encode_condition(grid, other) - reading.encode_condition(grid, said)
+        change = reading.encode_condition(grid, other)[0] - reading.encode_condition(grid, said)[0]
         assert (change.abs().amax((1, 2, 3)) > 1e-3).all()
-        assert torch.equal(deaf.encode_condition(grid, other), deaf.encode_condition(grid, said))
-        one_grid = reading.encode_condition(grid[:1], said)
-        torch.testing.assert_close(one_grid, reading.encode_condition(grid[:1].expand(2, -1, -1, -1), said))
+        assert torch.equal(deaf.encode_condition(grid, other)[0], deaf.encode_condition(grid, said)[0])
+        one_grid, _ = reading.encode_condition(grid[:1], said)
+        torch.testing.assert_close(
+            one_grid, reading.encode_condition(grid[:1].expand(2, -1, -1, -1), said)[0]
+        )
     assert not any("text_attentions" in name for name in deaf.state_dict())
 
 
@@ -498,8 +524,8 @@ def test_what_all_words_share_is_not_read(unet, inputs, grid):
     words = inputs[2]
     shared = 10 * torch.randn(1, 1, words.shape[-1], generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        said, shifted = (model.encode_condition(grid, text) for text in (words, words + shared))
-        other = model.encode_condition(grid, words.flip(0) + shared)
+        said, shifted = (model.encode_condition(grid, text)[0] for text in (words, words + shared))
+        other, _ = model.encode_condition(grid, words.flip(0) + shared)
     torch.testing.assert_close(shifted, said, rtol=1e-4, atol=1e-4)
     assert (other - said).abs().max() > 1e-2
 
@@ -558,11 +584,12 @@ def test_a_wrong_condition_is_one_clear_line(unet, inputs):
 
 @pytest.mark.parametrize("design", ["vmamba", "vit"])
 def test_gradient_checkpointing_gives_the_same_gradients(unet, inputs, grid, design):
-    model = awake(RCLDM.from_unet(unet, design, prompt_encoder_depth=2)).train()
+    options = dict(prompt_encoder_depth=2, prompt_encoder_latents=True)
+    model = awake(RCLDM.from_unet(unet, design, **options)).train()
     gradients = []
     for _ in range(2):
         model.zero_grad()
-        sum(r.square().sum() for r in all_residuals(model(*inputs, grid))).backward()
+        sum(r.square().sum() for r in all_residuals(model(*inputs, grid, known=inputs[0]))).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
         model.enable_gradient_checkpointing()
     assert model.prompt_encoder.gradient_checkpointing
@@ -575,7 +602,7 @@ def test_one_block_sees_the_whole_grid(design):
     torch.manual_seed(0)
     encoder = awake(VisualPromptEncoder(16, depth=1, design=design))
     grid = torch.randn(1, 3, 64, 64, requires_grad=True)
-    encoder(grid)[0, :, 1, 6].sum().backward()  # a location in the example's "after" panel
+    encoder(grid)[0][0, :, 1, 6].sum().backward()  # a location in the example's "after" panel
     seen = F.max_pool2d(grid.grad.abs().amax(1, keepdim=True), 8)[0, 0]
     assert (seen > 0).all()
 

@@ -169,6 +169,14 @@ def test_what_the_prompt_encoder_learns_alone_stays_behind_the_links(run, tmp_pa
     assert links and not any(after[name].any() for name in links)
 
 
+def test_an_encoder_without_latents_has_no_gate(run, tmp_path):
+    quick = ("--no-esm", "--no-liu", "--no-sam", "--steps", "1", "--encoder-steps", "2")
+    run(*quick, output=tmp_path / "with")
+    run(*quick, "--no-encoder-latents", output=tmp_path / "without")
+    gates = [{name for name in weights(tmp_path / k) if ".gate." in name} for k in ("with", "without")]
+    assert len(gates[0]) == 2 and not gates[1]
+
+
 @pytest.mark.parametrize("power", [0.05, 1.0, 1.7, 40.0])
 def test_no_noise_level_is_out_of_range(power):
     random = torch.rand(10_000, generator=torch.Generator().manual_seed(0))

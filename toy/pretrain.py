@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from backbone import encode_images
 from checkpoint import averaged, load_checkpoint, save_checkpoint
 from toy import world
 
@@ -386,11 +387,6 @@ def train_unet(args: argparse.Namespace) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-@torch.no_grad()
-def encode_images(vae: nn.Module, images: Tensor) -> Tensor:
-    return vae.encode(images).latent_dist.mean * vae.config.scaling_factor
-
-
 def encode_scenes(vae: nn.Module, scenes: list[world.Scene], device: torch.device) -> Tensor:
     """The scenes' latents, (N, 16, 8, 8) half floats on the CPU."""
     latents = []
@@ -613,7 +609,7 @@ def train_editor(args: argparse.Namespace) -> None:
     command = [sys.executable, "train.py", "--output", run, "--data", data]
     command += ["--seed", args.seed, "--device", args.device]
     command += ["--encoder-steps", args.scaled(42_000), "--encoder-width", 128, "--encoder-lr", 0]
-    command += ["--steps", args.scaled(9400), "--ema", 0.999]
+    command += ["--steps", args.scaled(9500), "--ema", 0.999]
     command += ["--resume"] if run.exists() else []
     subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[1], check=True)
     model = RCLDM.from_pretrained(run / "editor").half()
