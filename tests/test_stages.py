@@ -1,0 +1,48 @@
+"""toy/stages.py: what the stages show is what the editor does."""
+
+import pytest
+import torch
+
+import backbone
+from dataset import VisualPromptDataset, read_pairs
+from edit import Editor
+from toy import stages, world
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    world.write_split(folder / "seen", world.draw_split("seen", 2, 2, seed=0))
+    return folder
+
+
+def test_the_stages_are_the_editors_own(data):
+    editor = Editor.load(backbone.preset("toy").editor, "cpu", llm=False)
+    pairs = VisualPromptDataset(read_pairs(data, "seen"), size=64, flip=False, seed=0)
+    panels = torch.stack([pairs.load_panels(0, 1), pairs.load_panels(2, 3)])
+    texts, seeds = [pairs.pairs[i].instruction for i in (1, 3)], [5, 6]
+    found = stages.stages(editor, panels, "both", texts, seeds)
+    inputs = panels[:, :2], None, panels[:, 2], texts, seeds
+    drawn = editor.sample(*inputs)
+    assert torch.equal(found["answer"], editor.decode_answers(drawn))
+    assert list(found) == list(stages.STAGES[1:])
+    differ = [(found[a] - found[b]).abs().max() for a, b in zip(stages.STAGES[1:], stages.STAGES[2:])]
+    assert min(differ) > 0.01
+    # Without words the draft is another.
+    assert not torch.equal(stages.stages(editor, panels, "pair", texts, seeds)["draft"], found["draft"])
+
+
+def test_the_table_has_a_row_for_each_mode_and_stage(data, capsys):
+    stages.main(["--data", str(data), "--count", "3", "--batch", "2", "--mode", "pair", "instruction"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [(row[0][2:], row[1], row[2]) for row in rows] == [
+        (mode, stage, "3") for mode in ("pair", "instruction") for stage in stages.STAGES
+    ]
+    assert rows[0][3] == "100.0"  # the truth itself is nearest to the truth
+
+
+@pytest.mark.parametrize("wrong, message", [(["--count", "0"], "--count 0"), (["nowhere"], "nowhere")])
+def test_errors_are_one_line(capsys, wrong, message):
+    with pytest.raises(SystemExit) as stop:
+        stages.main(wrong)
+    assert stop.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]

@@ -1,0 +1,124 @@
+"""Where an editor loses its accuracy: the same queries' answers, measured after each stage that makes them.
+
+    python toy/stages.py --mode both pair --count 192
+
+    vae          the truth, through the VAE and back: no editor gets further
+    draft        what the prompt encoder drafts of the answer, before anything is drawn
+    one step     what frozen U-Net and links draw of it from pure noise at once
+    all steps    what they draw in all steps of the sampler
+    answer       the same, with the query's own latents where the gate is shut: what `edit.py` gives
+
+A stage whose row is worse than the one above loses what it had; one that is no worse hands it on. The metrics
+are those of `toy/score.py`, and so is what is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import backbone
+from dataset import VisualPromptDataset, read_pairs, tensor_to_image
+from edit import Editor
+from evaluate import draw_queries
+from toy import score, world
+
+STAGES = ("vae", "draft", "one step", "all steps", "answer")
+MODES = ("both", "pair", "instruction")
+
+
+@torch.no_grad()
+def stages(
+    editor: Editor, panels: Tensor, mode: str, texts: list[str], seeds: list[int]
+) -> dict[str, Tensor]:
+    """The answers (B, 3, P, P) in [-1, 1] to queries (B, 4, 3, P, P) after every stage but the first."""
+    rcldm, encode = editor.rcldm, editor.rcldm.encode_condition
+    told = [""] * len(panels) if mode == "pair" else texts
+    inputs = panels[:, :2], [mode != "instruction"] * len(panels), panels[:, 2], told, seeds
+    sampling = {name: editor.settings[name] for name in ("steps", "eta")}
+    drafts: list[Tensor] = []
+    hook = rcldm.prompt_encoder.register_forward_hook(lambda _, __, output: drafts.append(output[1]))
+    try:
+        answer = editor.sample(*inputs, **sampling)
+        rcldm.encode_condition = lambda *condition: (encode(*condition)[0], None)  # no gate
+        found = {"one step": editor.sample(*inputs, steps=1), "all steps": editor.sample(*inputs, **sampling)}
+    finally:
+        hook.remove()
+        rcldm.encode_condition = encode
+    found = {"draft": drafts[0].float(), **found, "answer": answer}
+    return {name: editor.decode_answers(latents) for name, latents in found.items()}
+
+
+def measure(editor: Editor, data: VisualPromptDataset, mode: str, count: int, batch: int) -> dict[str, list]:
+    """The scores of every query's answer after each stage."""
+    queries = draw_queries(data, count, seed=0, mode=mode)
+    texts = editor.unify([data.pairs[query.index].instruction for query in queries])
+    scores: dict[str, list[dict]] = {name: [] for name in STAGES}
+    for start in tqdm(range(0, len(queries), batch), desc=mode, unit="batch"):
+        now = queries[start : start + batch]
+        panels = torch.stack([data.load_panels(query.example, query.index) for query in now])
+        told, seeds = texts[start : start + batch], [query.seed for query in now]
+        found = stages(editor, panels, mode, told, seeds)
+        for k, query in enumerate(now):
+            extra = data.pairs[query.index].extra
+            scene, edit = world.scene_from_json(json.loads(extra["scene"])), json.loads(extra["edit"])
+            truth = score.Truth(scene, world.Edit(**edit))
+            pictures = {name: np.asarray(tensor_to_image(answers[k])) for name, answers in found.items()}
+            pictures["vae"] = score.reconstruct(editor.sd.vae, truth.picture)
+            for name, picture in pictures.items():
+                scores[name].append(truth.score(picture))
+    return scores
+
+
+def markdown(scores: dict[str, dict[str, list[dict]]]) -> str:
+    """A row for each mode and stage."""
+    rows = [("mode", "stage", "n", "accuracy, %", "MAE inside", "MAE outside"), ("---",) * 2 + ("---:",) * 4]
+    for mode, by_stage in scores.items():
+        for name, found in by_stage.items():
+            errors = (score.mean(row[f"mae_{region}"] for row in found) for region in ("inside", "outside"))
+            share = f"{100 * score.mean(row['right'] for row in found):.1f}"
+            cells = ("–" if error is None else f"{error:.1f}" for error in errors)
+            rows.append((mode, name, str(len(found)), share, *cells))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    toy = backbone.preset("toy")
+    parser = argparse.ArgumentParser(
+        description="Measure an editor's answers after each stage that makes them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", nargs="?", default=toy.editor, metavar="MODEL", help="an editor's folder, of train.py")
+    add("--data", default=toy.data, help="a dataset of the toy world")
+    add("--split", default="seen")
+    add("--mode", nargs="+", default=["both"], choices=MODES, help="what is given besides the input")
+    add("--count", type=int, default=192, help="queries")
+    add("--batch", type=int, default=32, help="edited at a time")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    args = parser.parse_args(argv)
+    with backbone.one_line_errors("stages.py"):
+        for name in ("count", "batch"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name} {getattr(args, name)}: give 1 or more")
+        editor = Editor.load(args.model, args.device)
+        if editor.rcldm.config.design == "conv":
+            raise ValueError(
+                f"{args.model}: of design conv, whose encoder drafts nothing that could be shown"
+            )
+        data = read_pairs(backbone.data_folder(args.data), args.split)
+        data = VisualPromptDataset(data, size=editor.panel, flip=False, seed=0)
+        scores = {m: measure(editor, data, m, args.count, args.batch) for m in dict.fromkeys(args.mode)}
+        print(markdown(scores), end="")
+
+
+if __name__ == "__main__":
+    main()
