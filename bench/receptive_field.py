@@ -1,0 +1,106 @@
+"""The paper's figure of effective receptive fields: how much of the grid each kind of encoder looks at.
+
+    python bench/receptive_field.py                              # conv, vit and vmamba, as they start
+    python bench/receptive_field.py toy/weights/editor           # the same, and a trained editor's encoder
+    python bench/receptive_field.py --out docs/receptive_field.png
+
+The field of one place of the encoder's last features is the gradient of their sum over channels by the pixels
+of the condition grid, its size averaged over grids (Luo et al., 2016). The place is the middle of the grid,
+whose pixels belong to the answer's panel; what it sees of the other three it must see from afar. Printed is
+the smallest share of the grid's pixels that holds 50, 90 and 99 % of the whole gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import backbone
+from dataset import VisualPromptDataset, compose_grid, mask_query, read_pairs, repeat_query, split_grid
+from evaluate import draw_queries, panel_rows, write_whole
+from rcldm import DESIGNS, RCLDM
+
+SHARES = (0.5, 0.9, 0.99)
+
+
+def receptive_field(model: RCLDM, grids: Tensor, text: Tensor, known: Tensor) -> Tensor:
+    """The field (H, W) of the place in the middle, its sum 1. grids: (B, 3, H, W) in [-1, 1]."""
+    encoder, features = model.prompt_encoder, []
+    last = encoder.conv_out if model.config.design == "conv" else encoder.zero_proj
+    last_input = last.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    grids = grids.clone().requires_grad_()
+    model.encode_condition(grids, text, known)
+    last_input.remove()
+    (x,) = features
+    x = x if model.config.design == "conv" else x[..., : encoder.norm.normalized_shape[0]].movedim(-1, 1)
+    middle = x[:, :, x.shape[2] // 2, x.shape[3] // 2]
+    (gradient,) = torch.autograd.grad(middle.sum(), grids)
+    field = gradient.abs().sum(1).mean(0)
+    return field / field.sum()
+
+
+def area(field: Tensor, share: float) -> float:
+    """The smallest part of the pixels that holds `share` of the field."""
+    held = field.flatten().sort(descending=True).values.cumsum(0)
+    return ((held < share).sum() + 1).item() / field.numel()
+
+
+def picture(field: Tensor) -> Image.Image:
+    """White where nothing is seen, darker with the logarithm of what is, over four powers of ten."""
+    shade = 1 + (field / field.max()).clamp(min=1e-4).log10() / 4
+    return Image.fromarray((255 * (1 - shade)).round().to(torch.uint8).numpy())
+
+
+def fields(args: argparse.Namespace) -> dict[str, Tensor]:
+    """By name, the fields of every design as it starts and of the editors' encoders."""
+    preset = backbone.preset("toy")
+    sd = backbone.load_stable_diffusion(preset.stable_diffusion)
+    data = read_pairs(backbone.data_folder(preset.data), "seen")
+    data = VisualPromptDataset(data, preset.panel, flip=False, seed=0)
+    queries = draw_queries(data, args.count, seed=0)
+    panels = torch.stack([data.load_panels(query.example, query.index) for query in queries])
+    grids = mask_query(compose_grid(*panels.unbind(1)))
+    with torch.no_grad():
+        known = repeat_query(compose_grid(*(backbone.encode_images(sd.vae, p) for p in split_grid(grids))))
+        text = backbone.encode_text(sd, [""] * len(grids))
+    models: dict[str, nn.Module] = {}
+    for design in DESIGNS:
+        torch.manual_seed(0)
+        models[f"{design}, untrained"] = RCLDM.from_unet(sd.unet, design)
+    for folder in args.editors:
+        model, _ = backbone.load_editor(folder)
+        models[f"{model.config.design}, {folder}"] = model
+    return {name: receptive_field(model, grids, text, known) for name, model in models.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Effective receptive fields of the condition's encoders.")
+    parser.add_argument(
+        "editors", nargs="*", metavar="EDITOR", help="folders of editors, as train.py saves them"
+    )
+    parser.add_argument("--count", type=int, default=64, help="grids to average over")
+    parser.add_argument("--out", type=Path, help="a .png of the fields")
+    args = parser.parse_args(argv)
+    with backbone.one_line_errors("receptive_field.py"):
+        if args.count < 1:
+            raise ValueError(f"--count {args.count}: give 1 or more")
+        found = fields(args)
+        print("| encoder | " + " | ".join(f"{100 * share:g} % of it in" for share in SHARES) + " |")
+        print("| --- |" + " ---: |" * len(SHARES))
+        for name, field in found.items():
+            print(f"| {name} | " + " | ".join(f"{100 * area(field, s):.2f} %" for s in SHARES) + " |")
+        if args.out:
+            rows = [(name, [picture(field)]) for name, field in found.items()]
+            sheet = panel_rows(rows, (), 192, len(rows))
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(args.out, lambda file: sheet.save(file, format="PNG"))
+
+
+if __name__ == "__main__":
+    main()
