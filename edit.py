@@ -187,8 +187,7 @@ class Editor:
         condition = torch.cat([shown if pair else alone for _, pair in branches])  # (K·B, 3, 2P, 2P)
         told, silent = (backbone.encode_text(sd, texts) for texts in (instructions, [""] * batch))
         states = torch.cat([told if text else silent for text, _ in branches])  # (K·B, tokens, D)
-        given = [backbone.encode_images(sd.vae, panel) for panel in split_grid(condition)[:3]]
-        known = compose_grid(*given, given[2])  # as `repeat_query` makes it of latents in training
+        known = known_latents(sd.vae, condition)
         condition, gate = rcldm.encode_condition(condition, states, known)
 
         solver = SCHEDULERS[scheduler].from_config(sd.scheduler.config)
@@ -209,9 +208,7 @@ class Editor:
             x_t = solver.step(prediction, t, x_t, **extra).prev_sample
         if gate is None:
             return x_t
-        # Choice: where the gate is less than half open, what is known shows through. The last branch is
-        # told most.
-        return torch.lerp(known[-batch:], x_t, (2 * gate[-batch:].float()).clamp(max=1))
+        return keep_known(x_t, known[-batch:], gate[-batch:])  # the last branch is told most
 
     @torch.no_grad()
     def decode_answers(self, latents: Tensor) -> Tensor:
@@ -228,6 +225,24 @@ class Editor:
         empty = torch.zeros_like(answer_panel(latents))
         grids = [compose_grid(empty, empty, empty, panel) for panel in split_grid(latents)]
         return compose_grid(*map(self.decode_answers, grids))
+
+
+@torch.no_grad()
+def known_latents(vae: nn.Module, condition: Tensor) -> Tensor:
+    """What is known of condition grids (B, 3, 2P, 2P) before an edit: latents (B, C, 2p, 2p).
+
+    The query's stand in the answer's place too, as `repeat_query` has it in training.
+    """
+    before, after, query = (backbone.encode_images(vae, panel) for panel in split_grid(condition)[:3])
+    return compose_grid(before, after, query, query)
+
+
+def keep_known(drawn: Tensor, known: Tensor, gate: Tensor) -> Tensor:
+    """Finished latents (B, C, 2p, 2p) with the known ones where the encoder's gate (B, 1, 2p, 2p) is shut.
+
+    Choice: where it is less than half open, the known ones show through.
+    """
+    return torch.lerp(known, drawn, (2 * gate.float()).clamp(max=1))
 
 
 # --- Pictures of any shape ----------------------------------------------------------------------------------

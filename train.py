@@ -82,7 +82,7 @@ def settings() -> argparse.Namespace:
     add("--no-rcldm", action="store_true", help="ControlNet's convolutions in place of VMamba")
     add("--encoder", default="vmamba", choices=("vmamba", "vit"), help="what the RCLDM is built of")
     add("--no-encoder-text", action="store_true", help="the figure's: words to the U-Nets alone")
-    add("--no-encoder-latents", action="store_true", help="it draws what the edit leaves alone, too")
+    add("--no-encoder-latents", action="store_true", help="the encoder draws what stays, too")
     add("--no-esm", action="store_true", help="without editing-shift matching")
     add("--no-liu", action="store_true", help="instructions as people wrote them")
     add("--no-sam", action="store_true", help="without selective-area matching")
@@ -458,6 +458,13 @@ def _yes_or_no(logits: Tensor, truth: Tensor, asked: Tensor) -> Tensor:
     return (error * asked).sum() / asked.sum().clamp(min=1)
 
 
+def show(losses: dict[str, Tensor], smooth: dict[str, float], progress: tqdm) -> None:
+    """Takes a step's losses into the moving averages `smooth`, and shows these at the progress bar."""
+    for name, value in losses.items():
+        smooth[name] = 0.95 * smooth.get(name, value.item()) + 0.05 * value.item()
+    progress.set_postfix({name: f"{value:.4f}" for name, value in smooth.items()}, refresh=False)
+
+
 SCAN_PARAMETERS = ("A_logs", "Ds", "dt_projs_bias")  # no matrices, whatever their shape
 
 
@@ -524,9 +531,7 @@ def teach_prompt_encoder(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        for name, value in losses.items():
-            smooth[name] = 0.95 * smooth.get(name, value.item()) + 0.05 * value.item()
-        progress.set_postfix({name: f"{value:.4f}" for name, value in smooth.items()}, refresh=False)
+        show(losses, smooth, progress)
         if is_main and ((step + 1) % args.checkpoint_every == 0 or step + 1 == args.encoder_steps):
             save_checkpoint(folder, step + 1, modules, *optimizers, keep=1)
     for hook in auxiliary.hooks if auxiliary is not None else ():
@@ -755,14 +760,12 @@ def main() -> None:
                 accelerator.clip_grad_norm_(model.parameters(), args.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-        for name, value in losses.items():
-            smooth[name] = 0.95 * smooth.get(name, value.item()) + 0.05 * value.item()
+        show(losses, smooth, progress)
         if not accelerator.sync_gradients:
             continue
         average.update_parameters(model)
         step += 1
         progress.update()
-        progress.set_postfix({name: f"{value:.4f}" for name, value in smooth.items()}, refresh=False)
         if not is_main:
             continue
         if step % 20 == 0:

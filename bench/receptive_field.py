@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
-from dataset import VisualPromptDataset, compose_grid, mask_query, read_pairs, repeat_query, split_grid
+from dataset import VisualPromptDataset, compose_grid, mask_query, read_pairs
+from edit import known_latents
 from evaluate import draw_queries, panel_rows, write_whole
 from rcldm import DESIGNS, RCLDM
 
@@ -66,8 +67,8 @@ def fields(args: argparse.Namespace) -> dict[str, Tensor]:
     queries = draw_queries(data, args.count, seed=0)
     panels = torch.stack([data.load_panels(query.example, query.index) for query in queries])
     grids = mask_query(compose_grid(*panels.unbind(1)))
+    known = known_latents(sd.vae, grids)
     with torch.no_grad():
-        known = repeat_query(compose_grid(*(backbone.encode_images(sd.vae, p) for p in split_grid(grids))))
         text = backbone.encode_text(sd, [""] * len(grids))
     models: dict[str, nn.Module] = {}
     for design in DESIGNS:

@@ -335,7 +335,10 @@ def test_wilson_interval():
     assert score.wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
 
 
-@pytest.mark.parametrize("content", [None, "", "[]\n", '{"answer": "0.png"}\n', "{\n", "cut"])
+NO_EXAMPLE = '{"answer": "0.png", "scene": "{}", "edit": "{}", "mode": "other-pair"}\n'
+
+
+@pytest.mark.parametrize("content", [None, "", "[]\n", '{"answer": "0.png"}\n', NO_EXAMPLE, "{\n", "cut"])
 def test_what_are_no_toy_answers_is_one_line(tmp_path, capsys, content):
     if content is not None:
         (tmp_path / "answers.jsonl").write_text(content)

@@ -111,7 +111,11 @@ def read_queries(folder: Path) -> list[dict]:
     records = read_answers(folder, {"answer", "scene", "edit"})
     for record in records:
         if record.get("mode") == "other-pair":
-            record["edit"] = record["example"]["edit"]
+            try:
+                record["edit"] = record["example"]["edit"]
+            except (KeyError, TypeError):
+                path, answer = folder / "answers.jsonl", record["answer"]
+                raise ValueError(f"{path}: {answer} has no example whose edit is told") from None
     return records
 
 

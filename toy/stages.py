@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from dataset import VisualPromptDataset, read_pairs, tensor_to_image
-from edit import Editor
+from edit import Editor, keep_known
 from evaluate import draw_queries
 from toy import score, world
 
@@ -45,15 +45,23 @@ def stages(
     inputs = panels[:, :2], [mode != "instruction"] * len(panels), panels[:, 2], told, seeds
     sampling = {name: editor.settings[name] for name in ("steps", "eta")}
     drafts: list[Tensor] = []
+    gates: list[tuple[Tensor, Tensor]] = []
+
+    def without_gate(condition: Tensor, states: Tensor, known: Tensor) -> tuple[Tensor, None]:
+        encoding, gate = encode(condition, states, known)
+        gates.append((known, gate))
+        return encoding, None
+
     hook = rcldm.prompt_encoder.register_forward_hook(lambda _, __, output: drafts.append(output[1]))
+    rcldm.encode_condition = without_gate
     try:
-        answer = editor.sample(*inputs, **sampling)
-        rcldm.encode_condition = lambda *condition: (encode(*condition)[0], None)  # no gate
-        found = {"one step": editor.sample(*inputs, steps=1), "all steps": editor.sample(*inputs, **sampling)}
+        one, drawn = editor.sample(*inputs, steps=1), editor.sample(*inputs, **sampling)
     finally:
         hook.remove()
         rcldm.encode_condition = encode
-    found = {"draft": drafts[0].float(), **found, "answer": answer}
+    known, gate = gates[0]
+    answer = drawn if gate is None else keep_known(drawn, known, gate)
+    found = {"draft": drafts[0].float(), "one step": one, "all steps": drawn, "answer": answer}
     return {name: editor.decode_answers(latents) for name, latents in found.items()}
 
 
