@@ -187,8 +187,8 @@ class Editor:
         condition = torch.cat([shown if pair else alone for _, pair in branches])  # (K·B, 3, 2P, 2P)
         told, silent = (backbone.encode_text(sd, texts) for texts in (instructions, [""] * batch))
         states = torch.cat([told if text else silent for text, _ in branches])  # (K·B, tokens, D)
-        known = known_latents(sd.vae, condition)
-        condition, gate = rcldm.encode_condition(condition, states, known)
+        known = known_latents(sd.vae, condition) if rcldm.config.prompt_encoder_latents else None
+        condition, draft = rcldm.encode_condition(condition, states, known)
 
         solver = SCHEDULERS[scheduler].from_config(sd.scheduler.config)
         solver.set_timesteps(steps, device=device)
@@ -206,9 +206,9 @@ class Editor:
             predictions = sd.unet(inputs, t, states, **residuals).sample.float().chunk(len(branches))
             prediction = sum(weight * e for weight, e in zip(branches.values(), predictions))
             x_t = solver.step(prediction, t, x_t, **extra).prev_sample
-        if gate is None:
+        if draft is None:
             return x_t
-        return keep_known(x_t, known[-batch:], gate[-batch:])  # the last branch is told most
+        return keep_known(x_t, known[-batch:], draft[-batch:])  # the last branch is told most
 
     @torch.no_grad()
     def decode_answers(self, latents: Tensor) -> Tensor:
@@ -237,12 +237,14 @@ def known_latents(vae: nn.Module, condition: Tensor) -> Tensor:
     return compose_grid(before, after, query, query)
 
 
-def keep_known(drawn: Tensor, known: Tensor, gate: Tensor) -> Tensor:
-    """Finished latents (B, C, 2p, 2p) with the known ones where the encoder's gate (B, 1, 2p, 2p) is shut.
+def keep_known(drawn: Tensor, known: Tensor, draft: Tensor) -> Tensor:
+    """Finished latents with the known ones where the encoder's draft keeps them; all (B, C, 2p, 2p).
 
-    Choice: where it is less than half open, the known ones show through.
+    Choice: what differs from the draft by a mean square of less than 0.01 shows through, wholly where it does
+    not differ. Latents have unit variance.
     """
-    return torch.lerp(known, drawn, (2 * gate.float()).clamp(max=1))
+    change = (draft.float() - known).square().mean(1, keepdim=True)
+    return torch.lerp(known, drawn, (change / 0.01).clamp(max=1))
 
 
 # --- Pictures of any shape ----------------------------------------------------------------------------------

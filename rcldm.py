@@ -725,11 +725,10 @@ class VisualPromptEncoder(nn.Module):
 
     def forward(
         self, grid: Tensor, text: Tensor | None = None, known: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The encoding (B, out_channels, h, w), the draft (B, latent_channels, h, w), the gate (B, 1, h, w).
+    ) -> tuple[Tensor, Tensor]:
+        """The encoding (B, out_channels, h, w), and the draft (B, latent_channels, h, w).
 
-        known: latents (B, latent_channels, h, w), for a gated encoder alone, which raises a ValueError
-        without them. Others have no gate, and return None.
+        known: latents of the draft's shape, for a gated encoder alone; it raises a ValueError without them.
         """
         x = grid
         for conv, norm in zip(self.stem, self.stem_norms):
@@ -747,14 +746,14 @@ class VisualPromptEncoder(nn.Module):
             x = self._gradient_checkpointing_func(block, x) if checkpointed else block(x)
             x = _deinterleave(x) if interleaved else x
         x = self.norm(x)
-        draft, gate = self.drawn(x), None
+        draft = self.drawn(x)
         if self.gate is not None:
             if known is None:
                 raise ValueError("this prompt encoder also needs the latents of the known panels")
             gate = self.gate(x).sigmoid()
             draft = torch.lerp(known.permute(0, 2, 3, 1).to(draft.dtype), draft, gate)
         encoding = self.zero_proj(torch.cat([x, draft], -1))
-        return tuple(y if y is None else y.permute(0, 3, 1, 2) for y in (encoding, draft, gate))
+        return encoding.permute(0, 3, 1, 2), draft.permute(0, 3, 1, 2)
 
 
 # -------- 6. RCLDM ----------------------------------------------------------------------------------
@@ -848,8 +847,8 @@ class RCLDM(ModelMixin, ConfigMixin):
     def encode_condition(
         self, grid: Tensor, encoder_hidden_states: Tensor, known: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The condition grid (B, 3, H, W) in [-1, 1] → its encoding (B, C0, H/factor, W/factor), and the gate
-        (B, 1, H/factor, W/factor) with `prompt_encoder_latents`, else None.
+        """The condition grid (B, 3, H, W) in [-1, 1] → its encoding (B, C0, H/factor, W/factor), and with
+        `prompt_encoder_latents` the draft (B, latent channels, H/factor, W/factor), else None.
 
         encoder_hidden_states: text embeddings (B, T, cross_attention_dim). known: with
         `prompt_encoder_latents`, the latents of the example and the query, and of the query again in the
@@ -864,8 +863,8 @@ class RCLDM(ModelMixin, ConfigMixin):
             return self.prompt_encoder(grid.to(self.dtype)), None
         batch = len(encoder_hidden_states)  # one grid may stand for all
         grid, known = (x if x is None else x.to(self.dtype).expand(batch, -1, -1, -1) for x in (grid, known))
-        encoding, _, gate = self.prompt_encoder(grid, encoder_hidden_states.to(self.dtype), known)
-        return encoding, gate
+        encoding, draft = self.prompt_encoder(grid, encoder_hidden_states.to(self.dtype), known)
+        return encoding, draft if self.config.prompt_encoder_latents else None
 
     def forward(
         self,

@@ -23,7 +23,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,15 +140,25 @@ def settings() -> argparse.Namespace:
 
 
 class Facts(NamedTuple):
-    """What training needs to know of N edit pairs besides their pictures.
+    """What training needs to know of N edit pairs.
 
     latents: (N, 2, C, p, p), of before and after. embeddings: (N, 2, E), CLIP's, or None without ESM.
     areas: (N, 1, p, p) in [0, 1], the after picture's selected area on the latent's raster, or None.
+    classes: (N, 2, p, p) uint8, see `place_classes`, or None where the dataset does not tell them.
+    pictures: (N, 2, 3, P, P) uint8, or None where they are too many for the memory.
     """
 
     latents: Tensor
-    embeddings: Tensor | None
-    areas: Tensor | None
+    embeddings: Tensor | None = None
+    areas: Tensor | None = None
+    classes: Tensor | None = None
+    pictures: Tensor | None = None
+
+    def of(self, index: Tensor, device: torch.device) -> Facts:
+        """Those of some pairs, index (B,), on a device; all but the bytes as float32."""
+        index = index.to(self.latents.device)
+        rows = (None if fact is None else fact[index].to(device) for fact in self)
+        return Facts(*(row.float() if row is not None and row.dtype == torch.half else row for row in rows))
 
 
 class Frozen(NamedTuple):
@@ -160,7 +170,7 @@ class Frozen(NamedTuple):
 
     @torch.no_grad()
     def observe(self, panels: Tensor) -> Facts:
-        """Facts of pairs of pictures (N, 2, 3, P, P) in [-1, 1].
+        """Latents, embeddings and areas of pairs of pictures (N, 2, 3, P, P) in [-1, 1].
 
         Choice: each panel passes the VAE by itself, where the figure encodes the grid. The latents tile to
         the same grid, panels do not leak into each other at their borders, and a picture is encoded once,
@@ -172,7 +182,8 @@ class Frozen(NamedTuple):
         if self.clip is not None:
             embeddings = esm.embed(self.clip, flat).unflatten(0, panels.shape[:2])
         if self.areas is not None:
-            areas = F.interpolate(self.areas(panels[:, 1]), latents.shape[-2:], mode="area")
+            areas = self.areas.segment(panels[:, 1])[:, None].float()
+            areas = F.interpolate(areas, latents.shape[-2:], mode="area")
         return Facts(latents.unflatten(0, panels.shape[:2]), embeddings, areas)
 
     def key(self) -> list[str]:
@@ -185,61 +196,94 @@ class Frozen(NamedTuple):
 
 
 class Pairs(Dataset):
-    """The pictures of each edit pair, (2, 3, P, P), decoded on worker processes."""
+    """The pictures of each edit pair, (2, 3, P, P), and if all pairs tell them the classes of its pixels,
+    (2, P, P); decoded on worker processes."""
 
     def __init__(self, data: VisualPromptDataset) -> None:
         self.data = data
+        self.classes = all(pair.classes is not None for pair in data.pairs)
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, i: int) -> Tensor:
-        return torch.stack(self.data.load_pair(i))
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        item = {"panels": torch.stack(self.data.load_pair(i))}
+        return item | {"classes": self.data.load_classes(i)} if self.classes else item
+
+
+class Draws(Dataset):
+    """The items of `data`, numbers of pairs alone, where their pictures are at hand."""
+
+    def __init__(self, data: VisualPromptDataset) -> None:
+        self.data = data
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, int]:
+        epoch, i = item
+        query, example, _ = self.data.draw(i, epoch)
+        return {"index": query, "example_index": example}
+
+
+IN_MEMORY = 4 << 30  # bytes of pictures that are kept, on the device; more are decoded at every step
 
 
 def observe_all(
     data: VisualPromptDataset, frozen: Frozen, args: argparse.Namespace, device: torch.device
 ) -> Facts:
     """Facts of every pair of the dataset, from the cache on disk where an earlier run has left them."""
+    side = data.size
     key = [
         str(args.data),
         args.split,
         len(data),
-        data.size,
+        side,
         str(data.pairs[0]),
         str(data.pairs[-1]),
         frozen.key(),
+        Facts._fields,
     ]
     path = args.cache / f"facts-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
+    in_memory = len(data) * 2 * 3 * side**2 <= IN_MEMORY
     if not path.is_file():
-        loader = DataLoader(Pairs(data), batch_size=32, num_workers=args.workers)
+        loader = DataLoader(Pairs(data), batch_size=max(1, 2**20 // side**2), num_workers=args.workers)
         batches = tqdm(loader, desc="looking at the pictures, once", mininterval=2, unit="batch")
-        seen = [frozen.observe(panels.to(device)) for panels in batches]
-        columns = {name: [getattr(facts, name) for facts in seen] for name in Facts._fields}
-        tensors = {k: torch.cat(v).half().cpu().contiguous() for k, v in columns.items() if v[0] is not None}
+        columns: dict[str, list[Tensor]] = {name: [] for name in Facts._fields}
+        for batch in batches:
+            facts = frozen.observe(batch["panels"].to(device))
+            if "classes" in batch:
+                places = commonest_classes(batch["classes"].to(device), facts.latents.shape[-1])
+                facts = facts._replace(classes=places)
+            if in_memory:
+                facts = facts._replace(pictures=((batch["panels"] + 1) * 127.5).round().byte())
+            for name, fact in facts._asdict().items():
+                if fact is not None:
+                    columns[name].append(fact.half().cpu() if fact.is_floating_point() else fact.cpu())
+        tensors = {name: torch.cat(column) for name, column in columns.items() if column}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
         save_file(tensors, temporary)
         os.replace(temporary, path)
-    tensors = load_file(path)
+    tensors = load_file(path, device=str(device) if in_memory else "cpu")
     return Facts(*(tensors.get(name) for name in Facts._fields))
 
 
-def read_classes(data: VisualPromptDataset, side: int) -> Tensor | None:
-    """What each of the p × p places (p = `side`) of N edit pairs shows: numbers of classes (N, 2, p, p).
+def load_batches(
+    data: VisualPromptDataset, facts: Facts | None, order: Iterable[list], workers: int
+) -> DataLoader:
+    """The items of each step in `order`, their pictures among them where they are not at hand already."""
+    known = facts is not None and facts.pictures is not None
+    return DataLoader(Draws(data) if known else data, batch_sampler=order, num_workers=workers)
+
+
+def commonest_classes(levels: Tensor, side: int) -> Tensor:
+    """What each of p × p places (p = `side`) shows: class of each pixel (B, 2, P, P) → (B, 2, p, p) uint8.
 
     The commonest class but 0 where it fills three sixteenths of the place, so that small things count; else
-    0, nothing. None where the dataset does not tell it of every pair.
+    0, nothing.
     """
-    if any(pair.classes is None for pair in data.pairs):
-        return None
-    places = []
-    for i in tqdm(range(len(data)), desc="reading what they show", mininterval=2, unit="pair"):
-        squares = data.load_classes(i).unflatten(2, (side, -1)).unflatten(1, (side, -1)).transpose(2, 3)
-        counts = F.one_hot(squares.flatten(3).long()).sum(3)  # (2, p, p, classes)
-        counts[..., 0] = 3 * squares[0, 0, 0].numel() // 16 - 1
-        places.append(counts.argmax(3))
-    return torch.stack(places)
+    squares = levels.unflatten(3, (side, -1)).unflatten(2, (side, -1)).transpose(3, 4)
+    counts = F.one_hot(squares.flatten(4).long()).sum(4)  # (B, 2, p, p, classes)
+    counts[..., 0] = 3 * squares[0, 0, 0, 0].numel() // 16 - 1
+    return counts.argmax(4).byte()
 
 
 @torch.no_grad()
@@ -319,14 +363,15 @@ class Losses:
         grey = torch.zeros(1, 2, 3, args.panel, args.panel, device=sd.vae.device)
         self.grey = Frozen(sd.vae, None, None).observe(grey).latents[0, 0]  # (C, p, p)
 
-    def look_up(self, batch: dict, device: torch.device) -> Facts:
-        """Facts (2B, …) of a batch: of the example pairs, then of the query pairs."""
+    def look_up(self, batch: dict, device: torch.device) -> tuple[Tensor, Facts]:
+        """A batch's panels (B, 4, 3, P, P), and the facts (2B, …) of its example pairs, then query pairs."""
         if self.facts is None:  # the pictures are flipped at random: nothing is known beforehand
-            example, query = batch["panels"].to(device).unflatten(1, (2, 2)).unbind(1)
-            return self.frozen.observe(torch.cat([example, query]))
-        index = torch.cat([batch["example_index"], batch["index"]])
-        known = (None if fact is None else fact[index].to(device).float() for fact in self.facts)
-        return Facts(*known)
+            panels = batch["panels"].to(device)
+            return panels, self.frozen.observe(torch.cat(panels.chunk(2, 1)))
+        facts = self.facts.of(torch.cat([batch["example_index"], batch["index"]]), device)
+        if facts.pictures is None:
+            return batch["panels"].to(device), facts
+        return torch.cat(facts.pictures.chunk(2), 1).float() / 127.5 - 1, facts
 
     def draw(
         self, batch: dict, g: torch.Generator, device: torch.device
@@ -336,8 +381,8 @@ class Losses:
         args, count = self.args, len(batch["index"])
         drop = args.drop_both, args.drop_text, args.drop_example
         keep_text, keep_example = dropout(count, drop, g)
-        facts = self.look_up(batch, device)
-        condition = mask_query(compose_grid(*batch["panels"].to(device).unbind(1)))
+        panels, facts = self.look_up(batch, device)
+        condition = mask_query(compose_grid(*panels.unbind(1)))
         latents = facts.latents.clone()
         gone = ~keep_example
         condition[gone] = drop_example(condition[gone])
@@ -360,7 +405,10 @@ class Losses:
         condition, x_0, facts, states, _ = self.draw(batch, g, device)
         noise = torch.randn(x_0.shape, generator=g).to(device)
         timesteps = scheduler.config.num_train_timesteps
-        t = draw_timesteps(torch.rand(count, generator=g), args.noise_power, timesteps).to(device)
+        t = draw_timesteps(torch.rand(count, generator=g), args.noise_power, timesteps)
+        trust = esm.noise_weight(t, scheduler)  # (B,)
+        chosen = trust.nonzero()[: args.es_samples, 0]  # found here, where no device has to be waited for
+        t, trust, chosen = (x.to(device) for x in (t, trust, chosen))
         x_t = scheduler.add_noise(x_0, noise, t)
 
         down, mid = model(x_t, t, states, condition, known=repeat_query(x_0), return_dict=False)
@@ -371,9 +419,7 @@ class Losses:
         x_0_hat = esm.predict_x0(x_t, prediction, t, scheduler)
         losses = {"dm": self.mean((prediction - target).square(), facts.latents[count:], x_0_hat)}
 
-        trust = esm.noise_weight(t, scheduler)  # (B,)
         if not args.no_esm:
-            chosen = trust.nonzero()[: args.es_samples, 0]
             before, after = facts.embeddings[count:][chosen].unbind(1)
             if len(chosen):
                 drawn = esm.decode_answer(self.sd.vae, x_0_hat[chosen])
@@ -387,11 +433,10 @@ class Losses:
         return {"loss": sum(weights[name] * value for name, value in losses.items()), **losses}
 
 
-def place_classes(classes: Tensor, batch: dict) -> Tensor:
-    """What each place of a batch's grids shows, (B, 2p, 2p); `classes` as `read_classes` has them."""
-    pairs = torch.stack([classes[batch["example_index"]], classes[batch["index"]]], 1)  # (B, 2, 2, p, p)
-    pairs = torch.where(batch["flipped"].view(-1, 1, 1, 1, 1), pairs.flip(-1), pairs)
-    return compose_grid(*pairs.flatten(1, 2)[:, :, None].unbind(1))[:, 0]
+def place_classes(facts: Facts) -> Tensor:
+    """What each place of a batch's grids shows, (B, 2p, 2p), numbers of classes."""
+    example, query = facts.classes[:, :, None].long().chunk(2)  # (B, 2, 1, p, p)
+    return compose_grid(*example.unbind(1), *query.unbind(1))[:, 0]
 
 
 def place_changes(facts: Facts) -> Tensor:
@@ -458,11 +503,13 @@ def _yes_or_no(logits: Tensor, truth: Tensor, asked: Tensor) -> Tensor:
     return (error * asked).sum() / asked.sum().clamp(min=1)
 
 
-def show(losses: dict[str, Tensor], smooth: dict[str, float], progress: tqdm) -> None:
-    """Takes a step's losses into the moving averages `smooth`, and shows these at the progress bar."""
+def show(losses: dict[str, Tensor], smooth: dict[str, Tensor], progress: tqdm, step: int) -> None:
+    """Takes a step's losses into the moving averages `smooth`; shows these at the progress bar at times."""
     for name, value in losses.items():
-        smooth[name] = 0.95 * smooth.get(name, value.item()) + 0.05 * value.item()
-    progress.set_postfix({name: f"{value:.4f}" for name, value in smooth.items()}, refresh=False)
+        value = value.detach()
+        smooth[name] = torch.lerp(smooth.get(name, value), value, 0.05)
+    if step % 20 == 0:  # to read a number is to wait for the device
+        progress.set_postfix({name: f"{value:.4f}" for name, value in smooth.items()}, refresh=False)
 
 
 SCAN_PARAMETERS = ("A_logs", "Ds", "dt_projs_bias")  # no matrices, whatever their shape
@@ -488,7 +535,7 @@ def teach_prompt_encoder(
     auxiliary = classes = projection = None
     if isinstance(encoder, VisualPromptEncoder):
         if args.auxiliary_weight:
-            classes = read_classes(data, losses_of.grey.shape[-1])
+            classes = losses_of.facts and losses_of.facts.classes
             count = 1 if classes is None else int(classes.max()) + 1
             modules["auxiliary_heads"] = auxiliary = AuxiliaryHeads(encoder, count).to(device)
     else:  # ControlNet's convolutions draft as well, through a head in the place of their last
@@ -504,11 +551,11 @@ def teach_prompt_encoder(
     folder = args.output / "prompt-encoder"
     start = load_checkpoint(folder, modules, *optimizers) if args.resume else 0
     steps = range(start, args.encoder_steps)
-    order = list(draw_order(len(data), args.batch, args.seed + 1, steps, 0, 1))
-    loader = DataLoader(data, batch_sampler=order, num_workers=args.workers)
+    order = draw_order(len(data), args.batch, args.seed + 1, steps, 0, 1)
+    loader = load_batches(data, losses_of.facts, order, args.workers)
     total = args.encoder_steps
     progress = tqdm(loader, "prompt encoder", total, initial=start, mininterval=2, disable=not is_main)
-    smooth: dict[str, float] = {}
+    smooth: dict[str, Tensor] = {}
     for step, batch in zip(steps, progress):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / args.encoder_steps)
@@ -516,14 +563,14 @@ def teach_prompt_encoder(
         condition, x_0, facts, states, keep = losses_of.draw(batch, g, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             if projection is None:  # in fp16, gradients would have to be scaled
-                _, draft, _ = encoder(condition, states, repeat_query(x_0))
+                _, draft = encoder(condition, states, repeat_query(x_0))
             else:
                 draft = encoder(condition)
         draft = draft.float()
         losses = {"draft": losses_of.mean((draft - x_0).square(), facts.latents[len(x_0) :], draft)}
         loss = losses["draft"]
         if auxiliary is not None:
-            shown = None if classes is None else place_classes(classes, batch).to(device)
+            shown = None if classes is None else place_classes(facts)
             said = auxiliary(shown, place_changes(facts), keep)
             loss = loss + args.auxiliary_weight * sum(said.values())
             losses |= said
@@ -531,7 +578,7 @@ def teach_prompt_encoder(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        show(losses, smooth, progress)
+        show(losses, smooth, progress, step)
         if is_main and ((step + 1) % args.checkpoint_every == 0 or step + 1 == args.encoder_steps):
             save_checkpoint(folder, step + 1, modules, *optimizers, keep=1)
     for hook in auxiliary.hooks if auxiliary is not None else ():
@@ -739,14 +786,14 @@ def main() -> None:
 
     shares = accelerator.process_index, accelerator.num_processes
     steps = range(start * args.accumulate, args.steps * args.accumulate)
-    order = list(draw_order(len(data), args.batch, args.seed, steps, *shares))
-    loader = DataLoader(data, batch_sampler=order, num_workers=args.workers)
+    order = draw_order(len(data), args.batch, args.seed, steps, *shares)
+    loader = load_batches(data, facts, order, args.workers)
     writer = SummaryWriter(args.output / "tensorboard") if is_main else None
     progress = tqdm(total=args.steps, initial=start, desc="train", mininterval=2, disable=not is_main)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters to train, {len(data)} pairs")
 
     wrapped.train()
-    smooth: dict[str, float] = {}
+    smooth: dict[str, Tensor] = {}
     for micro, batch in zip(steps, loader):
         step = micro // args.accumulate
         g = torch.Generator().manual_seed((args.seed * 1_000_003 + micro) * shares[1] + shares[0])
@@ -760,7 +807,7 @@ def main() -> None:
                 accelerator.clip_grad_norm_(model.parameters(), args.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-        show(losses, smooth, progress)
+        show(losses, smooth, progress, step)
         if not accelerator.sync_gradients:
             continue
         average.update_parameters(model)

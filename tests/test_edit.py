@@ -57,6 +57,7 @@ def save_editor(folder, sd_folder, unet, trained=True, **settings):
     """An RCLDM as `train.py` saves it; `trained` means that its zeros have moved, at random."""
     torch.manual_seed(1)
     model = RCLDM.from_unet(unet, prompt_encoder_depth=1, prompt_encoder_latents=True)
+    model.prompt_encoder.drawn.bias.data.fill_(9)  # a draft that keeps nothing of what is known
     if trained:
         for name, parameter in model.named_parameters():
             if "zero_proj" in name:
@@ -170,21 +171,21 @@ def test_the_encoder_is_given_the_latents_it_was_trained_with(editor, edits, mon
     torch.testing.assert_close(known[1:2], compose_grid(grey, grey, *[panels[2][1:2]] * 2))
 
 
-def test_what_the_gate_leaves_shut_stays_as_it_was(editor, edits, monkeypatch):
-    def with_gate(opening):
+def test_what_the_draft_keeps_stays_as_it_was(editor, edits, monkeypatch):
+    def with_draft(change):
         def encode(*inputs):
-            encoding, gate = given(*inputs)
+            encoding, _ = given(*inputs)
             known.append(inputs[2])
-            return encoding, torch.full_like(gate, opening)
+            return encoding, inputs[2] + change**0.5
 
         monkeypatch.setattr(editor.rcldm, "encode_condition", encode)
         return draw(editor, edits)
 
     known, given = [], editor.rcldm.encode_condition
-    shut, quarter, half, open_ = (with_gate(opening) for opening in (0, 0.25, 0.5, 1))
-    torch.testing.assert_close(shut, known[0])
-    torch.testing.assert_close(quarter, (known[0] + open_) / 2)
-    assert torch.equal(half, open_) and apart(open_, known[0]) > 0.1
+    kept, half, drawn, anew = (with_draft(change) for change in (0, 0.005, 0.0101, 1))
+    torch.testing.assert_close(kept, known[0])
+    torch.testing.assert_close(half, (known[0] + anew) / 2)
+    assert torch.equal(drawn, anew) and apart(anew, known[0]) > 0.1
 
 
 NO_PAIR, NO_TEXT = {"has_example": [False] * 3}, {"texts": [""] * 3}

@@ -492,8 +492,8 @@ def test_the_draft_is_what_is_known_where_the_gate_is_shut(unet, inputs, grid, d
         shut, half_open, drawn = drafts
         assert torch.equal(shut, known) and not torch.allclose(drawn, known, atol=0.1)
         torch.testing.assert_close(half_open, (known + drawn) / 2)
-        other, gate = model.encode_condition(grid, inputs[2], known + 1)
-        assert torch.equal(gate, torch.ones(2, 1, 8, 8))
+        other, draft = model.encode_condition(grid, inputs[2], known + 1)
+        assert torch.equal(draft, drawn)
         assert torch.equal(other, model.encode_condition(grid, inputs[2], known)[0])
         encoder.gate.bias.zero_()
         assert not torch.equal(other, model.encode_condition(grid, inputs[2], known)[0])

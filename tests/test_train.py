@@ -1,5 +1,6 @@
 """train.py from the command line to the editor: the switches, exact resume, and errors in one line."""
 
+import argparse
 import json
 import shutil
 import sys
@@ -240,17 +241,38 @@ def save_classes(folder):
 
 
 def test_the_classes_of_the_places(parts, tmp_path):
-    assert train.read_classes(VisualPromptDataset(read_pairs(parts / "data"), P), 4) is None
+    untold = train.Pairs(VisualPromptDataset(read_pairs(parts / "data"), P))
+    assert set(untold[0]) == {"panels"}
     shutil.copytree(parts / "data", tmp_path / "data")
-    data = VisualPromptDataset(read_pairs(save_classes(tmp_path / "told")), P)
-    places = train.read_classes(data, 4)  # of 8 × 8 pixels, a quarter of the first is 2
+    told = train.Pairs(VisualPromptDataset(read_pairs(save_classes(tmp_path / "told")), P))
+    levels = torch.stack([told[i]["classes"] for i in range(6)])
+    places = train.commonest_classes(levels, 4)  # of 8 × 8 pixels, a quarter of the first is 2
     assert places.shape == (6, 2, 4, 4) and places[0, 1, 0, 0] == 2 and places.sum() == 2 * 12
     places[3] = 5
-    batch = {"example_index": torch.tensor([1, 3]), "index": torch.tensor([2, 0])}
-    batch["flipped"] = torch.tensor([True, False])
-    grids = train.place_classes(places, batch)
+    facts = train.Facts(torch.zeros(6), classes=places).of(torch.tensor([1, 3, 2, 0]), torch.device("cpu"))
+    grids = train.place_classes(facts)
     assert grids.shape == (2, 8, 8) and (grids[1, :4] == 5).all()
-    assert grids[0, 0].tolist() == [0, 0, 0, 2] * 2 and grids[1, 4].tolist() == [2, 0, 0, 0] * 2
+    assert grids[0, 0].tolist() == [2, 0, 0, 0] * 2 and grids[1, 4].tolist() == [2, 0, 0, 0] * 2
+
+
+def test_pictures_in_memory_are_those_on_disk(parts, tmp_path):
+    data = VisualPromptDataset(read_pairs(parts / "data"), P, flip=False)
+    args = argparse.Namespace(data="data", split="train", cache=tmp_path, workers=0)
+    vae = backbone.load_stable_diffusion(str(parts / "sd")).vae
+    frozen, device = train.Frozen(vae, None, None), torch.device("cpu")
+    fresh = train.observe_all(data, frozen, args, device)
+    cached = train.observe_all(data, frozen, args, device)
+    for facts in (fresh, cached):
+        assert (
+            facts.embeddings is facts.areas is facts.classes is None and facts.pictures.dtype == torch.uint8
+        )
+        items = [data[3, i] for i in range(len(data))]
+        batch = {key: torch.tensor([item[key] for item in items]) for key in ("index", "example_index")}
+        settings = argparse.Namespace(panel=P)
+        sd = argparse.Namespace(vae=vae)
+        panels, of_batch = train.Losses(settings, sd, frozen, facts, None, None).look_up(batch, device)
+        assert torch.equal(panels, torch.stack([item["panels"] for item in items]))
+        assert of_batch.latents.shape == (12, 2, *facts.latents.shape[2:])
 
 
 def test_the_changes_of_the_places():

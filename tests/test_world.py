@@ -78,14 +78,16 @@ def test_an_edit_changes_what_it_names_and_nothing_else(seed):
     elif edit.family == "add":
         assert edited.things[:-1] == scene.things
         assert edited.things[-1].place == edit.value and edited.things[-1].kind == edit.target.split()[1]
-    elif edit.family in ("swap", "exchange"):
-        pair, names = (
-            (edit.target, edit.value),
-            ("place", "jitter") if edit.family == "exchange" else ("colour",),
-        )
+    elif edit.family == "exchange shapes":
+        other = {edit.target: edit.value, edit.value: edit.target}
+        assert edited.things == tuple(replace(t, kind=other.get(t.kind, t.kind)) for t in scene.things)
+    elif edit.family in (
+        traded := {"swap": ("colour",), "exchange": ("place", "jitter"), "exchange sizes": ("size",)}
+    ):
+        pair, names = (edit.target, edit.value), traded[edit.family]
         for old, new in zip(pair[::-1], pair):
-            traded = {name: getattr(scene.find(old), name) for name in names}
-            assert edited.find(new) == replace(scene.find(new), **traded)
+            theirs = {name: getattr(scene.find(old), name) for name in names}
+            assert edited.find(new) == replace(scene.find(new), **theirs)
     elif edit.family == "repaint":
         assert {thing.colour for thing in edited.things if thing.kind != "face"} == {edit.value}
         for old, new in zip(scene.things, edited.things, strict=True):
@@ -276,7 +278,7 @@ def test_training_covers_every_edit_and_no_family_is_rare():
     assert {pair.edit for pair in world.draw_split("seen", *world.SPLITS["seen"], seed=0)} <= trained
     families = Counter(pair.edit.family for pair in pairs)
     assert set(families) == set(world.FAMILIES) - world.HELD_OUT_FAMILIES
-    assert min(families.values()) >= 0.01 * len(pairs) and max(families.values()) <= 0.1 * len(pairs)
+    assert min(families.values()) >= 0.008 * len(pairs) and max(families.values()) <= 0.1 * len(pairs)
 
 
 def test_pairs_are_what_they_say_and_every_instruction_has_two(splits):

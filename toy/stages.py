@@ -6,7 +6,7 @@
     draft        what the prompt encoder drafts of the answer, before anything is drawn
     one step     what frozen U-Net and links draw of it from pure noise at once
     all steps    what they draw in all steps of the sampler
-    answer       the same, with the query's own latents where the gate is shut: what `edit.py` gives
+    answer       the same, with the query's own latents where the draft keeps them: what `edit.py` gives
 
 A stage whose row is worse than the one above loses what it had; one that is no worse hands it on. The metrics
 are those of `toy/score.py`, and so is what is right.
@@ -45,22 +45,22 @@ def stages(
     inputs = panels[:, :2], [mode != "instruction"] * len(panels), panels[:, 2], told, seeds
     sampling = {name: editor.settings[name] for name in ("steps", "eta")}
     drafts: list[Tensor] = []
-    gates: list[tuple[Tensor, Tensor]] = []
+    kept: list[tuple[Tensor, Tensor | None]] = []
 
-    def without_gate(condition: Tensor, states: Tensor, known: Tensor) -> tuple[Tensor, None]:
-        encoding, gate = encode(condition, states, known)
-        gates.append((known, gate))
+    def keep_nothing(condition: Tensor, states: Tensor, known: Tensor) -> tuple[Tensor, None]:
+        encoding, draft = encode(condition, states, known)
+        kept.append((known, draft))
         return encoding, None
 
     hook = rcldm.prompt_encoder.register_forward_hook(lambda _, __, output: drafts.append(output[1]))
-    rcldm.encode_condition = without_gate
+    rcldm.encode_condition = keep_nothing
     try:
         one, drawn = editor.sample(*inputs, steps=1), editor.sample(*inputs, **sampling)
     finally:
         hook.remove()
         rcldm.encode_condition = encode
-    known, gate = gates[0]
-    answer = drawn if gate is None else keep_known(drawn, known, gate)
+    known, draft = kept[0]
+    answer = drawn if draft is None else keep_known(drawn, known, draft)
     found = {"draft": drafts[0].float(), "one step": one, "all steps": drawn, "answer": answer}
     return {name: editor.decode_answers(latents) for name, latents in found.items()}
 

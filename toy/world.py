@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -65,6 +67,12 @@ FEATURES = (
     "ears",
     "brown hair",
     "yellow hair",
+    "a crown",
+    "a blue cap",
+    "a headband",
+    "a bow",
+    "horns",
+    "a scarf",
 )
 HATS = ("a purple hat", "a green hat", "a red hat")
 PATTERNS = ("white stripes", "a white half")
@@ -270,10 +278,34 @@ def _draw_face(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r: f
         draw.rectangle((x - 0.5 * r, y + 0.2 * r, x + 0.5 * r, y + 0.38 * r), fill=COLOURS["brown"])
     if "a red nose" in thing.features:
         disc(0, 0.12, 0.22, fill=COLOURS["red"])
+    _draw_clothes(draw, thing, x, y, r)
     for hat in set(HATS).intersection(thing.features):
         colour = (60, 20, 90) if "purple" in hat else COLOURS[hat.split()[1]]
         draw.rectangle((x - 0.62 * r, y - 1.3 * r, x + 0.62 * r, y - 0.62 * r), fill=colour)
         draw.rectangle((x - 1.0 * r, y - 0.8 * r, x + 1.0 * r, y - 0.58 * r), fill=colour)
+
+
+def _draw_clothes(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r: float) -> None:
+    """What a face wears of these; corners in radii of the face away from its middle."""
+    crown = (-0.7, -0.65), (-0.7, -1.3), (-0.35, -0.95), (0, -1.35), (0.35, -0.95), (0.7, -1.3), (0.7, -0.65)
+    half_bow, horn = ((0, -0.95), (0.6, -1.3), (0.6, -0.6)), ((0.85, -0.5), (1.0, -1.3), (0.4, -0.85))
+    polygons = {
+        "a crown": ("yellow", [crown]),
+        "a headband": ("red", [((-0.88, -0.7), (0.88, -0.7), (0.95, -0.42), (-0.95, -0.42))]),
+        "a bow": ("pink", [half_bow, [(-u, v) for u, v in half_bow]]),
+        "horns": ("orange", [horn, [(-u, v) for u, v in horn]]),
+        "a scarf": (
+            "green",
+            [((-0.8, 0.75), (0.8, 0.75), (0.8, 1.4), (0.35, 1.4), (0.35, 1.1), (-0.8, 1.1))],
+        ),
+        "a blue cap": ("blue", [((-0.2, -0.7), (1.3, -0.7), (1.3, -0.5), (-0.2, -0.5))]),
+    }
+    if "a blue cap" in thing.features:
+        draw.pieslice((x - 0.9 * r, y - 1.3 * r, x + 0.9 * r, y + 0.3 * r), 180, 360, fill=COLOURS["blue"])
+    for feature in thing.features:
+        colour, parts = polygons.get(feature, ("", []))
+        for corners in parts:
+            draw.polygon([(x + u * r, y + v * r) for u, v in corners], fill=COLOURS[colour])
 
 
 def _draw_shape(draw: ImageDraw.ImageDraw, kind: str, x: float, y: float, r: float, fill: object) -> None:
@@ -307,7 +339,7 @@ def _draw_thing(image: Image.Image, thing: Thing) -> None:
 
 
 def _draw_overlay(image: Image.Image, overlay: str) -> None:
-    """A frame, a bar along a side, dots or stripes, over everything; their colour is a word of `overlay`."""
+    """Something over everything, from a frame to stripes; its colour is a word of `overlay`."""
     words, side, draw = overlay.split(), image.width, ImageDraw.Draw(image)
     fill = next(COLOURS[word] for word in words if word in COLOURS)
     step, width = side // 4, side // 16
@@ -317,6 +349,18 @@ def _draw_overlay(image: Image.Image, overlay: str) -> None:
         bars = {"top": (0, 0, side, 3 * width), "bottom": (0, side - 3 * width, side, side)}
         bars |= {"left": (0, 0, 3 * width, side), "right": (side - 3 * width, 0, side, side)}
         draw.rectangle(bars[words[-1]], fill=fill)
+    elif "bars" in words:  # along two sides that face each other
+        near, far = (0, 3 * width // 2), (side - 3 * width // 2, side)
+        for low, high in (near, far):
+            draw.rectangle((0, low, side, high) if "top" in words else (low, 0, high, side), fill=fill)
+    elif "corners" in words:
+        for x in (0, side - 3 * width):
+            for y in (0, side - 3 * width):
+                draw.rectangle((x, y, x + 3 * width, y + 3 * width), fill=fill)
+    elif "grid" in words:
+        for i in range(step // 2, side, step):
+            draw.rectangle((0, i, side, i + width // 2), fill=fill)
+            draw.rectangle((i, 0, i + width // 2, side), fill=fill)
     elif "dots" in words:
         for x in range(step // 2, side, step):
             for y in range(step // 2, side, step):
@@ -379,6 +423,8 @@ def _apply_look(image: Image.Image, look: str) -> Image.Image:
         pixels = grey * np.array([1.05, 0.86, 0.62], np.float32)
     elif what == "tinted":
         pixels = 0.55 * pixels + 0.45 * np.array(COLOURS[value], np.float32)
+    elif what == "toned":
+        pixels = grey * np.array(COLOURS[value], np.float32) / max(COLOURS[value])
     elif what == "hues":
         pixels = _turn_hues(pixels, HUES[value.removeprefix("turned by ")])
     elif what == "light":
@@ -623,6 +669,28 @@ FAMILIES = {
         "switch the places of the {target} and the {value} | the {target} takes the place of the {value} "
         "and the other way round",
     ),
+    "exchange shapes": _family(
+        _exchange("kind"),
+        [(a, b) for i, a in enumerate(SHAPES) for b in SHAPES[i + 1 :]],
+        "let the {target} and the {value} trade shapes",
+        "turn the {target} into a {value} and the {value} into a {target} | "
+        "the {target} takes the shape of the {value} and the other way round | "
+        "make the {target} a {value} and the {value} a {target} | "
+        "the {target} and the {value} should trade shapes | "
+        "exchange the shapes of the {target} and the {value} | "
+        "switch the shapes of the {target} and the {value}",
+    ),
+    "exchange sizes": _family(
+        _exchange("size"),
+        [(a, b) for i, a in enumerate(SHAPES) for b in SHAPES[i + 1 :]],
+        "let the {target} and the {value} trade sizes",
+        "exchange the sizes of the {target} and the {value} | "
+        "the {target} takes the size of the {value} and the other way round | "
+        "give the {target} and the {value} each other's size | "
+        "the {target} and the {value} should trade sizes | "
+        "switch the sizes of the {target} and the {value} | "
+        "let the {target} be as big as the {value} and the other way round",
+    ),
     "resize": _family(
         _change_thing(size="value"),
         _product(SHAPES, RADII),
@@ -733,6 +801,34 @@ FAMILIES = {
         "add a {value} | put a {value} | i want a {value} | there should be a {value} | "
         "lay a {value} over it | it needs a {value}",
     ),
+    "bars": _family(
+        _change_picture("overlay", "{value}"),
+        _product(
+            _NONE,
+            [
+                f"{colour} bars at the {sides}"
+                for sides in ("top and bottom", "left and right")
+                for colour in COLOURS
+            ],
+        ),
+        "draw {value}",
+        "add {value} | put {value} | i want {value} | there should be {value} | "
+        "lay {value} over it | it needs {value}",
+    ),
+    "corners": _family(
+        _change_picture("overlay", "{value} corners"),
+        _product(_NONE, COLOURS),
+        "give it {value} corners",
+        "draw {value} corners | put a {value} square in each corner | the corners should be {value} | "
+        "i want {value} corners | paint the four corners {value} | it needs {value} corners",
+    ),
+    "grid": _family(
+        _change_picture("overlay", "a {value} grid"),
+        _product(_NONE, COLOURS),
+        "draw a {value} grid over it",
+        "add a {value} grid | cover it with a {value} grid | put a {value} grid over the picture | "
+        "i want a {value} grid | lay a {value} grid over everything | put it behind {value} bars",
+    ),
     "dots": _family(
         _change_picture("overlay", "{value} dots"),
         _product(_NONE, COLOURS),
@@ -826,6 +922,13 @@ FAMILIES = {
         "tint the picture {value}",
         "put a {value} glass over it | make everything look {value} | cast {value} light on it | "
         "give it a {value} tint | show it through a {value} filter | wash it with {value}",
+    ),
+    "tone": _family(
+        _change_picture("look", "toned {value}"),
+        _product(_NONE, COLOURS),
+        "make everything a shade of {value}",
+        "show it in shades of {value} | print it in {value} alone | only shades of {value} please | "
+        "reduce it to {value} and black | tone the picture {value} | i want a picture all in {value}",
     ),
     "light": _family(
         _change_picture("look", "light {value}"),
@@ -975,14 +1078,20 @@ def write_split(folder: Path, pairs: list[Pair]) -> None:
     grey levels are indices into CLASSES.
     """
     folder.mkdir(parents=True)
-    lines = []
-    for i, pair in enumerate(pairs):
-        names = f"{i:06d}_before.png", f"{i:06d}_after.png"
-        masks = f"{i:06d}_before_classes.png", f"{i:06d}_after_classes.png"
-        for name, mask, scene in zip(names, masks, (pair.before, pair.after)):
-            render(scene).save(folder / name, compress_level=1)
-            Image.fromarray(render_classes(scene)).save(folder / mask, compress_level=1)
-        record = {
+    with ProcessPoolExecutor() as pool:
+        lines = pool.map(_write_pair, itertools.repeat(folder), itertools.count(), pairs, chunksize=64)
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_pair(folder: Path, i: int, pair: Pair) -> str:
+    """Writes the pictures of pair number `i`; returns its line of the metadata."""
+    names = f"{i:06d}_before.png", f"{i:06d}_after.png"
+    masks = f"{i:06d}_before_classes.png", f"{i:06d}_after_classes.png"
+    for name, mask, scene in zip(names, masks, (pair.before, pair.after)):
+        render(scene).save(folder / name, compress_level=1)
+        Image.fromarray(render_classes(scene)).save(folder / mask, compress_level=1)
+    return json.dumps(
+        {
             "input_file_name": names[0],
             "output_file_name": names[1],
             "input_classes_file_name": masks[0],
@@ -995,8 +1104,7 @@ def write_split(folder: Path, pairs: list[Pair]) -> None:
             "edit": json.dumps(asdict(pair.edit)),
             "scene": json.dumps(asdict(pair.before)),
         }
-        lines.append(json.dumps(record))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    )
 
 
 def write_dataset(out: Path, seed: int = 0, sizes: dict[str, tuple[int, int]] = SPLITS) -> None:
