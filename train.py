@@ -94,6 +94,7 @@ def settings() -> argparse.Namespace:
     add("--lr", type=float, help="peak (default: the preset's); warm-up, then cosine to a tenth of it")
     add("--warmup", type=int, default=50, help="steps")
     add("--encoder-steps", type=int, default=1000, help="before all others, of the prompt encoder alone")
+    add("--encoder-batch", type=int, help="grids per step while it is taught (default: as --batch)")
     add("--encoder-lr", type=float, default=0.1, help="of a taught encoder thereafter, times --lr; 0: frozen")
     add("--encoder-width", type=int, help="channels of its blocks (default: as the U-Net's first level)")
     add("--auxiliary-weight", type=float, default=0.3, help="of saying what it sees, while it is taught")
@@ -280,9 +281,10 @@ def commonest_classes(levels: Tensor, side: int) -> Tensor:
     The commonest class but 0 where it fills three sixteenths of the place, so that small things count; else
     0, nothing.
     """
-    squares = levels.unflatten(3, (side, -1)).unflatten(2, (side, -1)).transpose(3, 4)
-    counts = F.one_hot(squares.flatten(4).long()).sum(4)  # (B, 2, p, p, classes)
-    counts[..., 0] = 3 * squares[0, 0, 0, 0].numel() // 16 - 1
+    squares = levels.unflatten(3, (side, -1)).unflatten(2, (side, -1)).transpose(3, 4).flatten(4).long()
+    counts = squares.new_zeros(*squares.shape[:4], int(levels.max()) + 1)  # (B, 2, p, p, classes)
+    counts.scatter_add_(4, squares, torch.ones_like(squares))
+    counts[..., 0] = 3 * squares.shape[4] // 16 - 1
     return counts.argmax(4).byte()
 
 
@@ -551,7 +553,7 @@ def teach_prompt_encoder(
     folder = args.output / "prompt-encoder"
     start = load_checkpoint(folder, modules, *optimizers) if args.resume else 0
     steps = range(start, args.encoder_steps)
-    order = draw_order(len(data), args.batch, args.seed + 1, steps, 0, 1)
+    order = draw_order(len(data), args.encoder_batch or args.batch, args.seed + 1, steps, 0, 1)
     loader = load_batches(data, losses_of.facts, order, args.workers)
     total = args.encoder_steps
     progress = tqdm(loader, "prompt encoder", total, initial=start, mininterval=2, disable=not is_main)
@@ -709,8 +711,9 @@ def main() -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.encoder_steps < 0:
         raise ValueError(f"--encoder-steps must be at least 0, not {args.encoder_steps}")
-    if args.encoder_width is not None and args.encoder_width < 1:
-        raise ValueError(f"--encoder-width must be at least 1, not {args.encoder_width}")
+    for name in ("encoder_width", "encoder_batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     for name in ("lr", "encoder_lr", "ema", "drop_both", "drop_text", "drop_example"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 0 … 1, not {getattr(args, name)}")

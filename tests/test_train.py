@@ -392,6 +392,7 @@ def test_dropout_has_the_shares_asked_for():
         (("--steps", "0"), {}, "--steps"),
         (("--encoder-steps", "-1"), {}, "--encoder-steps"),
         (("--encoder-width", "-5"), {}, "--encoder-width"),
+        (("--encoder-batch", "0"), {}, "--encoder-batch"),
         (("--noise-power", "nan"), {}, "--noise-power"),
         (("--drop-text", "1.5"), {}, "--drop-text"),
         (("--lr", "-1"), {}, "--lr"),

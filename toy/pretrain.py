@@ -180,7 +180,7 @@ class LinearShell:
 
 def train_vae(args: argparse.Namespace) -> None:
     vae = new_vae().to(args.device, memory_format=torch.channels_last)
-    pool, _ = pictures(args.scaled(20_000), seed=args.seed)
+    pool, _ = pictures(args.scaled(60_000), seed=args.seed)
     batch = 8
 
     def loss(step: int) -> dict[str, Tensor]:
@@ -199,7 +199,7 @@ def train_vae(args: argparse.Namespace) -> None:
     shell.grow(to_float(pool[:64], args.device))
     fit("vae", vae, loss, steps=args.scaled(12_000), lr=1e-3, runs=args.runs, ema_decay=0.99)
 
-    # Last, the decoder alone, for latents without noise.
+    # Last and longest, the decoder alone, for latents without noise: it is what every answer passes.
     def sharpness(step: int) -> dict[str, Tensor]:
         g = generator(args.seed + 1, step)
         x = to_float(pool[torch.randint(len(pool), (batch,), generator=g)], args.device)
@@ -211,7 +211,7 @@ def train_vae(args: argparse.Namespace) -> None:
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     vae.post_quant_conv.requires_grad_(False)
-    fit("vae-decoder", vae, sharpness, steps=args.scaled(7000), lr=1e-3, runs=args.runs, ema_decay=0.99)
+    fit("vae-decoder", vae, sharpness, steps=args.scaled(40_000), lr=1e-3, runs=args.runs, ema_decay=0.999)
     with torch.no_grad():
         quant = vae.quant_conv
         # The noise that an AutoencoderKL reports is the same for every picture, and small.
@@ -604,12 +604,13 @@ def train_editor(args: argparse.Namespace) -> None:
     from rcldm import RCLDM
 
     run, data = args.runs.parent / "editor", args.runs.parent / "toy-large"
-    if not data.exists():  # Choice: four times the pairs of each instruction that train.py is content with
-        world.write_dataset(data, args.seed, world.SPLITS | {"train": (world.SPLITS["train"][0], 24)})
+    if not data.exists():  # Choice: eight times the pairs of each instruction that train.py is content with
+        world.write_dataset(data, args.seed, world.SPLITS | {"train": (world.SPLITS["train"][0], 48)})
     command = [sys.executable, "train.py", "--output", run, "--data", data]
     command += ["--seed", args.seed, "--device", args.device]
-    command += ["--encoder-steps", args.scaled(42_000), "--encoder-width", 128, "--encoder-lr", 0]
-    command += ["--steps", args.scaled(9500), "--ema", 0.999]
+    command += ["--encoder-steps", args.scaled(24_000), "--encoder-batch", 128, "--encoder-width", 128]
+    command += ["--encoder-lr", 0, "--steps", args.scaled(12_000), "--ema", 0.999]
+    command += ["--precision", "bf16"] if args.device.type == "cuda" else []
     command += ["--resume"] if run.exists() else []
     subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[1], check=True)
     model = RCLDM.from_pretrained(run / "editor").half()
