@@ -28,7 +28,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -227,23 +229,42 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def new_tokenizer(seed: int):
-    """CLIP's kind of tokenizer (byte-level BPE), trained on the toy world's captions and instructions.
+    """CLIP's kind of tokenizer (byte-level BPE), learnt from the toy world's captions and instructions.
 
-    The trainer numbers its alphabet in a hash table's order, another in every process; here it is sorted.
+    The merges are learnt here: the library's trainer breaks ties in a hash table's order, another each time.
     """
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
     rng = random.Random(seed)
     texts = [world.random_picture(rng).caption() for _ in range(2000)]
     for edit in world.every_edit():
         texts += [edit.instruction] + [world.say(edit, rng) for _ in range(3)]
-    trained = CLIPTokenizer().train_new_from_iterator(texts, vocab_size=1024, show_progress=False)
-    model = json.loads(trained.backend_tokenizer.to_str())["model"]
-    special, merged = trained.all_special_tokens, ["".join(pair) for pair in model["merges"]]
-    alphabet = sorted(set(model["vocab"]) - {*special, *merged})
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*special, *alphabet, *merged]))}
-    merges = [tuple(pair) for pair in model["merges"]]
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT)
+    empty = CLIPTokenizer()
+    normalize, split = (getattr(empty.backend_tokenizer, k) for k in ("normalizer", "pre_tokenizer"))
+    counts = Counter(
+        word for text in texts for word, _ in split.pre_tokenize_str(normalize.normalize_str(text))
+    )
+    words = {word: [*word[:-1], f"{word[-1]}</w>"] for word in counts}
+    ends = {f"{c}</w>" for word in words for c in word}
+    alphabet = sorted({*ByteLevel.alphabet(), *ends})
+    vocabulary = [*empty.all_special_tokens, *alphabet]
+    merges: list[tuple[str, str]] = []
+    while len(vocabulary) < 1024:
+        pairs = Counter()
+        for word, parts in words.items():
+            for pair in pairwise(parts):
+                pairs[pair] += counts[word]
+        if not pairs:
+            break
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        vocabulary.append("".join(merges[-1]))
+        for parts in words.values():
+            for i in reversed(range(len(parts) - 1)):
+                if (parts[i], parts[i + 1]) == merges[-1]:
+                    parts[i : i + 2] = vocabulary[-1:]
+    numbers = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
+    return CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=CONTEXT)
 
 
 def tokenize(tokenizer, texts: list[str], device: torch.device) -> Tensor:
