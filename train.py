@@ -170,8 +170,10 @@ class Frozen(NamedTuple):
     areas: sam_loss.SelectiveAreas | None
 
     @torch.no_grad()
-    def observe(self, panels: Tensor) -> Facts:
+    def observe(self, panels: Tensor, once: bool = False) -> Facts:
         """Latents, embeddings and areas of pairs of pictures (N, 2, 3, P, P) in [-1, 1].
+
+        once: they will not come again, and their areas need not be remembered.
 
         Choice: each panel passes the VAE by itself, where the figure encodes the grid. The latents tile to
         the same grid, panels do not leak into each other at their borders, and a picture is encoded once,
@@ -183,7 +185,8 @@ class Frozen(NamedTuple):
         if self.clip is not None:
             embeddings = esm.embed(self.clip, flat).unflatten(0, panels.shape[:2])
         if self.areas is not None:
-            areas = self.areas.segment(panels[:, 1])[:, None].float()
+            after = panels[:, 1]
+            areas = self.areas.segment(after)[:, None].float() if once else self.areas(after)
             areas = F.interpolate(areas, latents.shape[-2:], mode="area")
         return Facts(latents.unflatten(0, panels.shape[:2]), embeddings, areas)
 
@@ -249,7 +252,7 @@ def observe_all(
         batches = tqdm(loader, desc="looking at the pictures, once", mininterval=2, unit="batch")
         columns: dict[str, list[Tensor]] = {name: [] for name in Facts._fields}
         for batch in batches:
-            facts = frozen.observe(batch["panels"].to(device))
+            facts = frozen.observe(batch["panels"].to(device), once=True)
             if "classes" in batch:
                 places = commonest_classes(batch["classes"].to(device), facts.latents.shape[-1])
                 facts = facts._replace(classes=places)
