@@ -333,7 +333,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 def image_to_tensor(image: Image.Image) -> Tensor:
     """PIL image of (H, W) to float32 (3, H, W) in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image.convert("RGB")))  # (H, W, 3) uint8
-    return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1
+    return from_bytes(pixels.permute(2, 0, 1).contiguous())
 
 
 def tensor_to_image(tensor: Tensor) -> Image.Image:
@@ -343,8 +343,17 @@ def tensor_to_image(tensor: Tensor) -> Image.Image:
     """
     if tensor.ndim != 3 or tensor.shape[0] != 3:
         raise ValueError(f"an image is (3, H, W), not {tuple(tensor.shape)}")
-    pixels = ((tensor.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(to_bytes(tensor.detach()).permute(1, 2, 0).cpu().numpy())
+
+
+def from_bytes(pixels: Tensor) -> Tensor:
+    """Levels 0 … 255 of any shape, uint8, to float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_bytes(tensor: Tensor) -> Tensor:
+    """The exact inverse of `from_bytes`, for any float type; what lies beyond [-1, 1] is clipped."""
+    return ((tensor.float().clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 def to_panel(image: Image.Image, size: int) -> Tensor:

@@ -47,10 +47,12 @@ from dataset import (
     answer_panel,
     compose_grid,
     drop_example,
+    from_bytes,
     mask_query,
     read_pairs,
     repeat_query,
     tensor_to_image,
+    to_bytes,
 )
 from edit import SAMPLING, Editor
 from rcldm import RCLDM, VisualPromptEncoder
@@ -119,7 +121,11 @@ def settings() -> argparse.Namespace:
     add("--drop-example", type=float, default=0.2, help="share of samples without the example pair")
     add("--drop-both", type=float, default=0.05, help="share of samples without either")
     add("--panel", type=int, help="P, pixels along a panel's side (default: the preset's)")
-    add("--flip", action="store_true", help="mirror half of the grids; encodes every step instead of once")
+    add(
+        "--flip",
+        action="store_true",
+        help="mirror half of the grids; encodes every step instead of once, and leaves class maps aside",
+    )
 
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     add("--workers", type=int, default=1, help="processes that decode pictures")
@@ -257,7 +263,7 @@ def observe_all(
                 places = commonest_classes(batch["classes"].to(device), facts.latents.shape[-1])
                 facts = facts._replace(classes=places)
             if in_memory:
-                facts = facts._replace(pictures=((batch["panels"] + 1) * 127.5).round().byte())
+                facts = facts._replace(pictures=to_bytes(batch["panels"]))
             for name, fact in facts._asdict().items():
                 if fact is not None:
                     columns[name].append(fact.half().cpu() if fact.is_floating_point() else fact.cpu())
@@ -376,7 +382,7 @@ class Losses:
         facts = self.facts.of(torch.cat([batch["example_index"], batch["index"]]), device)
         if facts.pictures is None:
             return batch["panels"].to(device), facts
-        return torch.cat(facts.pictures.chunk(2), 1).float() / 127.5 - 1, facts
+        return from_bytes(torch.cat(facts.pictures.chunk(2), 1)), facts
 
     def draw(
         self, batch: dict, g: torch.Generator, device: torch.device

@@ -42,6 +42,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from backbone import encode_images
 from checkpoint import averaged, load_checkpoint, save_checkpoint
+from dataset import from_bytes
 from toy import world
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -107,7 +108,7 @@ def pictures(count: int, seed: int) -> tuple[Tensor, list[world.Scene]]:
 
 def to_float(pixels: Tensor, device: torch.device) -> Tensor:
     """uint8 pixels -> floats in [-1, 1]."""
-    return pixels.to(device).float() / 127.5 - 1
+    return from_bytes(pixels.to(device))
 
 
 def generator(seed: int, step: int) -> torch.Generator:

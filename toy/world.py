@@ -662,7 +662,7 @@ FAMILIES = {
     ),
     "exchange": _family(
         _exchange("place", "jitter"),
-        [(a, b) for i, a in enumerate(_EVERY_KIND) for b in _EVERY_KIND[i + 1 :]],
+        itertools.combinations(_EVERY_KIND, 2),
         "let the {target} and the {value} change places",
         "put the {target} where the {value} is and back | exchange the {target} and the {value} | "
         "the {target} and the {value} should trade places | swap the {target} and the {value} around | "
@@ -671,7 +671,7 @@ FAMILIES = {
     ),
     "exchange shapes": _family(
         _exchange("kind"),
-        [(a, b) for i, a in enumerate(SHAPES) for b in SHAPES[i + 1 :]],
+        itertools.combinations(SHAPES, 2),
         "let the {target} and the {value} trade shapes",
         "turn the {target} into a {value} and the {value} into a {target} | "
         "the {target} takes the shape of the {value} and the other way round | "
@@ -682,7 +682,7 @@ FAMILIES = {
     ),
     "exchange sizes": _family(
         _exchange("size"),
-        [(a, b) for i, a in enumerate(SHAPES) for b in SHAPES[i + 1 :]],
+        itertools.combinations(SHAPES, 2),
         "let the {target} and the {value} trade sizes",
         "exchange the sizes of the {target} and the {value} | "
         "the {target} takes the size of the {value} and the other way round | "
@@ -716,7 +716,7 @@ FAMILIES = {
     ),
     "swap": _family(
         _exchange("colour"),
-        [(a, b) for i, a in enumerate(SHAPES) for b in SHAPES[i + 1 :]],
+        itertools.combinations(SHAPES, 2),
         "swap the colours of the {target} and the {value}",
         "exchange the colours of the {target} and the {value} | "
         "give the {target} and the {value} each other's colour | "
