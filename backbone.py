@@ -127,7 +127,7 @@ def load_stable_diffusion(
     from transformers import CLIPTextModel, CLIPTokenizer
 
     parts = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
-    folder = _folder(source, [f"{part}/*" for part in parts])
+    folder = find_folder(source, [f"{part}/*" for part in parts])
     with _clear_errors(source, "a Stable Diffusion folder in diffusers' layout"):
         vae, unet = (
             kind.from_pretrained(folder / part, torch_dtype=dtype, use_safetensors=True)
@@ -168,7 +168,7 @@ def load_clip(
     """An open_clip model (a folder with `open_clip_config.json`, or a hub id of one), frozen."""
     import open_clip
 
-    folder = _folder(source, ["open_clip*"])
+    folder = find_folder(source, ["open_clip*"])
     with _clear_errors(source, "an open_clip folder"):
         if not (folder / "open_clip_model.safetensors").is_file():
             raise FileNotFoundError("open_clip_model.safetensors is missing")
@@ -181,14 +181,14 @@ def load_clip_tokenizer(source: str) -> Any:
     import open_clip
 
     with _clear_errors(source, "an open_clip folder"):
-        return open_clip.get_tokenizer(f"local-dir:{_folder(source, ['*'])}")
+        return open_clip.get_tokenizer(f"local-dir:{find_folder(source, ['*'])}")
 
 
 def load_segmenter(source: str, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
     """A Mask2Former for panoptic segmentation, frozen, and its image processor."""
     from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
-    folder = _folder(source)
+    folder = find_folder(source)
     with _clear_errors(source, "a Mask2Former folder"):
         options = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
         model = Mask2FormerForUniversalSegmentation.from_pretrained(folder, **options)
@@ -201,7 +201,7 @@ def load_llm(source: str, device: torch.device | str = "cpu") -> tuple[nn.Module
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    folder = _folder(source)
+    folder = find_folder(source)
     with _clear_errors(source, "a causal language model's folder"):
         options = {"local_files_only": True, "trust_remote_code": False}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
@@ -215,7 +215,7 @@ def load_editor(
     """An editor that `train.py` has saved: its RCLDM, frozen, and its settings. Raises BackboneError."""
     from rcldm import RCLDM
 
-    source, folder = folder, _folder(folder)
+    source, folder = folder, find_folder(folder)
     with _clear_errors(source, "an editor's folder as train.py saves it"):
         settings = json.loads((folder / "instructgie.json").read_text(encoding="utf-8"))
         model = RCLDM.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
@@ -231,7 +231,7 @@ _FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.mod
 _VARIANTS = ("*.fp16.*", "*.non_ema.*", "*.bf16.*")
 
 
-def _folder(source: str | Path, patterns: list[str] | None = None) -> Path:
+def find_folder(source: str | Path, patterns: list[str] | None = None) -> Path:
     """A local folder, also relative to this repository; or a hub id's snapshot, of which only safe files."""
     for folder in (Path(source), HERE / source):
         if folder.is_dir():

@@ -210,6 +210,10 @@ class Editor:
             return x_t
         return keep_known(x_t, known[-batch:], draft[-batch:])  # the last branch is told most
 
+    def answer(self, *args: Any, **sampling: Any) -> Tensor:
+        """Edits: what `sample` takes → the answers (B, 3, P, P) in [-1, 1], float32."""
+        return self.decode_answers(self.sample(*args, **sampling))
+
     @torch.no_grad()
     def decode_answers(self, latents: Tensor) -> Tensor:
         """Latents of grids (B, C, 2p, 2p) → the answers (B, 3, P, P) in [-1, 1], float32."""

@@ -2,6 +2,7 @@
 
     python evaluate.py                                        # the shipped editor, toy world, split `seen`
     python evaluate.py runs/train/editor --split unseen_task --mode both pair instruction --sheet 24
+    python evaluate.py --method sdedit --output out/sdedit    # the paper's baselines, see baselines.py
     python toy/score.py out/eval/seen/both                    # exact metrics of what is saved
 
 Below `--output` each split and mode has a folder: `<k>.png` the answer to query k, lossless; `answers.jsonl`
@@ -23,12 +24,30 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import backbone
+from baselines import InstructPix2Pix, PromptDiffusion, SDEdit
 from dataset import VisualPromptDataset, load_image, read_pairs, tensor_to_image
-from edit import SAMPLING, Editor
+from edit import Editor
 
 # What the editor is given besides the query. "other-pair" is a pair of another instruction, and no words: who
 # reads examples makes that other edit, who remembers the training makes the query's own.
 MODES = ("both", "pair", "instruction", "other-pair")
+
+
+class Method(NamedTuple):
+    """How a kind of editor is loaded, which text of a pair it is told, and what it can be given."""
+
+    kind: type
+    told: str
+    modes: tuple[str, ...]
+
+
+METHODS = {
+    "instructgie": Method(Editor, "instruction", MODES),
+    "sdedit": Method(SDEdit, "output_caption", ("instruction",)),
+    "instruct-pix2pix": Method(InstructPix2Pix, "instruction", ("instruction",)),
+    "prompt-diffusion": Method(PromptDiffusion, "instruction", MODES),
+}
+SAMPLING = ("steps", "eta", "guidance_text", "guidance_visual", "strength")
 
 
 class Query(NamedTuple):
@@ -131,11 +150,11 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{folder} holds answers of other settings ({now}); give another --output")
 
 
-def fingerprint(model: str) -> str:
-    """Of an editor's files, so that answers of a model trained anew do not mix with the old one's."""
-    folder = next((f for f in (Path(model), backbone.HERE / model) if f.is_dir()), None)
+def fingerprint(sources: list[str]) -> str:
+    """Of the files of models, so that answers of one trained anew do not mix with the old one's."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*")) if folder else ():
+    folders = [folder for source in sources for folder in (Path(source), backbone.HERE / source)]
+    for file in (file for folder in dict.fromkeys(folders) for file in sorted(folder.rglob("*"))):
         if file.suffix in (".json", ".safetensors"):
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
@@ -146,28 +165,34 @@ def fingerprint(model: str) -> str:
 
 
 def answer_all(
-    editor: Editor,
+    editor: Any,
     data: VisualPromptDataset,
     queries: list[Query],
     folder: Path,
     mode: str,
+    told: str,
     sampling: dict[str, Any],
     batch: int,
 ) -> None:
-    """Answers every query that has no answer in `folder` yet: a batch's pictures first, then its lines."""
+    """Answers every query that has no answer in `folder` yet: a batch's pictures first, then its lines.
+
+    told: the text of a pair that the editor is told, unless the mode withholds it.
+    """
     names = [f"{k:05d}.png" for k in range(len(queries))]
     done = finished(folder / "answers.jsonl")
     to_do = [k for k, name in enumerate(names) if name not in done]
     if not to_do:
         return
-    texts = [data.pairs[query.index].instruction for query in queries]
+    texts = [getattr(data.pairs[query.index], told) for query in queries]
+    if not all(texts):
+        raise ValueError(f"the dataset has no {told} for some queries; this method is told nothing else")
     unified = [""] * len(texts) if mode.endswith("pair") else editor.unify(texts)
     progress = tqdm(total=len(queries), initial=len(queries) - len(to_do), desc=folder.name, unit="answer")
     with progress, open(folder / "answers.jsonl", "a", encoding="utf-8") as lines:
         for ks in (to_do[first : first + batch] for first in range(0, len(to_do), batch)):
             shown = [data.load_panels(queries[k].example, queries[k].index) for k in ks]
             panels = torch.stack(shown)  # (B, 4, 3, P, P)
-            latents = editor.sample(
+            answers = editor.answer(
                 panels[:, :2],
                 [mode != "instruction"] * len(ks),
                 panels[:, 2],
@@ -175,7 +200,7 @@ def answer_all(
                 seeds=[queries[k].seed for k in ks],
                 **sampling,
             )
-            for k, answer in zip(ks, editor.decode_answers(latents)):
+            for k, answer in zip(ks, answers):
                 image = tensor_to_image(answer)
                 write_whole(folder / names[k], lambda file, image=image: image.save(file, format="PNG"))
             records = ({"answer": names[k], "mode": mode, "unified": unified[k]} for k in ks)
@@ -232,23 +257,27 @@ def panel_rows(
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    toy = backbone.preset("toy")
     parser = argparse.ArgumentParser(
         description="Edit a split of a dataset and keep every answer.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("model", nargs="?", default=toy.editor, metavar="MODEL", help="an editor's folder, of train.py")
-    add("--data", default=toy.data, help="dataset: a folder or a hub id")
+    add(
+        "model", nargs="?", metavar="MODEL", help="folder or hub id (default: the preset's, where it has one)"
+    )
+    add("--method", default="instructgie", choices=METHODS, help="what kind of editor MODEL is")
+    add("--backbone", default="toy", help=f"whose defaults to take: {', '.join(backbone.PRESETS)}")
+    add("--data", help="dataset: a folder or a hub id (default: the preset's)")
     add("--split", default="seen")
     add("--output", type=Path, default=Path("out/eval"), help="each split and mode gets a folder below it")
-    add("--mode", nargs="+", default=["both"], choices=MODES, help="what is given besides the input")
+    add("--mode", nargs="+", choices=MODES, help="what is given besides the input (default: all it can take)")
     add("--count", type=int, default=512, help="queries, or all where the split has fewer")
     add("--batch", type=int, default=32, help="edited at a time")
     add("--steps", type=int, help="of sampling (default: the editor's)")
     add("--eta", type=float, help="fresh noise at every step, 0 … 1 (default: the editor's)")
     add("--guidance-text", type=float, help="guidance scale of the instruction (default: the editor's)")
     add("--guidance-visual", type=float, help="guidance scale of the example (default: the editor's)")
+    add("--strength", type=float, help="SDEdit: how much noise, 0 … 1 (default: the editor's)")
     add("--seed", type=int, default=0, help="of the order of the queries, their examples and the noise")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--sheet", type=int, default=0, metavar="N", help="write sheet.png, with the first N queries")
@@ -260,28 +289,43 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    editor = Editor.load(args.model, device=args.device)
-    data = read_pairs(backbone.data_folder(args.data), args.split)
+    method, preset = METHODS[args.method], backbone.preset(args.backbone)
+    ours = args.method == "instructgie"
+    default = {"instructgie": preset.editor, "sdedit": preset.stable_diffusion}.get(args.method)
+    model, source = args.model or default, args.data or preset.data
+    for name, value in (("a MODEL of this method", model), ("--data", source)):
+        if value is None:
+            raise ValueError(
+                f"--method {args.method} --backbone {args.backbone}: give {name}, there is no default"
+            )
+    modes = list(dict.fromkeys(args.mode or method.modes[:1]))
+    if strange := [mode for mode in modes if mode not in method.modes]:
+        raise ValueError(f"--mode {strange[0]}: {args.method} can be given {', '.join(method.modes)} alone")
+    editor = method.kind.load(model, device=args.device, **({} if ours else {"panel": preset.panel}))
+    data = read_pairs(backbone.data_folder(source), args.split)
     data = VisualPromptDataset(data, size=editor.panel, flip=False, seed=args.seed)
-    given = {name: getattr(args, name) for name in SAMPLING}
-    sampling = {k: editor.settings[k] if value is None else value for k, value in given.items()}
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    if strange := [name for name in given if name not in editor.settings]:
+        raise ValueError(f"--{strange[0].replace('_', '-')}: {args.method} samples without it")
+    sampling = {name: editor.settings[name] for name in SAMPLING if name in editor.settings} | given
     settings = {
-        "model": str(args.model),
-        "model_fingerprint": fingerprint(args.model),
-        "data": str(args.data),
+        "method": args.method,
+        "model": str(model),
+        "model_fingerprint": fingerprint([model, *([editor.settings["stable_diffusion"]] if ours else [])]),
+        "data": str(source),
         "split": args.split,
         "count": min(args.count, len(data)),
         "seed": args.seed,
         "panel": editor.panel,
         **sampling,
     }
-    for mode in dict.fromkeys(args.mode):
+    for mode in modes:
         folder = args.output / args.split / mode
         queries = draw_queries(data, args.count, args.seed, mode)
         asked = json.dumps([describe(data, query) for query in queries], sort_keys=True)
         asked = hashlib.sha256(asked.encode()).hexdigest()[:16]
         check_settings(folder, {**settings, "queries_fingerprint": asked, "mode": mode})
-        answer_all(editor, data, queries, folder, mode, sampling, args.batch)
+        answer_all(editor, data, queries, folder, mode, method.told, sampling, args.batch)
         if args.sheet > 0:
             sheet = contact_sheet(data, queries[: args.sheet], folder, mode)
             write_whole(folder / "sheet.png", lambda file, sheet=sheet: sheet.save(file, format="PNG"))

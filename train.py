@@ -284,6 +284,22 @@ def load_batches(
     return DataLoader(Draws(data) if known else data, batch_sampler=order, num_workers=workers)
 
 
+def look_up(
+    batch: dict, facts: Facts | None, device: torch.device, frozen: Frozen | None = None
+) -> tuple[Tensor, Facts]:
+    """A batch's panels (B, 4, 3, P, P), and the facts (2B, …) of its example pairs, then query pairs.
+
+    facts: of all pairs, or None where the pictures are flipped at random: then `frozen` looks at them now.
+    """
+    if facts is None:
+        panels = batch["panels"].to(device)
+        return panels, frozen.observe(torch.cat(panels.chunk(2, 1)))
+    known = facts.of(torch.cat([batch["example_index"], batch["index"]]), device)
+    if known.pictures is None:
+        return batch["panels"].to(device), known
+    return from_bytes(torch.cat(known.pictures.chunk(2), 1)), known
+
+
 def commonest_classes(levels: Tensor, side: int) -> Tensor:
     """What each of p × p places (p = `side`) shows: class of each pixel (B, 2, P, P) → (B, 2, p, p) uint8.
 
@@ -374,16 +390,6 @@ class Losses:
         grey = torch.zeros(1, 2, 3, args.panel, args.panel, device=sd.vae.device)
         self.grey = Frozen(sd.vae, None, None).observe(grey).latents[0, 0]  # (C, p, p)
 
-    def look_up(self, batch: dict, device: torch.device) -> tuple[Tensor, Facts]:
-        """A batch's panels (B, 4, 3, P, P), and the facts (2B, …) of its example pairs, then query pairs."""
-        if self.facts is None:  # the pictures are flipped at random: nothing is known beforehand
-            panels = batch["panels"].to(device)
-            return panels, self.frozen.observe(torch.cat(panels.chunk(2, 1)))
-        facts = self.facts.of(torch.cat([batch["example_index"], batch["index"]]), device)
-        if facts.pictures is None:
-            return batch["panels"].to(device), facts
-        return from_bytes(torch.cat(facts.pictures.chunk(2), 1)), facts
-
     def draw(
         self, batch: dict, g: torch.Generator, device: torch.device
     ) -> tuple[Tensor, Tensor, Facts, Tensor, tuple[Tensor, Tensor]]:
@@ -392,7 +398,7 @@ class Losses:
         args, count = self.args, len(batch["index"])
         drop = args.drop_both, args.drop_text, args.drop_example
         keep_text, keep_example = dropout(count, drop, g)
-        panels, facts = self.look_up(batch, device)
+        panels, facts = look_up(batch, self.facts, device, self.frozen)
         condition = mask_query(compose_grid(*panels.unbind(1)))
         latents = facts.latents.clone()
         gone = ~keep_example
@@ -640,8 +646,8 @@ class Validation:
         """(3, H, W) in [-1, 1]: a row per query with example before and after, input, answer, truth."""
         panels = self.panels.to(sd.unet.device)
         editor = Editor(sd, model.eval(), None, panels.shape[-1])
-        latents = editor.sample(panels[:, :2], None, panels[:, 2], self.texts, seeds=list(range(len(panels))))
-        answers = editor.decode_answers(latents).to(panels)
+        seeds = list(range(len(panels)))
+        answers = editor.answer(panels[:, :2], None, panels[:, 2], self.texts, seeds).to(panels)
         shown = torch.stack([*panels[:, :3].unbind(1), answers, panels[:, 3]], 1)  # (N, 5, 3, P, P)
         return torch.cat([torch.cat(list(row), -1) for row in shown], -2).cpu().clamp(-1, 1)
 

@@ -30,6 +30,7 @@ def save_stable_diffusion(folder):
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4,
         cross_attention_dim=32,
+        sample_size=8,
     ).save_pretrained(folder / "unet")
     AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),

@@ -27,7 +27,13 @@ class FakeEditor:
     panel = 64
 
     def __init__(self, data, copies: bool = False) -> None:
-        self.settings = {"steps": 7, "eta": 0.5, "guidance_text": 1.5, "guidance_visual": 1.0}
+        self.settings = {
+            "stable_diffusion": "sd",
+            "steps": 7,
+            "eta": 0.5,
+            "guidance_text": 1.5,
+            "guidance_visual": 1.0,
+        }
         self.copies, self.calls, self.shown, self.stop_after = copies, [], [], None
         pairs = [
             [to_panel(load_image(picture), 64) for picture in (pair.input, pair.output)]
@@ -38,18 +44,15 @@ class FakeEditor:
     def unify(self, texts):
         return [f"unified {text}" for text in texts]
 
-    def sample(self, examples, has_example, queries, instructions, seeds, **sampling):
+    def answer(self, examples, has_example, queries, instructions, seeds, **sampling):
         if len(self.calls) == self.stop_after:
             raise KeyboardInterrupt
         assert examples.shape == (len(queries), 2, 3, 64, 64)
         self.calls.append((has_example, instructions, seeds, sampling))
         self.shown += list(examples)
-        return queries
-
-    def decode_answers(self, latents):
         if self.copies:
-            return latents
-        return torch.stack([self.answers[query.numpy().tobytes()] for query in latents])
+            return queries
+        return torch.stack([self.answers[query.numpy().tobytes()] for query in queries])
 
 
 @pytest.fixture
@@ -88,7 +91,7 @@ def test_every_query_is_answered_once_with_what_it_answers(data, tmp_path, edito
         answer = load_image(tmp_path / "seen" / "both" / record["answer"])
         assert answer.tobytes() == load_image(pair.output).tobytes()  # lossless
     assert [len(call[0]) for call in editor.calls] == [3, 3, 2]
-    assert editor.calls[0][3] == editor.settings
+    assert editor.calls[0][3] == {k: v for k, v in editor.settings.items() if k != "stable_diffusion"}
 
 
 def test_each_mode_withholds_what_it_says(data, tmp_path, editor):
@@ -179,14 +182,23 @@ def test_settings_without_an_answer_bind_nobody(data, tmp_path, editor):
 def test_a_model_trained_anew_has_another_fingerprint(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"old")
-    old = evaluate.fingerprint(str(tmp_path))
-    assert evaluate.fingerprint(str(tmp_path)) == old
+    old = evaluate.fingerprint([str(tmp_path)])
+    assert evaluate.fingerprint([str(tmp_path)]) == old
     weights.write_bytes(b"new")
-    assert evaluate.fingerprint(str(tmp_path)) != old
+    assert evaluate.fingerprint([str(tmp_path)]) != old
 
 
 @pytest.mark.parametrize(
-    "more", [["--count", "0"], ["--batch", "0"], ["--split", "none"], ["--data", "/nowhere/at/all"]]
+    "more",
+    [
+        ["--count", "0"],
+        ["--batch", "0"],
+        ["--split", "none"],
+        ["--data", "/nowhere/at/all"],
+        ["--strength", "0.5"],
+        ["--method", "sdedit", "--mode", "pair"],
+        ["--backbone", "sd15", "--method", "sdedit"],
+    ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(data, tmp_path, editor, capsys, more):
     with pytest.raises(SystemExit) as stopped:

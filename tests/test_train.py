@@ -268,9 +268,7 @@ def test_pictures_in_memory_are_those_on_disk(parts, tmp_path):
         )
         items = [data[3, i] for i in range(len(data))]
         batch = {key: torch.tensor([item[key] for item in items]) for key in ("index", "example_index")}
-        settings = argparse.Namespace(panel=P)
-        sd = argparse.Namespace(vae=vae)
-        panels, of_batch = train.Losses(settings, sd, frozen, facts, None, None).look_up(batch, device)
+        panels, of_batch = train.look_up(batch, facts, device)
         assert torch.equal(panels, torch.stack([item["panels"] for item in items]))
         assert of_batch.latents.shape == (12, 2, *facts.latents.shape[2:])
 

@@ -323,6 +323,7 @@ def new_scheduler():
         prediction_type="sample",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
+        steps_offset=1,  # as pipelines ask for; without meaning where the spacing is trailing
         clip_sample=False,
         set_alpha_to_one=True,
     )

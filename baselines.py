@@ -1,0 +1,326 @@
+"""The three editors that the paper compares itself with, small, for `evaluate.py --method`.
+
+    python baselines.py instruct-pix2pix --steps 6000 --output runs/instruct-pix2pix       # trains it
+    python baselines.py prompt-diffusion --steps 6000 --output runs/prompt-diffusion
+    python evaluate.py runs/instruct-pix2pix --method instruct-pix2pix --mode instruction
+    python evaluate.py toy/weights/stable-diffusion --method sdedit --mode instruction     # needs no training
+    python evaluate.py timbrooks/instruct-pix2pix --method instruct-pix2pix --mode instruction --data FOLDER
+
+SDEdit (Meng et al., 2022): the query with noise, from which Stable Diffusion draws what the output's caption
+says. It sees neither the instruction nor the example.
+
+InstructPix2Pix (Brooks et al., 2023): a U-Net that reads the query's latents beside the noisy ones, all of it
+taught on edits; told the instruction. It sees no example.
+
+Prompt Diffusion (Wang et al., 2023): a ControlNet whose condition is the sum of two embeddings, of the
+example pair, six channels, and of the query, three. The U-Net draws the answer alone, and its decoder
+learns too. Choice: it is told the instruction, as we are; its authors told it the caption of the output.
+
+Both of the latter keep the layout of a diffusers pipeline, as the published weights do.
+
+Symbols: B samples; P panel size in pixels, p in latent pixels; C latent channels. Images are in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import backbone
+from checkpoint import averaged, load_checkpoint, save_checkpoint
+from dataset import VisualPromptDataset, read_pairs
+from train import (
+    Frozen,
+    draw_order,
+    dropout,
+    load_batches,
+    look_up,
+    observe_all,
+    prediction_target,
+    read_instructions,
+)
+
+# --- Editing ------------------------------------------------------------------------------------------------
+
+
+class Baseline:
+    """What the three share: a diffusers pipeline, told texts as they stand, that `answer` asks.
+
+    sd: the frozen parts, of a pipeline's folder or hub id. panel: P, of the pictures given and drawn.
+    settings: how it samples unless told otherwise; at first as its authors do.
+    """
+
+    settings: ClassVar[dict[str, Any]]
+
+    def __init__(self, sd: backbone.StableDiffusion, panel: int, kind: type, **parts: nn.Module) -> None:
+        self.sd, self.panel = sd, panel
+        blind = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        self.pipeline = kind(**sd._asdict(), **parts, **blind)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def load(cls, source: str, device: str | torch.device = "auto", panel: int = 256) -> Baseline:
+        """Raises BackboneError for what is no pipeline."""
+        return cls(backbone.load_stable_diffusion(source, backbone.pick_device(str(device))), panel)
+
+    def unify(self, texts: list[str]) -> list[str]:
+        return list(texts)
+
+    def draw(self, texts: list[str], seeds: list[int], steps: int, eta: float, **inputs: Any) -> Tensor:
+        """Pictures (B, 3, P, P). Each depends on its own seed, not on the batch around it."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        sampling = {"num_inference_steps": steps, "eta": eta, "generator": generators, "output_type": "pt"}
+        return self.pipeline(prompt=texts, **sampling, **inputs).images.float() * 2 - 1
+
+
+class SDEdit(Baseline):
+    """The query with noise, `strength` of the way to pure noise, denoised to what the caption says."""
+
+    settings: ClassVar = {"steps": 20, "eta": 0.0, "guidance_text": 7.5, "strength": 0.6}
+
+    def __init__(self, sd: backbone.StableDiffusion, panel: int) -> None:
+        super().__init__(sd, panel, diffusers.StableDiffusionImg2ImgPipeline)
+
+    def answer(
+        self, examples, has_example, queries, texts, seeds, guidance_text, strength, **sampling
+    ) -> Tensor:
+        """See `Editor.answer`; texts are captions of the outputs, examples are ignored."""
+        inputs = {"image": (queries + 1) / 2, "strength": strength, "guidance_scale": guidance_text}
+        return self.draw(texts, seeds, **sampling, **inputs)
+
+
+class InstructPix2Pix(Baseline):
+    """A U-Net of twice the input channels: the noisy latents, and the query's, which are not scaled."""
+
+    settings: ClassVar = {"steps": 20, "eta": 0.0, "guidance_text": 7.5, "guidance_visual": 1.5}
+
+    def __init__(self, sd: backbone.StableDiffusion, panel: int) -> None:
+        super().__init__(sd, panel, diffusers.StableDiffusionInstructPix2PixPipeline)
+
+    def answer(
+        self, examples, has_example, queries, texts, seeds, guidance_text, guidance_visual, **sampling
+    ) -> Tensor:
+        """See `Editor.answer`; examples are ignored, and `guidance_visual` is of the query."""
+        scales = {"guidance_scale": guidance_text, "image_guidance_scale": guidance_visual}
+        return self.draw(texts, seeds, **sampling, image=(queries + 1) / 2, **scales)
+
+
+class ExampleAndQuery(nn.Module):
+    """The condition of Prompt Diffusion: before, after and query (B, 9, P, P) in [0, 1] → (B, C0, p, p)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pair = ControlNetConditioningEmbedding(channels, conditioning_channels=6)
+        self.query = ControlNetConditioningEmbedding(channels, conditioning_channels=3)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        return self.pair(condition[:, :6]) + self.query(condition[:, 6:])
+
+
+def new_control(unet: nn.Module) -> diffusers.ControlNetModel:
+    """A ControlNet for this U-Net that reads an example pair and a query."""
+    control = diffusers.ControlNetModel.from_unet(unet, conditioning_channels=9)
+    control.controlnet_cond_embedding = ExampleAndQuery(unet.config.block_out_channels[0])
+    return control
+
+
+# The two embeddings' names here, and in diffusers' example of Prompt Diffusion.
+EMBEDDINGS = {
+    "controlnet_cond_embedding.pair.": "controlnet_cond_embedding.",
+    "controlnet_cond_embedding.query.": "controlnet_query_cond_embedding.",
+}
+
+
+class PromptDiffusion(Baseline):
+    """Stable Diffusion under a ControlNet that reads an example pair and a query."""
+
+    settings: ClassVar = {"steps": 20, "eta": 0.0, "guidance_text": 7.5}
+
+    def __init__(self, sd: backbone.StableDiffusion, panel: int, control: nn.Module) -> None:
+        super().__init__(sd, panel, diffusers.StableDiffusionControlNetPipeline, controlnet=control)
+
+    @classmethod
+    def load(cls, source: str, device: str | torch.device = "auto", panel: int = 256) -> PromptDiffusion:
+        device = backbone.pick_device(str(device))
+        sd = backbone.load_stable_diffusion(source, device)
+        path = backbone.find_folder(source, ["controlnet/*"]) / "controlnet" / WEIGHTS
+        control = new_control(sd.unet)
+        names = {theirs: ours for ours, theirs in EMBEDDINGS.items()}
+        try:
+            control.load_state_dict(renamed(load_file(path), names))
+        except (OSError, RuntimeError):
+            raise backbone.BackboneError(
+                f"{path}: no ControlNet of Prompt Diffusion for this U-Net"
+            ) from None
+        return cls(sd, panel, control.to(device).eval().requires_grad_(False))
+
+    def answer(self, examples, has_example, queries, texts, seeds, guidance_text, **sampling) -> Tensor:
+        """See `Editor.answer`. A pair that is not given is grey, and so it was in training."""
+        shown = torch.cat([*examples.unbind(1), queries], 1)
+        shown[~torch.tensor(has_example), :6] = 0.0
+        return self.draw(texts, seeds, **sampling, image=(shown + 1) / 2, guidance_scale=guidance_text)
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def renamed(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """Weights under other names, by their beginnings."""
+    old = {key: next((name for name in names if key.startswith(name)), "") for key in weights}
+    return {names.get(name, "") + key.removeprefix(name): weights[key] for key, name in old.items()}
+
+
+# --- Training -----------------------------------------------------------------------------------------------
+
+
+class Learner(nn.Module):
+    """A baseline's trained parts, and how they predict; what is frozen they only refer to.
+
+    Shares of samples without text and condition, without text, without condition: `drop`. InstructPix2Pix
+    has its authors', Prompt Diffusion ours, so that it edits by the pair alone as often as we do.
+    """
+
+    def __init__(self, method: str, sd: backbone.StableDiffusion) -> None:
+        super().__init__()
+        self.method, self.scaling = method, sd.vae.config.scaling_factor
+        self.unet = copy.deepcopy(sd.unet)
+        if method == "instruct-pix2pix":
+            self.drop = 0.05, 0.05, 0.05
+            old = self.unet.conv_in
+            self.unet.register_to_config(in_channels=2 * old.in_channels)
+            self.unet.conv_in = nn.Conv2d(2 * old.in_channels, old.out_channels, 3, padding=1)
+            with torch.no_grad():  # nothing is read of the query yet
+                self.unet.conv_in.weight[:] = torch.cat([old.weight, torch.zeros_like(old.weight)], 1)
+                self.unet.conv_in.bias[:] = old.bias
+            self.unet.requires_grad_(True)
+        else:
+            self.drop = 0.05, 0.5, 0.2
+            self.control = new_control(sd.unet).requires_grad_(True)
+            # Its authors' script unlocks the decoder of the U-Net.
+            for part in (self.unet.up_blocks, self.unet.conv_norm_out, self.unet.conv_out):
+                part.requires_grad_(True)
+
+    def forward(self, x_t: Tensor, t: Tensor, states: Tensor, panels: Tensor, query: Tensor, keep: Tensor):
+        """Prediction (B, C, p, p) from noisy latents of the answer.
+
+        panels: (B, 4, 3, P, P) in the order of a grid. query: latents (B, C, p, p). keep: (B,), whether the
+        condition is given; where not, it is zero, grey.
+        """
+        shown = keep.view(-1, 1, 1, 1).to(x_t)
+        if self.method == "instruct-pix2pix":
+            return self.unet(torch.cat([x_t, shown * query / self.scaling], 1), t, states).sample
+        pair, query_panel = panels[:, :2].flatten(1, 2) * shown, panels[:, 2]
+        condition = (torch.cat([pair, query_panel], 1) + 1) / 2
+        down, mid = self.control(x_t, t, states, condition, return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        return self.unet(x_t, t, states, **residuals).sample
+
+    def save(self, sd: backbone.StableDiffusion, folder: Path) -> None:
+        """As a pipeline's folder that `evaluate.py --method` takes, whole or not at all."""
+        sd = sd._replace(unet=self.unet)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        if self.method == "instruct-pix2pix":
+            InstructPix2Pix(sd, 0).pipeline.save_pretrained(temporary)
+        else:
+            PromptDiffusion(sd, 0, self.control).pipeline.save_pretrained(temporary)
+            save_file(renamed(self.control.state_dict(), EMBEDDINGS), temporary / "controlnet" / WEIGHTS)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+
+def train(args: argparse.Namespace) -> None:
+    """The same pairs, drawn in the same order, as `train.py` shows to ours with this seed and batch."""
+    preset = backbone.preset(args.backbone)
+    device = backbone.pick_device(args.device)
+    if preset.data is None and args.data is None:
+        raise ValueError(f"--backbone {args.backbone} has no dataset of its own; give one with --data")
+    args.data = args.data or preset.data
+    data = read_pairs(backbone.data_folder(args.data), args.split)
+    data = VisualPromptDataset(data, preset.panel, flip=False, seed=args.seed)
+    sd = backbone.load_stable_diffusion(args.stable_diffusion or preset.stable_diffusion, device)
+    facts = observe_all(data, Frozen(sd.vae, None, None), args, device)
+    texts, rows = read_instructions(data, sd, unifier=None)
+    torch.manual_seed(args.seed)
+    learner = Learner(args.method, sd).to(device)
+    average = averaged(learner, args.ema)
+    weights = [p for p in learner.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.99))
+    modules = {"model": learner, "average": average}
+    start = load_checkpoint(args.output, modules, optimizer)
+    steps = range(start, args.steps)
+    loader = load_batches(
+        data, facts, draw_order(len(data), args.batch, args.seed, steps, 0, 1), args.workers
+    )
+    progress = tqdm(loader, args.method, args.steps, initial=start, mininterval=2)
+    timesteps = sd.scheduler.config.num_train_timesteps
+    for step, batch in zip(steps, progress):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / 50) * max(1 - step / args.steps, 0.01)
+        g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        panels, seen = look_up(batch, facts, device)
+        query, answer = seen.latents[len(panels) :].unbind(1)
+        keep_text, keep_condition = dropout(len(panels), learner.drop, g)
+        row = torch.where(keep_text, rows[batch["index"]], len(texts) - 1)
+        states = texts[row.to(texts.device)].to(device)
+        noise = torch.randn(answer.shape, generator=g).to(device)
+        t = torch.randint(timesteps, (len(panels),), generator=g).to(device)
+        x_t = sd.scheduler.add_noise(answer, noise, t)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            prediction = learner(x_t, t, states, panels, query, keep_condition.to(device)).float()
+        loss = (prediction - prediction_target(answer, noise, t, sd.scheduler)).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(learner)
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
+            save_checkpoint(args.output, step + 1, modules, optimizer, keep=1)
+    average.module.save(sd, args.output / "pipeline")
+    print(f"the baseline is in {args.output / 'pipeline'}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Train a baseline on edits; a stopped run goes on where it stood.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("method", choices=("instruct-pix2pix", "prompt-diffusion"))
+    add("--backbone", default="toy", help=f"preset of pretrained parts: {', '.join(backbone.PRESETS)}")
+    add("--stable-diffusion", help="hub id or folder instead of the preset's")
+    add("--data", help="dataset: a folder or a hub id (default: the preset's)")
+    add("--split", default="train", help="to train on")
+    add("--output", type=Path, required=True, help="checkpoints, and the pipeline")
+    add("--steps", type=int, default=1500, help="optimiser steps")
+    add("--batch", type=int, default=16, help="edits per step")
+    add("--lr", type=float, default=1e-3, help="peak; warm-up, then down to a hundredth. 1e-4 at full size")
+    add("--ema", type=float, default=0.998, help="decay of the averaged weights, which are what is saved")
+    add("--seed", type=int, default=0, help="of weights, data order and noise")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--precision", default="no", choices=("no", "bf16"), help="of autocast")
+    add("--workers", type=int, default=1, help="processes that decode pictures")
+    add("--cache", type=Path, default=Path("data/cache"), help="what the frozen parts computed")
+    add("--checkpoint-every", type=int, default=250, help="steps")
+    args = parser.parse_args(argv)
+    with backbone.one_line_errors("baselines.py"):
+        for name in ("steps", "batch", "checkpoint_every"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
+        train(args)
+
+
+if __name__ == "__main__":
+    main()

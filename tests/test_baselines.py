@@ -1,0 +1,179 @@
+"""baselines.py: each is trained for a few steps, saved, loaded by evaluate.py, and reads what it should."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_edit import P, save_stable_diffusion
+from test_train import save_data
+
+import backbone
+import baselines
+import evaluate
+from baselines import InstructPix2Pix, Learner, PromptDiffusion, SDEdit
+
+METHODS = {"instruct-pix2pix": InstructPix2Pix, "prompt-diffusion": PromptDiffusion}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("parts")
+    save_stable_diffusion(root / "sd")
+    save_data(root / "data")
+    for split in ("train", "seen"):
+        path = root / "data" / split / "metadata.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [row | {"input_caption": "a dog", "output_caption": "a dog at night"} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture
+def run(parts, tmp_path, monkeypatch):
+    """Trains a baseline on the tiny parts; returns the pipeline's folder."""
+    tiny = backbone.Preset(str(parts / "sd"), "", "", "", "", P, (), 1e-3, data=str(parts / "data"))
+    monkeypatch.setitem(backbone.PRESETS, "tiny", tiny)
+
+    def start(method, *options, output=None):
+        output = output or tmp_path / method
+        argv = [method, "--backbone", "tiny", "--output", str(output), "--cache", str(parts / "cache")]
+        baselines.main([*argv, "--workers", "0", "--device", "cpu", "--batch", "2", *options])
+        return output / "pipeline"
+
+    return start
+
+
+def inputs(seed=0, count=2):
+    g = torch.Generator().manual_seed(seed)
+    examples, queries = torch.rand(count, 2, 3, P, P, generator=g), torch.rand(count, 3, P, P, generator=g)
+    return examples * 2 - 1, [True] * count, queries * 2 - 1, ["make it night"] * count, list(range(count))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_trained_is_what_evaluate_loads(run, parts, tmp_path, method):
+    folder = run(method, "--steps", "2")
+    argv = [str(folder), "--method", method, "--backbone", "tiny", "--count", "2", "--steps", "2"]
+    evaluate.main([*argv, "--output", str(tmp_path / "out")])
+    mode = evaluate.METHODS[method].modes[0]
+    answers = sorted((tmp_path / "out" / "seen" / mode).glob("*.png"))
+    assert [Image.open(answer).size for answer in answers] == [(P, P)] * 2
+    settings = json.loads((tmp_path / "out" / "seen" / mode / "settings.json").read_text())
+    assert settings["method"] == method and settings["steps"] == 2 and "strength" not in settings
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, tmp_path, method):
+    whole = run(method, "--steps", "3", "--checkpoint-every", "1", output=tmp_path / "whole")
+
+    class Stopped(Exception):
+        pass
+
+    save, baselines.save_checkpoint = baselines.save_checkpoint, None
+    try:
+
+        def save_and_stop(folder, step, *rest, **more):
+            save(folder, step, *rest, **more)
+            if step == 2:
+                raise Stopped
+
+        baselines.save_checkpoint = save_and_stop
+        with pytest.raises(Stopped):
+            run(method, "--steps", "3", "--checkpoint-every", "1", output=tmp_path / "stopped")
+    finally:
+        baselines.save_checkpoint = save
+    stopped = run(method, "--steps", "3", "--checkpoint-every", "1", output=tmp_path / "stopped")
+    one, other = (load_file(folder / "unet" / baselines.WEIGHTS) for folder in (whole, stopped))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_untrained_instruct_pix2pix_draws_as_stable_diffusion(parts):
+    sd = backbone.load_stable_diffusion(str(parts / "sd"))
+    learner = Learner("instruct-pix2pix", sd)
+    x_t, states = torch.randn(2, 4, 4, 4), torch.randn(2, 16, 32)
+    query, t = torch.randn(2, 4, 4, 4), torch.tensor([3, 700])
+    with torch.no_grad():
+        drawn = learner(x_t, t, states, torch.zeros(2, 4, 3, P, P), query, torch.tensor([True, False]))
+        assert torch.allclose(drawn, sd.unet(x_t, t, states).sample, atol=1e-5)
+        learner.unet.conv_in.weight[:, 4:] = 0.1
+        read = learner(x_t, t, states, torch.zeros(2, 4, 3, P, P), query, torch.tensor([True, False]))
+    assert not torch.allclose(read[0], drawn[0]) and torch.allclose(read[1], drawn[1], atol=1e-5)
+
+
+def test_prompt_diffusion_adds_two_embeddings_and_names_them_as_diffusers_does(run):
+    folder = run("prompt-diffusion", "--steps", "2")
+    names = load_file(folder / "controlnet" / baselines.WEIGHTS)
+    assert names["controlnet_cond_embedding.conv_in.weight"].shape[1] == 6
+    assert names["controlnet_query_cond_embedding.conv_in.weight"].shape[1] == 3
+    editor = PromptDiffusion.load(str(folder), "cpu", P)
+    embedding = editor.pipeline.controlnet.controlnet_cond_embedding
+    condition = torch.rand(2, 9, P, P)
+    both = embedding.pair(condition[:, :6]) + embedding.query(condition[:, 6:])
+    assert torch.equal(embedding(condition), both)
+
+
+@pytest.mark.parametrize("method", ["sdedit", *METHODS])
+def test_an_answer_is_the_seeds_and_not_the_batchs(run, parts, method):
+    kind = METHODS.get(method, SDEdit)
+    folder = parts / "sd" if method == "sdedit" else run(method, "--steps", "2")
+    editor = kind.load(str(folder), "cpu", P)
+    sampling = kind.settings | {"steps": 3}
+    examples, given, queries, texts, seeds = inputs()
+    both = editor.answer(examples, given, queries, texts, seeds, **sampling)
+    alone = editor.answer(examples[1:], given[1:], queries[1:], texts[1:], seeds[1:], **sampling)
+    assert both.shape == (2, 3, P, P) and both.abs().max() <= 1
+    assert torch.allclose(both[1:], alone, atol=1e-3)
+    other = editor.answer(examples[1:], given[1:], queries[1:], texts[1:], [7], **sampling)
+    assert not torch.allclose(other, alone, atol=1e-2)
+
+
+def test_what_is_not_given_is_not_seen(run):
+    editor = PromptDiffusion.load(str(run("prompt-diffusion", "--steps", "2")), "cpu", P)
+    with torch.no_grad():
+        for block in editor.pipeline.controlnet.controlnet_down_blocks:  # zeros that two steps hardly moved
+            torch.nn.init.normal_(block.weight)
+        torch.nn.init.normal_(editor.pipeline.controlnet.controlnet_cond_embedding.pair.conv_out.weight)
+    examples, _, queries, texts, seeds = inputs()
+    sampling = {"steps": 2, "eta": 0.0, "guidance_text": 1.0}
+    shown, hidden, other = (
+        editor.answer(pair, given, queries, texts, seeds, **sampling)
+        for pair, given in ((examples, [True, True]), (examples, [True, False]), (-examples, [True, False]))
+    )
+    assert torch.equal(shown[0], hidden[0]) and not torch.allclose(shown[1], hidden[1], atol=1e-3)
+    assert torch.equal(hidden[1], other[1]) and not torch.allclose(hidden[0], other[0], atol=1e-3)
+
+
+def test_little_noise_leaves_the_query_and_full_noise_does_not(parts):
+    editor = SDEdit.load(str(parts / "sd"), "cpu", P)
+    _, _, queries, texts, seeds = inputs()
+    vae = editor.sd.vae
+    with torch.no_grad():
+        kept = vae.decode(vae.encode(queries).latent_dist.mean).sample.clamp(-1, 1)
+    weak, strong = (
+        editor.answer(None, None, queries, texts, seeds, 7.5, strength, steps=20, eta=0.0)
+        for strength in (0.05, 1.0)
+    )
+    assert (weak - kept).abs().mean() < 0.8 * (strong - kept).abs().mean()
+
+
+def test_sdedit_is_told_the_captions_and_says_when_there_are_none(run, parts, tmp_path, capsys):
+    more = ["--method", "sdedit", "--backbone", "tiny", "--count", "2", "--steps", "2"]
+    evaluate.main([*more, "--output", str(tmp_path / "out")])
+    lines = (tmp_path / "out" / "seen" / "instruction" / "answers.jsonl").read_text().splitlines()
+    assert {json.loads(line)["unified"] for line in lines} == {"a dog at night"}
+    save_data(tmp_path / "bare")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*more, "--data", str(tmp_path / "bare"), "--output", str(tmp_path / "out2")])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert message.strip().endswith("told nothing else") and "output_caption" in message
+
+
+def test_a_folder_of_another_kind_is_one_line(run, parts, capsys):
+    for options in (["--steps", "0"], ["--data", "/nowhere/at/all"]):
+        with pytest.raises(SystemExit) as stopped:
+            run("prompt-diffusion", *options)
+        assert stopped.value.code == 2 and "baselines.py: error: " in capsys.readouterr().err
+    with pytest.raises(backbone.BackboneError, match="no ControlNet of Prompt Diffusion"):
+        PromptDiffusion.load(str(parts / "sd"), "cpu", P)
