@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint format toy clean
+.PHONY: demo test test-slow lint format toy ablations clean
 
 demo: $(VENV)/installed
 	$(RUN) edit.py --prompt-pair examples/before.png examples/after.png --input examples/input.png \
@@ -25,6 +25,9 @@ format: $(VENV)/installed
 
 toy: $(VENV)/installed  ## trains what is under toy/weights anew; resumable
 	$(RUN) toy/pretrain.py
+
+ablations: $(VENV)/installed  ## trains and measures every arm of docs/results.md, three seeds each; resumable
+	$(RUN) ablations.py
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,9 +59,20 @@ class Query(NamedTuple):
     seed: int
 
 
-def draw_queries(data: VisualPromptDataset, count: int, seed: int, mode: str = "both") -> list[Query]:
-    """The first `count` items of the dataset in an order that only the seed decides: nothing is picked."""
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()[:count]
+def draw_queries(
+    data: VisualPromptDataset, count: int, seed: int, mode: str = "both", word: str | None = None
+) -> list[Query]:
+    """The first `count` items of the dataset in an order that only the seed decides: nothing is picked.
+
+    word: that the caption of the output must have; None leaves all in.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    if word is not None:
+        said = re.compile(rf"\b{re.escape(word)}\b")
+        order = [i for i in order if said.search(data.pairs[i].output_caption or "")]
+        if not order:
+            raise ValueError(f"--caption {word}: no output's caption has this word")
+    order = order[:count]
     examples = [data.draw(i, epoch=0).example for i in order]
     if mode == "other-pair":  # the first after the query, in an order of its own, that has other words
         turn = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed + 1)).tolist()
@@ -176,16 +188,18 @@ def answer_all(
 ) -> None:
     """Answers every query that has no answer in `folder` yet: a batch's pictures first, then its lines.
 
-    told: the text of a pair that the editor is told, unless the mode withholds it.
+    told: which text of a pair the editor is told, unless the mode withholds it: the instruction, a caption,
+    or a further key of the metadata.
     """
     names = [f"{k:05d}.png" for k in range(len(queries))]
     done = finished(folder / "answers.jsonl")
     to_do = [k for k, name in enumerate(names) if name not in done]
     if not to_do:
         return
-    texts = [getattr(data.pairs[query.index], told) for query in queries]
-    if not all(texts):
-        raise ValueError(f"the dataset has no {told} for some queries; this method is told nothing else")
+    pairs = [data.pairs[query.index] for query in queries]
+    texts = [pair.extra.get(told) or getattr(pair, told, None) for pair in pairs]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"the dataset has no {told!r} for some queries, and the editor is to be told it")
     unified = [""] * len(texts) if mode.endswith("pair") else editor.unify(texts)
     progress = tqdm(total=len(queries), initial=len(queries) - len(to_do), desc=folder.name, unit="answer")
     with progress, open(folder / "answers.jsonl", "a", encoding="utf-8") as lines:
@@ -271,6 +285,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", default="seen")
     add("--output", type=Path, default=Path("out/eval"), help="each split and mode gets a folder below it")
     add("--mode", nargs="+", choices=MODES, help="what is given besides the input (default: all it can take)")
+    add("--told", metavar="KEY", help="another text of the metadata than the method's own, as `paraphrase`")
+    add("--caption", metavar="WORD", help="only queries whose outputs' captions have this word, as `face`")
     add("--count", type=int, default=512, help="queries, or all where the split has fewer")
     add("--batch", type=int, default=32, help="edited at a time")
     add("--steps", type=int, help="of sampling (default: the editor's)")
@@ -308,6 +324,7 @@ def run(args: argparse.Namespace) -> None:
     if strange := [name for name in given if name not in editor.settings]:
         raise ValueError(f"--{strange[0].replace('_', '-')}: {args.method} samples without it")
     sampling = {name: editor.settings[name] for name in SAMPLING if name in editor.settings} | given
+    told = args.told or method.told
     settings = {
         "method": args.method,
         "model": str(model),
@@ -317,15 +334,17 @@ def run(args: argparse.Namespace) -> None:
         "count": min(args.count, len(data)),
         "seed": args.seed,
         "panel": editor.panel,
+        "told": told,
+        "caption": args.caption,
         **sampling,
     }
     for mode in modes:
         folder = args.output / args.split / mode
-        queries = draw_queries(data, args.count, args.seed, mode)
+        queries = draw_queries(data, args.count, args.seed, mode, args.caption)
         asked = json.dumps([describe(data, query) for query in queries], sort_keys=True)
         asked = hashlib.sha256(asked.encode()).hexdigest()[:16]
         check_settings(folder, {**settings, "queries_fingerprint": asked, "mode": mode})
-        answer_all(editor, data, queries, folder, mode, method.told, sampling, args.batch)
+        answer_all(editor, data, queries, folder, mode, told, sampling, args.batch)
         if args.sheet > 0:
             sheet = contact_sheet(data, queries[: args.sheet], folder, mode)
             write_whole(folder / "sheet.png", lambda file, sheet=sheet: sheet.save(file, format="PNG"))

@@ -1,6 +1,7 @@
 """evaluate.py with an editor that knows the answers, and toy/score.py on answers made by hand."""
 
 import json
+import re
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -104,6 +105,14 @@ def test_each_mode_withholds_what_it_says(data, tmp_path, editor):
     assert {record["unified"] for record in lines(tmp_path / "seen" / "pair")} == {""}
 
 
+def test_another_text_of_the_metadata_may_be_told(data, tmp_path, editor):
+    run(data, tmp_path, "--told", "paraphrase", "--count", "2")
+    (call,) = editor.calls
+    records = lines(tmp_path / "seen" / "both")
+    assert call[1] == [f"unified {record['paraphrase']}" for record in records]
+    assert all(record["paraphrase"] != record["instruction"] for record in records)
+
+
 def test_another_pair_is_of_other_words_and_scored_by_its_own_edit(data, tmp_path, editor):
     run(data, tmp_path, "--mode", "other-pair", "--sheet", "1")
     pairs = {pair.input: pair for pair in read_pairs(data, "seen")}
@@ -128,6 +137,21 @@ def test_another_pair_is_of_other_words_and_scored_by_its_own_edit(data, tmp_pat
     with Image.open(folder / "sheet.png") as sheet:
         truth = np.asarray(sheet)[32 : 32 + 96, 12 + 4 * 96 : 12 + 5 * 96]
     assert (truth == 128).all()
+
+
+def test_queries_of_a_word(data, tmp_path, editor, capsys):
+    dataset = VisualPromptDataset(read_pairs(data, "seen"), size=64, flip=False)
+    whole = evaluate.draw_queries(dataset, 8, 0)
+    words = [set(re.findall(r"\w+", pair.output_caption)) for pair in dataset.pairs]
+    shared = {word for said in words for word in said if not all(word in other for other in words)}
+    assert shared
+    for word in shared:
+        queries = evaluate.draw_queries(dataset, 8, 0, word=word)
+        having = [query.index for query in whole if word in words[query.index]]
+        assert [query.index for query in queries] == having
+    with pytest.raises(SystemExit):
+        run(data, tmp_path, "--caption", "aardvark")
+    assert "--caption aardvark" in capsys.readouterr().err
 
 
 def test_queries_are_the_seeds(data):

@@ -1074,7 +1074,8 @@ def write_split(folder: Path, pairs: list[Pair]) -> None:
     """One folder with `metadata.jsonl` and pictures, in the public dataset format.
 
     Beyond the format's own keys each line keeps what `toy/score.py` needs: the family, the canonical wording,
-    and the scene before the edit together with the edit's arguments. The segment masks are pictures whose
+    and the scene before the edit together with the edit's arguments; and a paraphrase of the instruction that
+    no model has seen. The segment masks are pictures whose
     grey levels are indices into CLASSES.
     """
     folder.mkdir(parents=True)
@@ -1101,6 +1102,7 @@ def _write_pair(folder: Path, i: int, pair: Pair) -> str:
             "output_caption": pair.after.caption(),
             "family": pair.edit.family,
             "canonical": pair.edit.instruction,
+            "paraphrase": say(pair.edit, random.Random(f"{folder.name} {i}"), held_out=True),
             "edit": json.dumps(asdict(pair.edit)),
             "scene": json.dumps(asdict(pair.before)),
         }

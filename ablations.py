@@ -1,0 +1,258 @@
+"""The paper's two tables in miniature: every arm trained, edited with and measured, seed by seed.
+
+    make ablations                                   # all arms, three seeds; hours on a CPU, resumable
+    python ablations.py --seeds 0 --only full no-esm # a part of it
+    python ablations.py --table                      # only writes docs/results.md from what is measured
+
+Each arm is a command of `train.py` or `baselines.py`, each set of answers one of `evaluate.py`, measured by
+`metrics.py` and `toy/score.py`. This file calls these programs and gathers what they wrote. All arms of a
+seed see the same number of grids, or of edits, drawn in the same order.
+
+Every contribution is measured where it should show: RCLDM where the instruction is withheld and only the
+example tells, ESM on everything, LIU on paraphrases that no model has seen, SAM on faces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import backbone
+from evaluate import write_whole
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE / "docs" / "results.md"
+
+
+# --- What is compared ---------------------------------------------------------------------------------------
+
+
+class Arm(NamedTuple):
+    """label: in the tables. options: of train.py. method: of evaluate.py. sets: of answers, names in SETS.
+
+    taught_as: another arm, whose prompt encoder this one takes: taught alike, it would be the same.
+    trained: here, once for each seed; what is not is asked once.
+    paper: the paper's FID and CLIP directional similarity, on photographs.
+    """
+
+    label: str
+
+    options: tuple[str, ...] = ()
+    method: str = "instructgie"
+    sets: tuple[str, ...] = ("seen", "unseen_combination")
+    taught_as: str | None = None
+    trained: bool = True
+    paper: tuple[float | None, float | None] = (None, None)
+
+
+SETS = {
+    "seen": ("--split", "seen"),
+    "unseen_combination": ("--split", "unseen_combination"),
+    "example": ("--split", "seen", "--mode", "pair"),
+    "paraphrase": ("--split", "seen", "--mode", "instruction", "--told", "paraphrase"),
+    "faces": ("--split", "seen", "--caption", "face"),
+}
+
+ARMS = {
+    "full": Arm("InstructGIE", sets=tuple(SETS), paper=(7.57, 0.27)),
+    "no-rcldm": Arm("without RCLDM", ("--no-rcldm",), sets=("seen", "example"), paper=(10.15, 0.13)),
+    "vit": Arm("ViT in place of VMamba", ("--encoder", "vit"), sets=("seen", "example")),
+    "no-esm": Arm("without ESM", ("--no-esm",), sets=("seen",), taught_as="full", paper=(9.23, 0.15)),
+    "no-liu": Arm("without LIU", ("--no-liu",), sets=("seen", "paraphrase"), paper=(10.37, None)),
+    "no-sam": Arm(
+        "without SAM", ("--no-sam",), sets=("seen", "faces"), taught_as="full", paper=(11.31, None)
+    ),
+    "sdedit": Arm("SDEdit", method="sdedit", trained=False, paper=(21.67, 0.11)),
+    "instruct-pix2pix": Arm("InstructPix2Pix", method="instruct-pix2pix", paper=(17.87, 0.17)),
+    "prompt-diffusion": Arm("Prompt Diffusion", method="prompt-diffusion", paper=(13.75, 0.21)),
+    "shipped": Arm("InstructGIE as shipped, trained longer", trained=False),
+}
+# Which arms stand beside the full one on which answers.
+COMPARED = {
+    "seen": ("sdedit", "instruct-pix2pix", "prompt-diffusion", "full", "shipped"),
+    "unseen_combination": ("sdedit", "instruct-pix2pix", "prompt-diffusion", "full", "shipped"),
+}
+TAKEN_AWAY = {
+    "example": ("full", "no-rcldm", "vit"),
+    "seen": ("full", "no-esm", "no-rcldm", "vit", "no-liu", "no-sam"),
+    "paraphrase": ("full", "no-liu"),
+    "faces": ("full", "no-sam"),
+}
+TITLES = {
+    "seen": "New scenes, `seen`",
+    "unseen_combination": "Combinations never trained, `unseen_combination`",
+    "example": "The example pair alone, no words: what RCLDM is for",
+    "paraphrase": "Words alone, in ways that no model has heard: what LIU is for",
+    "faces": "Pictures with faces: what SAM is for",
+}
+
+
+# --- Running it ---------------------------------------------------------------------------------------------
+
+
+def call(*command: object) -> None:
+    """A program of this repository. Raises ValueError where it fails; what went wrong it has said itself."""
+    words = [str(word) for word in command]
+    print("python", *words, flush=True)
+    if subprocess.run([sys.executable, *words], cwd=HERE).returncode:
+        raise ValueError(f"stopped: {words[0]} failed; mend what it says above and start again, it goes on")
+
+
+def train(name: str, seed: int, args: argparse.Namespace) -> str | None:
+    """Trains an arm unless it is trained; returns what `evaluate.py` is to load, None for its default."""
+    arm, folder = ARMS[name], args.runs / f"{name}-{seed}"
+    if not arm.trained:
+        return None
+    ours = arm.method == "instructgie"
+    result = folder / ("editor" if ours else "pipeline")
+    if result.exists() and (folder / "done").exists():
+        return str(result)
+    budget = ("--seed", seed, "--batch", args.batch, "--precision", args.precision, "--data", args.data)
+    if ours:
+        taught = args.runs / f"{arm.taught_as}-{seed}" / "prompt-encoder"
+        if arm.taught_as and taught.exists() and not folder.exists():
+            shutil.copytree(taught, folder / "prompt-encoder")
+        steps = ("--encoder-steps", args.encoder_steps, "--steps", args.steps, "--validate-every", args.steps)
+        call("train.py", "--output", folder, "--resume", *budget, *steps, *arm.options)
+    else:
+        total = args.encoder_steps + args.steps
+        call("baselines.py", arm.method, "--output", folder, *budget, "--steps", total)
+    (folder / "done").touch()
+    return str(result)
+
+
+def measure(name: str, seed: int, model: str | None, args: argparse.Namespace) -> None:
+    """Answers every set of the arm and measures the answers, unless that is done."""
+    arm = ARMS[name]
+    for each in arm.sets:
+        out = args.out / f"{name}-{seed}" / each
+        if (out / "score.json").exists():
+            continue
+        asked = ("--method", arm.method, "--count", args.count, "--data", args.data)
+        call("evaluate.py", *([model] if model else []), "--output", out, *asked, *SETS[each], "--sheet", 24)
+        (folder,) = (path.parent for path in out.rglob("answers.jsonl"))
+        call("metrics.py", folder, "--json", out / "metrics.json")
+        call("toy/score.py", folder, "--json", out / "score.json")
+
+
+# --- The tables ---------------------------------------------------------------------------------------------
+
+
+class Numbers(NamedTuple):
+    """One metric of one arm on one set over the seeds: mean, and the ends of the widest 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def text(self, digits: int) -> str:
+        return f"{self.mean:.{digits}f} ({self.low:.{digits}f} … {self.high:.{digits}f})"
+
+
+def gather(name: str, each: str, args: argparse.Namespace) -> dict[str, Numbers] | None:
+    """What was measured of an arm's answers, over the seeds that are there; None where none is."""
+    rows = []
+    for seed in args.seeds:
+        out = args.out / f"{name}-{seed}" / each
+        if (out / "score.json").exists():
+            (measured,) = json.loads((out / "metrics.json").read_text())["results"]
+            (scored,) = json.loads((out / "score.json").read_text())
+            rows.append(measured | scored)
+    if not rows:
+        return None
+    found = {"seeds": Numbers(len(rows), 0, 0), "n": Numbers(rows[0]["n"], 0, 0)}
+    for key, interval in (
+        ("fid", "fid_interval"),
+        ("directional_similarity", "directional_similarity_interval"),
+        ("accuracy", "interval"),
+    ):
+        lows, highs = zip(*(row[interval] for row in rows))
+        found[key] = Numbers(mean(row[key] for row in rows), min(lows), max(highs))
+    for key in ("mae_inside", "mae_outside", "mae_face"):
+        values = [row[key] for row in rows]
+        if None not in values:
+            found[key] = Numbers(mean(values), min(values), max(values))
+    return found
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def table(each: str, names: Iterable[str], args: argparse.Namespace) -> str:
+    """A row for every arm that was measured on this set, the paper's numbers last."""
+    head = ["", "seeds × answers", "FID (clip)", "CLIP DirSim", "right, %", "MAE inside", "outside", "face"]
+    head += ["paper: FID", "DirSim"]
+    rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for name in names:
+        found = gather(name, each, args)
+        if found is None:
+            continue
+        right = Numbers(*(100 * x for x in found["accuracy"]))
+        errors = [found.get(f"mae_{region}") for region in ("inside", "outside", "face")]
+        rows.append(
+            [ARMS[name].label, f"{found['seeds'].mean} × {found['n'].mean}", found["fid"].text(4)]
+            + [found["directional_similarity"].text(3), right.text(1)]
+            + ["–" if error is None else error.text(1) for error in errors]
+            + ["–" if number is None else f"{number:.2f}" for number in ARMS[name].paper]
+        )
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows) if len(rows) > 2 else "Not measured yet.\n"
+
+
+def write_page(args: argparse.Namespace) -> None:
+    """Puts the tables into the page, between its two marks; what is written around them stays."""
+    start, end = "<!-- measured: by ablations.py -->\n", "<!-- end of what is measured -->\n"
+    parts = [
+        f"{args.encoder_steps} steps of {args.batch} that teach the prompt encoder, and {args.steps} more; "
+        f"baselines learn as many as both. Seeds {', '.join(map(str, args.seeds))}.\n"
+    ]
+    for heading, tables in (
+        ("## Beside the baselines", COMPARED),
+        ("## Without each contribution", TAKEN_AWAY),
+    ):
+        parts.append(f"{heading}\n")
+        parts += [f"{TITLES[each]}:\n\n{table(each, names, args)}" for each, names in tables.items()]
+    page = PAGE.read_text(encoding="utf-8")
+    if page.count(start) != 1 or page.count(end) != 1:
+        raise ValueError(f"{PAGE}: its two marks are gone; restore {start.strip()} and {end.strip()}")
+    before, rest = page.split(start)
+    text = before + start + "\n" + "\n".join(parts) + "\n" + end + rest.split(end)[1]
+    write_whole(PAGE, lambda file: file.write_text(text, encoding="utf-8"))
+    print(f"the tables are in {PAGE}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Train and measure all arms of the paper's tables.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--only", nargs="+", default=list(ARMS), choices=ARMS, help="these arms")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--encoder-steps", type=int, default=4000, help="in which the prompt encoder is taught alone")
+    add("--steps", type=int, default=2000, help="thereafter; baselines learn as many as both together")
+    add("--batch", type=int, default=16)
+    add("--count", type=int, default=512, help="answers of each set")
+    add("--precision", default="bf16", choices=("no", "bf16"))
+    add("--data", default=backbone.preset("toy").data)
+    add("--runs", type=Path, default=Path("runs/ablations"), help="what is trained")
+    add("--out", type=Path, default=Path("out/ablations"), help="answers and numbers")
+    add("--table", action="store_true", help="only write the page")
+    args = parser.parse_args(argv)
+    with backbone.one_line_errors("ablations.py"):
+        for seed in args.seeds if not args.table else ():
+            for name in args.only:
+                if ARMS[name].trained or seed == args.seeds[0]:
+                    measure(name, seed, train(name, seed, args), args)
+        write_page(args)
+
+
+if __name__ == "__main__":
+    main()

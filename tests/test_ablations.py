@@ -1,0 +1,108 @@
+"""ablations.py without the hours: which commands it gives, that it goes on, and the page it writes."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import ablations
+
+PAGE = "Before.\n<!-- measured: by ablations.py -->\nold\n<!-- end of what is measured -->\nAfter.\n"
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Stands in for the programs: notes each command, and leaves what the program would."""
+    calls = []
+    page = tmp_path / "results.md"
+    page.write_text(PAGE)
+    monkeypatch.setattr(ablations, "PAGE", page)
+
+    def call(*command):
+        words = [str(word) for word in command]
+        calls.append(words)
+
+        def option(name):
+            return Path(words[words.index(name) + 1])
+
+        if words[0] in ("train.py", "baselines.py"):
+            name = "editor" if words[0] == "train.py" else "pipeline"
+            (option("--output") / name).mkdir(parents=True)
+            (option("--output") / "prompt-encoder").mkdir(exist_ok=True)
+        elif words[0] == "evaluate.py":
+            folder = option("--output") / "seen" / "both"
+            folder.mkdir(parents=True)
+            (folder / "answers.jsonl").write_text("")
+        elif words[0] == "metrics.py":
+            better = "full" in words[1]
+            interval = {"fid_interval": [0.01, 0.02], "directional_similarity_interval": [0.4, 0.6]}
+            row = {"n": 9, "fid": 0.0123 if better else 0.5, "directional_similarity": 0.5, **interval}
+            option("--json").write_text(json.dumps({"results": [row]}))
+        else:
+            row = {"n": 9, "accuracy": 0.75, "interval": [0.7, 0.8]}
+            row |= {"mae_inside": 3.0, "mae_outside": 1.0, "mae_face": None}
+            option("--json").write_text(json.dumps([row]))
+
+    monkeypatch.setattr(ablations, "call", call)
+
+    def run(*options):
+        calls.clear()
+        places = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+        ablations.main([*places, *options])
+        return [list(words) for words in calls], page.read_text()
+
+    return run
+
+
+def trained(calls):
+    return [words for words in calls if words[0] in ("train.py", "baselines.py")]
+
+
+def test_every_arm_is_trained_once_a_seed_on_one_budget(programs):
+    calls, _ = programs("--encoder-steps", "30", "--steps", "20", "--batch", "4")
+    ours = [words for words in calls if words[0] == "train.py"]
+    assert len(ours) == 6 * 3
+    for words in ours:
+        given = dict(pairwise(words))
+        assert (given["--encoder-steps"], given["--steps"], given["--batch"]) == ("30", "20", "4")
+    switches = {words[-1] for words in ours if words[-1].startswith("--no")}
+    assert switches == {"--no-rcldm", "--no-esm", "--no-liu", "--no-sam"}
+    baselines = [words for words in calls if words[0] == "baselines.py"]
+    assert len(baselines) == 2 * 3 and all(words[words.index("--steps") + 1] == "50" for words in baselines)
+    asked = [words for words in calls if words[0] == "evaluate.py"]
+    assert sum("sdedit" in words for words in asked) == 2  # not trained: once on each split
+    told = [words for words in asked if "paraphrase" in words]
+    assert len(told) == 2 * 3  # the full one and that without LIU
+
+
+def test_it_goes_on_where_it_stood(programs):
+    first, page = programs("--only", "full", "no-esm", "--seeds", "0")
+    assert len(trained(first)) == 2
+    again, same = programs("--only", "full", "no-esm", "--seeds", "0")
+    assert again == [] and same == page
+    more, _ = programs("--only", "full", "--seeds", "0", "1")
+    assert len(trained(more)) == 1
+
+
+def test_the_page_keeps_what_is_written_around_the_tables(programs):
+    _, page = programs("--only", "full", "no-rcldm", "instruct-pix2pix", "--seeds", "0", "1")
+    assert page.startswith("Before.\n<!-- measured") and page.endswith("what is measured -->\nAfter.\n")
+    assert "old" not in page
+    line = "| InstructGIE | 2 × 9 | 0.0123 (0.0100 … 0.0200) | 0.500 (0.400 … 0.600) | 75.0 (70.0 … 80.0) |"
+    assert line + " 3.0 (3.0 … 3.0) | 1.0 (1.0 … 1.0) | – | 7.57 | 0.27 |" in page
+    assert "| without RCLDM | 2 × 9 | 0.5000" in page and "without SAM" not in page
+
+
+def test_a_page_without_marks_is_left_alone(programs, tmp_path, capsys):
+    (tmp_path / "results.md").write_text("Mine.\n")
+    with pytest.raises(SystemExit) as stopped:
+        programs("--table")
+    assert stopped.value.code == 2 and "two marks" in capsys.readouterr().err
+    assert (tmp_path / "results.md").read_text() == "Mine.\n"
+
+
+def test_a_program_that_fails_stops_it(monkeypatch):
+    monkeypatch.setattr(ablations, "HERE", Path(ablations.__file__).parent)
+    with pytest.raises(ValueError, match=r"evaluate\.py failed"):
+        ablations.call("evaluate.py", "--count", "0")
