@@ -26,6 +26,8 @@ def test_the_stages_are_the_editors_own(data):
     drawn = editor.sample(*inputs)
     assert torch.equal(found["answer"], editor.decode_answers(drawn))
     assert list(found) == list(stages.STAGES[1:])
+    apart = [(found["u-net"] - panels[:, k]).abs().mean() for k in (2, 3)]  # from the query and the truth
+    assert apart[1] < apart[0]
     differ = [(found[a] - found[b]).abs().max() for a, b in zip(stages.STAGES[1:], stages.STAGES[2:])]
     assert min(differ) > 0.01
     # Without words the draft is another.

@@ -3,13 +3,14 @@
     python toy/stages.py --mode both pair --count 192
 
     vae          the truth, through the VAE and back: no editor gets further
+    u-net        the truth's grid without noise, through the frozen U-Net alone: what its decoder can draw
     draft        what the prompt encoder drafts of the answer, before anything is drawn
     one step     what frozen U-Net and links draw of it from pure noise at once
     all steps    what they draw in all steps of the sampler
     answer       the same, with the query's own latents where the draft keeps them: what `edit.py` gives
 
-A stage whose row is worse than the one above loses what it had; one that is no worse hands it on. The metrics
-are those of `toy/score.py`, and so is what is right.
+The first two are shown the truth. Of the others, one whose row is worse than the one above loses what it had;
+one that is no worse hands it on. The metrics are those of `toy/score.py`, and so is what is right.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
-from dataset import VisualPromptDataset, read_pairs, tensor_to_image
+import esm
+from dataset import VisualPromptDataset, compose_grid, read_pairs, tensor_to_image
 from edit import Editor, keep_known
 from evaluate import draw_queries
 from toy import score, world
 
-STAGES = ("vae", "draft", "one step", "all steps", "answer")
+STAGES = ("vae", "u-net", "draft", "one step", "all steps", "answer")
 MODES = ("both", "pair", "instruction")
 
 
@@ -61,8 +63,17 @@ def stages(
         rcldm.encode_condition = encode
     known, draft = kept[0]
     answer = drawn if draft is None else keep_known(drawn, known, draft)
-    found = {"draft": drafts[0].float(), "one step": one, "all steps": drawn, "answer": answer}
+    found = {"u-net": redrawn(editor.sd, panels, told), "draft": drafts[0].float()}
+    found |= {"one step": one, "all steps": drawn, "answer": answer}
     return {name: editor.decode_answers(latents) for name, latents in found.items()}
+
+
+def redrawn(sd: backbone.StableDiffusion, panels: Tensor, texts: list[str]) -> Tensor:
+    """The grids' own latents (B, C, 2p, 2p), as the bare U-Net tells them at timestep 0."""
+    device, t = sd.unet.device, torch.zeros(len(panels), dtype=torch.long, device=sd.unet.device)
+    x_0 = compose_grid(*(backbone.encode_images(sd.vae, panel.to(device)) for panel in panels.unbind(1)))
+    prediction = sd.unet(x_0.to(sd.unet.dtype), t, backbone.encode_text(sd, texts)).sample.float()
+    return esm.predict_x0(x_0, prediction, t, sd.scheduler)
 
 
 def measure(editor: Editor, data: VisualPromptDataset, mode: str, count: int, batch: int) -> dict[str, list]:
