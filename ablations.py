@@ -96,12 +96,14 @@ TITLES = {
 # --- Running it ---------------------------------------------------------------------------------------------
 
 
-def call(*command: object) -> None:
-    """A program of this repository. Raises ValueError where it fails; what went wrong it has said itself."""
+def call(*command: object) -> str:
+    """A program of this repository; returns what it printed. Raises ValueError where it fails, as it says."""
     words = [str(word) for word in command]
     print("python", *words, flush=True)
-    if subprocess.run([sys.executable, *words], cwd=HERE).returncode:
+    ended = subprocess.run([sys.executable, *words], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    if ended.returncode:
         raise ValueError(f"stopped: {words[0]} failed; mend what it says above and start again, it goes on")
+    return ended.stdout
 
 
 def train(name: str, seed: int, args: argparse.Namespace) -> str | None:
@@ -206,6 +208,16 @@ def table(each: str, names: Iterable[str], args: argparse.Namespace) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows) if len(rows) > 2 else "Not measured yet.\n"
 
 
+def receptive_fields(args: argparse.Namespace) -> str:
+    """The paper's figure, of the first seed's encoders: draws it beside the page, and returns its table."""
+    editors = [args.runs / f"{name}-{args.seeds[0]}" / "editor" for name in ("no-rcldm", "vit", "full")]
+    if not all(editor.exists() for editor in editors):
+        return "Not measured yet.\n"
+    figure = PAGE.with_name("receptive_field.png")
+    printed = call("bench/receptive_field.py", *editors, "--out", figure)
+    return f"{printed}\n![the fields in the order of the rows]({figure.name})\n"
+
+
 def write_page(args: argparse.Namespace) -> None:
     """Puts the tables into the page, between its two marks; what is written around them stays."""
     start, end = "<!-- measured: by ablations.py -->\n", "<!-- end of what is measured -->\n"
@@ -219,6 +231,7 @@ def write_page(args: argparse.Namespace) -> None:
     ):
         parts.append(f"{heading}\n")
         parts += [f"{TITLES[each]}:\n\n{table(each, names, args)}" for each, names in tables.items()]
+    parts.append(f"## What each encoder looks at\n\n{receptive_fields(args)}")
     page = PAGE.read_text(encoding="utf-8")
     if page.count(start) != 1 or page.count(end) != 1:
         raise ValueError(f"{PAGE}: its two marks are gone; restore {start.strip()} and {end.strip()}")

@@ -34,6 +34,9 @@ def programs(tmp_path, monkeypatch):
             folder = option("--output") / "seen" / "both"
             folder.mkdir(parents=True)
             (folder / "answers.jsonl").write_text("")
+        elif words[0] == "bench/receptive_field.py":
+            assert option("--out") == tmp_path / "receptive_field.png"
+            return "| encoder | half in |\n| --- | ---: |\n"
         elif words[0] == "metrics.py":
             better = "full" in words[1]
             interval = {"fid_interval": [0.01, 0.02], "directional_similarity_interval": [0.4, 0.6]}
@@ -92,6 +95,14 @@ def test_the_page_keeps_what_is_written_around_the_tables(programs):
     line = "| InstructGIE | 2 × 9 | 0.0123 (0.0100 … 0.0200) | 0.500 (0.400 … 0.600) | 75.0 (70.0 … 80.0) |"
     assert line + " 3.0 (3.0 … 3.0) | 1.0 (1.0 … 1.0) | – | 7.57 | 0.27 |" in page
     assert "| without RCLDM | 2 × 9 | 0.5000" in page and "without SAM" not in page
+    assert "## What each encoder looks at\n\nNot measured yet.\n" in page
+
+
+def test_the_figure_is_drawn_when_its_three_encoders_are_trained(programs):
+    calls, page = programs("--only", "full", "no-rcldm", "vit", "--seeds", "4")
+    folders = [Path(word).parent.name for word in calls[-1] if word.endswith("editor")]
+    assert folders == ["no-rcldm-4", "vit-4", "full-4"]
+    assert "| encoder | half in |\n| --- | ---: |\n\n![" in page
 
 
 def test_a_page_without_marks_is_left_alone(programs, tmp_path, capsys):
