@@ -208,7 +208,7 @@ class Editor:
             x_t = solver.step(prediction, t, x_t, **extra).prev_sample
         if draft is None:
             return x_t
-        return keep_known(x_t, known[-batch:], draft[-batch:])  # the last branch is told most
+        return settle(x_t, known[-batch:], draft[-batch:])  # the last branch is told most
 
     def answer(self, *args: Any, **sampling: Any) -> Tensor:
         """Edits: what `sample` takes → the answers (B, 3, P, P) in [-1, 1], float32."""
@@ -241,14 +241,21 @@ def known_latents(vae: nn.Module, condition: Tensor) -> Tensor:
     return compose_grid(before, after, query, query)
 
 
-def keep_known(drawn: Tensor, known: Tensor, draft: Tensor) -> Tensor:
-    """Finished latents with the known ones where the encoder's draft keeps them; all (B, C, 2p, 2p).
+def settle(drawn: Tensor, known: Tensor, draft: Tensor) -> Tensor:
+    """Finished latents, without what they only add to the encoder's draft, nor that to what is known.
 
-    Choice: what differs from the draft by a mean square of less than 0.01 shows through, wholly where it does
-    not differ. Latents have unit variance.
+    drawn, known, draft: all (B, C, 2p, 2p), of about unit variance.
+
+    Choice: where the drawn latents differ from the draft by a mean square of less than 0.04, that shows
+    through, wholly where they do not differ: the frozen U-Net repeats nothing exactly, and what comes that
+    near it was shown, not invented. Likewise what is known, where the draft differs by less than 0.01.
     """
-    change = (draft.float() - known).square().mean(1, keepdim=True)
-    return torch.lerp(known, drawn, (change / 0.01).clamp(max=1))
+
+    def show_through(over: Tensor, under: Tensor, difference: Tensor, limit: float) -> Tensor:
+        return torch.lerp(under, over, (difference.square().mean(1, keepdim=True) / limit).clamp(max=1))
+
+    draft = draft.float()
+    return show_through(show_through(drawn, draft, drawn - draft, 0.04), known, draft - known, 0.01)
 
 
 # --- Pictures of any shape ----------------------------------------------------------------------------------

@@ -172,6 +172,14 @@ def test_the_encoder_is_given_the_latents_it_was_trained_with(editor, edits, mon
     torch.testing.assert_close(known[1:2], compose_grid(grey, grey, *[panels[2][1:2]] * 2))
 
 
+def test_what_is_drawn_gives_way_to_a_draft_that_it_hardly_differs_from():
+    drawn = torch.zeros(1, 4, 8, 8)
+    known = torch.full_like(drawn, 9.0)  # the draft keeps nothing of it
+    for difference, share in ((0.0, 1), (0.1, 0.75), (0.2, 0), (0.3, 0)):
+        draft = torch.full_like(drawn, difference)
+        assert torch.allclose(edit.settle(drawn, known, draft), share * draft, atol=1e-6)
+
+
 def test_what_the_draft_keeps_stays_as_it_was(editor, edits, monkeypatch):
     def with_draft(change):
         def encode(*inputs):

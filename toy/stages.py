@@ -7,7 +7,7 @@
     draft        what the prompt encoder drafts of the answer, before anything is drawn
     one step     what frozen U-Net and links draw of it from pure noise at once
     all steps    what they draw in all steps of the sampler
-    answer       the same, with the query's own latents where the draft keeps them: what `edit.py` gives
+    answer       the same, settled on the draft and the query's own latents where near: what `edit.py` gives
 
 The first two are shown the truth. Of the others, one whose row is worse than the one above loses what it had;
 one that is no worse hands it on. The metrics are those of `toy/score.py`, and so is what is right.
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 import esm
 from dataset import VisualPromptDataset, compose_grid, read_pairs, tensor_to_image
-from edit import Editor, keep_known
+from edit import Editor, settle
 from evaluate import draw_queries
 from toy import score, world
 
@@ -62,7 +62,7 @@ def stages(
         hook.remove()
         rcldm.encode_condition = encode
     known, draft = kept[0]
-    answer = drawn if draft is None else keep_known(drawn, known, draft)
+    answer = drawn if draft is None else settle(drawn, known, draft)
     found = {"u-net": redrawn(editor.sd, panels, told), "draft": drafts[0].float()}
     found |= {"one step": one, "all steps": drawn, "answer": answer}
     return {name: editor.decode_answers(latents) for name, latents in found.items()}
