@@ -106,6 +106,19 @@ def call(*command: object) -> str:
     return ended.stdout
 
 
+def check_budget(args: argparse.Namespace) -> None:
+    """Notes the budget beside the runs; raises ValueError where runs of another lie there."""
+    names = ("encoder_steps", "steps", "batch", "precision", "data", "count")
+    budget, path = {name: getattr(args, name) for name in names}, args.runs / "budget.json"
+    if not path.exists():
+        args.runs.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: file.write_text(json.dumps(budget) + "\n"))
+    there = json.loads(path.read_text())
+    if other := [name for name in names if there.get(name) != budget[name]]:
+        was = f"--{other[0].replace('_', '-')} {there.get(other[0])}, not {budget[other[0]]}"
+        raise ValueError(f"{args.runs} holds runs of {was}; give other folders with --runs and --out")
+
+
 def train(name: str, seed: int, args: argparse.Namespace) -> str | None:
     """Trains an arm unless it is trained; returns what `evaluate.py` is to load, None for its default."""
     arm, folder = ARMS[name], args.runs / f"{name}-{seed}"
@@ -260,6 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--table", action="store_true", help="only write the page")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("ablations.py"):
+        check_budget(args)
         for seed in args.seeds if not args.table else ():
             for name in args.only:
                 if ARMS[name].trained or seed == args.seeds[0]:

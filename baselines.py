@@ -2,9 +2,9 @@
 
     python baselines.py instruct-pix2pix --steps 6000 --output runs/instruct-pix2pix       # trains it
     python baselines.py prompt-diffusion --steps 6000 --output runs/prompt-diffusion
-    python evaluate.py runs/instruct-pix2pix --method instruct-pix2pix --mode instruction
-    python evaluate.py toy/weights/stable-diffusion --method sdedit --mode instruction     # needs no training
-    python evaluate.py timbrooks/instruct-pix2pix --method instruct-pix2pix --mode instruction --data FOLDER
+    python evaluate.py runs/instruct-pix2pix/pipeline --method instruct-pix2pix
+    python evaluate.py --method sdedit                                                     # needs no training
+    python evaluate.py timbrooks/instruct-pix2pix --method instruct-pix2pix --backbone sd15 --data FOLDER
 
 SDEdit (Meng et al., 2022): the query with noise, from which Stable Diffusion draws what the output's caption
 says. It sees neither the instruction nor the example.

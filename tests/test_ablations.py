@@ -105,6 +105,13 @@ def test_the_figure_is_drawn_when_its_three_encoders_are_trained(programs):
     assert "| encoder | half in |\n| --- | ---: |\n\n![" in page
 
 
+def test_runs_of_another_budget_are_not_mixed(programs, capsys):
+    programs("--only", "full", "--seeds", "0", "--steps", "20")
+    with pytest.raises(SystemExit) as stopped:
+        programs("--only", "full", "--seeds", "0", "--steps", "30")
+    assert stopped.value.code == 2 and "--steps 20, not 30" in capsys.readouterr().err
+
+
 def test_a_page_without_marks_is_left_alone(programs, tmp_path, capsys):
     (tmp_path / "results.md").write_text("Mine.\n")
     with pytest.raises(SystemExit) as stopped:
