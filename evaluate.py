@@ -165,8 +165,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 def fingerprint(sources: list[str]) -> str:
     """Of the files of models, so that answers of one trained anew do not mix with the old one's."""
     digest = hashlib.sha256()
-    folders = [folder for source in sources for folder in (Path(source), backbone.HERE / source)]
-    for file in (file for folder in dict.fromkeys(folders) for file in sorted(folder.rglob("*"))):
+    places = [[f for f in (Path(source), backbone.HERE / source) if f.is_dir()] for source in sources]
+    for file in (file for found in places for folder in found[:1] for file in sorted(folder.rglob("*"))):
         if file.suffix in (".json", ".safetensors"):
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
@@ -276,9 +276,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "model", nargs="?", metavar="MODEL", help="folder or hub id (default: the preset's, where it has one)"
-    )
+    add("model", nargs="?", metavar="MODEL", help="folder or hub id (default: the preset's, if it has one)")
     add("--method", default="instructgie", choices=METHODS, help="what kind of editor MODEL is")
     add("--backbone", default="toy", help=f"whose defaults to take: {', '.join(backbone.PRESETS)}")
     add("--data", help="dataset: a folder or a hub id (default: the preset's)")
@@ -311,9 +309,7 @@ def run(args: argparse.Namespace) -> None:
     model, source = args.model or default, args.data or preset.data
     for name, value in (("a MODEL of this method", model), ("--data", source)):
         if value is None:
-            raise ValueError(
-                f"--method {args.method} --backbone {args.backbone}: give {name}, there is no default"
-            )
+            raise ValueError(f"--method {args.method}: give {name}, --backbone {args.backbone} has none")
     modes = list(dict.fromkeys(args.mode or method.modes[:1]))
     if strange := [mode for mode in modes if mode not in method.modes]:
         raise ValueError(f"--mode {strange[0]}: {args.method} can be given {', '.join(method.modes)} alone")

@@ -212,6 +212,14 @@ def test_a_model_trained_anew_has_another_fingerprint(tmp_path):
     assert evaluate.fingerprint([str(tmp_path)]) != old
 
 
+def test_a_fingerprint_is_the_same_from_everywhere(tmp_path, monkeypatch):
+    clip = "toy/weights/clip"
+    monkeypatch.chdir(evaluate.backbone.HERE)
+    here = evaluate.fingerprint([clip])
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.fingerprint([clip]) == here != evaluate.fingerprint([])
+
+
 @pytest.mark.parametrize(
     "more",
     [
