@@ -131,8 +131,9 @@ def train(name: str, seed: int, args: argparse.Namespace) -> str | None:
     budget = ("--seed", seed, "--batch", args.batch, "--precision", args.precision, "--data", args.data)
     if ours:
         taught = args.runs / f"{arm.taught_as}-{seed}" / "prompt-encoder"
-        if arm.taught_as and taught.exists() and not folder.exists():
-            shutil.copytree(taught, folder / "prompt-encoder")
+        if arm.taught_as and taught.exists() and not (folder / "prompt-encoder").exists():
+            shutil.copytree(taught, folder / "copying", dirs_exist_ok=True)
+            (folder / "copying").rename(folder / "prompt-encoder")
         steps = ("--encoder-steps", args.encoder_steps, "--steps", args.steps, "--validate-every", args.steps)
         call("train.py", "--output", folder, "--resume", *budget, *steps, *arm.options)
     else:
