@@ -168,7 +168,9 @@ class Numbers(NamedTuple):
     high: float
 
     def text(self, digits: int) -> str:
-        return f"{self.mean:.{digits}f} ({self.low:.{digits}f} … {self.high:.{digits}f})"
+        """With the interval, unless that is the one number of one seed."""
+        interval = f" ({self.low:.{digits}f} … {self.high:.{digits}f})" if self.low < self.high else ""
+        return f"{self.mean:.{digits}f}{interval}"
 
 
 def gather(name: str, each: str, args: argparse.Namespace) -> dict[str, Numbers] | None:
