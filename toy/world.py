@@ -558,7 +558,20 @@ def _recolour_all(scene: Scene, target: str, value: str) -> Scene:
 
 def _wear(scene: Scene, target: str, value: str) -> Scene | None:
     face = scene.find("face")
-    return scene.put(face, features=(*face.features, value)) if face and value not in face.features else None
+    if not face or value in face.features:
+        return None
+    others = (worn for worn in face.features if not (worn.endswith(" hair") and value.endswith(" hair")))
+    return _if_visible(scene, scene.put(face, features=(*others, value)))
+
+
+def _exchange_channels(scene: Scene, target: str, value: str) -> Scene | None:
+    return _if_visible(scene, replace(scene, look=f"channels {value}"))
+
+
+def _if_visible(scene: Scene, edited: Scene) -> Scene | None:
+    """The edited scene, unless it looks as before: red and grey do where green and blue are exchanged."""
+    before, after = (np.asarray(render(each), np.int16) for each in (scene, edited))
+    return edited if np.abs(after - before).max() > 8 else None
 
 
 def _change_picture(name: str, words: str) -> Callable[[Scene, str, str], Scene]:
@@ -945,7 +958,7 @@ FAMILIES = {
         "give it a {value} contrast | let the contrast be {value} | it needs a {value} contrast",
     ),
     "channels": _family(
-        _change_picture("look", "channels {value}"),
+        _exchange_channels,
         _product(_NONE, CHANNELS),
         "exchange {value} everywhere",
         "swap the channels {value} | swap {value} in every pixel | trade {value} in all colours | "
