@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import backbone
@@ -34,7 +35,7 @@ PAGE = HERE / "docs" / "results.md"
 
 
 class Arm(NamedTuple):
-    """label: in the tables. options: of train.py. method: of evaluate.py. sets: of answers, names in SETS.
+    """label: in the tables. options: of train.py. method: of evaluate.py.
 
     taught_as: another arm, whose prompt encoder this one takes: taught alike, it would be the same.
     trained: here, once for each seed; what is not is asked once.
@@ -42,10 +43,8 @@ class Arm(NamedTuple):
     """
 
     label: str
-
     options: tuple[str, ...] = ()
     method: str = "instructgie"
-    sets: tuple[str, ...] = ("seen", "unseen_combination")
     taught_as: str | None = None
     trained: bool = True
     paper: tuple[float | None, float | None] = (None, None)
@@ -60,14 +59,12 @@ SETS = {
 }
 
 ARMS = {
-    "full": Arm("InstructGIE", sets=tuple(SETS), paper=(7.57, 0.27)),
-    "no-rcldm": Arm("without RCLDM", ("--no-rcldm",), sets=("seen", "example"), paper=(10.15, 0.13)),
-    "vit": Arm("ViT in place of VMamba", ("--encoder", "vit"), sets=("seen", "example")),
-    "no-esm": Arm("without ESM", ("--no-esm",), sets=("seen",), taught_as="full", paper=(9.23, 0.15)),
-    "no-liu": Arm("without LIU", ("--no-liu",), sets=("seen", "paraphrase"), paper=(10.37, None)),
-    "no-sam": Arm(
-        "without SAM", ("--no-sam",), sets=("seen", "faces"), taught_as="full", paper=(11.31, None)
-    ),
+    "full": Arm("InstructGIE", paper=(7.57, 0.27)),
+    "no-rcldm": Arm("without RCLDM", ("--no-rcldm",), paper=(10.15, 0.13)),
+    "vit": Arm("ViT in place of VMamba", ("--encoder", "vit")),
+    "no-esm": Arm("without ESM", ("--no-esm",), taught_as="full", paper=(9.23, 0.15)),
+    "no-liu": Arm("without LIU", ("--no-liu",), paper=(10.37, None)),
+    "no-sam": Arm("without SAM", ("--no-sam",), taught_as="full", paper=(11.31, None)),
     "sdedit": Arm("SDEdit", method="sdedit", trained=False, paper=(21.67, 0.11)),
     "instruct-pix2pix": Arm("InstructPix2Pix", method="instruct-pix2pix", paper=(17.87, 0.17)),
     "prompt-diffusion": Arm("Prompt Diffusion", method="prompt-diffusion", paper=(13.75, 0.21)),
@@ -146,7 +143,8 @@ def train(name: str, seed: int, args: argparse.Namespace) -> str | None:
 def measure(name: str, seed: int, model: str | None, args: argparse.Namespace) -> None:
     """Answers every set of the arm and measures the answers, unless that is done."""
     arm = ARMS[name]
-    for each in arm.sets:
+    tables = (*COMPARED.items(), *TAKEN_AWAY.items())
+    for each in dict.fromkeys(each for each, names in tables if name in names):
         out = args.out / f"{name}-{seed}" / each
         if (out / "score.json").exists():
             continue
@@ -173,8 +171,8 @@ class Numbers(NamedTuple):
         return f"{self.mean:.{digits}f}{interval}"
 
 
-def gather(name: str, each: str, args: argparse.Namespace) -> dict[str, Numbers] | None:
-    """What was measured of an arm's answers, over the seeds that are there; None where none is."""
+def gather(name: str, each: str, args: argparse.Namespace) -> list[dict]:
+    """What was measured of an arm's answers, a row for every seed that is there."""
     rows = []
     for seed in args.seeds:
         out = args.out / f"{name}-{seed}" / each
@@ -182,26 +180,16 @@ def gather(name: str, each: str, args: argparse.Namespace) -> dict[str, Numbers]
             (measured,) = json.loads((out / "metrics.json").read_text())["results"]
             (scored,) = json.loads((out / "score.json").read_text())
             rows.append(measured | scored)
-    if not rows:
+    return rows
+
+
+def numbers(rows: list[dict], key: str, interval: str | None = None, unit: float = 1) -> Numbers | None:
+    """A metric over the seeds; its ends are the least and the greatest seed where it has no interval."""
+    values = [row[key] for row in rows]
+    if None in values:
         return None
-    found = {"seeds": Numbers(len(rows), 0, 0), "n": Numbers(rows[0]["n"], 0, 0)}
-    for key, interval in (
-        ("fid", "fid_interval"),
-        ("directional_similarity", "directional_similarity_interval"),
-        ("accuracy", "interval"),
-    ):
-        lows, highs = zip(*(row[interval] for row in rows))
-        found[key] = Numbers(mean(row[key] for row in rows), min(lows), max(highs))
-    for key in ("mae_inside", "mae_outside", "mae_face"):
-        values = [row[key] for row in rows]
-        if None not in values:
-            found[key] = Numbers(mean(values), min(values), max(values))
-    return found
-
-
-def mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
+    ends = [end for row in rows for end in row[interval]] if interval else values
+    return Numbers(*(unit * x for x in (fmean(values), min(ends), max(ends))))
 
 
 def table(each: str, names: Iterable[str], args: argparse.Namespace) -> str:
@@ -211,16 +199,17 @@ def table(each: str, names: Iterable[str], args: argparse.Namespace) -> str:
     rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for name in names:
         found = gather(name, each, args)
-        if found is None:
+        if not found:
             continue
-        right = Numbers(*(100 * x for x in found["accuracy"]))
-        errors = [found.get(f"mae_{region}") for region in ("inside", "outside", "face")]
-        rows.append(
-            [ARMS[name].label, f"{found['seeds'].mean} × {found['n'].mean}", found["fid"].text(4)]
-            + [found["directional_similarity"].text(3), right.text(1)]
-            + ["–" if error is None else error.text(1) for error in errors]
-            + ["–" if number is None else f"{number:.2f}" for number in ARMS[name].paper]
-        )
+        cells = [
+            numbers(found, "fid", "fid_interval").text(4),
+            numbers(found, "directional_similarity", "directional_similarity_interval").text(3),
+            numbers(found, "accuracy", "interval", unit=100).text(1),
+        ]
+        errors = [numbers(found, f"mae_{region}") for region in ("inside", "outside", "face")]
+        cells += ["–" if error is None else error.text(1) for error in errors]
+        cells += ["–" if number is None else f"{number:.2f}" for number in ARMS[name].paper]
+        rows.append([ARMS[name].label, f"{len(found)} × {found[0]['n']}", *cells])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows) if len(rows) > 2 else "Not measured yet.\n"
 
 

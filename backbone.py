@@ -231,11 +231,15 @@ _FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.mod
 _VARIANTS = ("*.fp16.*", "*.non_ema.*", "*.bf16.*")
 
 
+def local_folder(source: str | Path) -> Path | None:
+    """The folder of that path, seen from here or from this repository; None where there is none."""
+    return next((folder.resolve() for folder in (Path(source), HERE / source) if folder.is_dir()), None)
+
+
 def find_folder(source: str | Path, patterns: list[str] | None = None) -> Path:
     """A local folder, also relative to this repository; or a hub id's snapshot, of which only safe files."""
-    for folder in (Path(source), HERE / source):
-        if folder.is_dir():
-            return folder.resolve()
+    if folder := local_folder(source):
+        return folder
     if str(source).count("/") != 1 or str(source).startswith((".", "/")):
         raise BackboneError(f"{source}: no such folder; give a model's folder or a hub id, owner/name")
     from huggingface_hub import snapshot_download

@@ -61,12 +61,13 @@ class Baseline:
     settings: how it samples unless told otherwise; at first as its authors do.
     """
 
+    kind: ClassVar[type[diffusers.DiffusionPipeline]]
     settings: ClassVar[dict[str, Any]]
 
-    def __init__(self, sd: backbone.StableDiffusion, panel: int, kind: type, **parts: nn.Module) -> None:
+    def __init__(self, sd: backbone.StableDiffusion, panel: int, **parts: nn.Module) -> None:
         self.sd, self.panel = sd, panel
         blind = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        self.pipeline = kind(**sd._asdict(), **parts, **blind)
+        self.pipeline = self.kind(**sd._asdict(), **parts, **blind)
         self.pipeline.set_progress_bar_config(disable=True)
 
     @classmethod
@@ -87,10 +88,8 @@ class Baseline:
 class SDEdit(Baseline):
     """The query with noise, `strength` of the way to pure noise, denoised to what the caption says."""
 
+    kind = diffusers.StableDiffusionImg2ImgPipeline
     settings: ClassVar = {"steps": 20, "eta": 0.0, "guidance_text": 7.5, "strength": 0.6}
-
-    def __init__(self, sd: backbone.StableDiffusion, panel: int) -> None:
-        super().__init__(sd, panel, diffusers.StableDiffusionImg2ImgPipeline)
 
     def answer(
         self, examples, has_example, queries, texts, seeds, guidance_text, strength, **sampling
@@ -103,10 +102,8 @@ class SDEdit(Baseline):
 class InstructPix2Pix(Baseline):
     """A U-Net of twice the input channels: the noisy latents, and the query's, which are not scaled."""
 
+    kind = diffusers.StableDiffusionInstructPix2PixPipeline
     settings: ClassVar = {"steps": 20, "eta": 0.0, "guidance_text": 7.5, "guidance_visual": 1.5}
-
-    def __init__(self, sd: backbone.StableDiffusion, panel: int) -> None:
-        super().__init__(sd, panel, diffusers.StableDiffusionInstructPix2PixPipeline)
 
     def answer(
         self, examples, has_example, queries, texts, seeds, guidance_text, guidance_visual, **sampling
@@ -145,10 +142,8 @@ EMBEDDINGS = {
 class PromptDiffusion(Baseline):
     """Stable Diffusion under a ControlNet that reads an example pair and a query."""
 
+    kind = diffusers.StableDiffusionControlNetPipeline
     settings: ClassVar = {"steps": 20, "eta": 0.0, "guidance_text": 7.5}
-
-    def __init__(self, sd: backbone.StableDiffusion, panel: int, control: nn.Module) -> None:
-        super().__init__(sd, panel, diffusers.StableDiffusionControlNetPipeline, controlnet=control)
 
     @classmethod
     def load(cls, source: str, device: str | torch.device = "auto", panel: int = 256) -> PromptDiffusion:
@@ -163,7 +158,7 @@ class PromptDiffusion(Baseline):
             raise backbone.BackboneError(
                 f"{path}: no ControlNet of Prompt Diffusion for this U-Net"
             ) from None
-        return cls(sd, panel, control.to(device).eval().requires_grad_(False))
+        return cls(sd, panel, controlnet=control.to(device).eval().requires_grad_(False))
 
     def answer(self, examples, has_example, queries, texts, seeds, guidance_text, **sampling) -> Tensor:
         """See `Editor.answer`. A pair that is not given is grey, and so it was in training."""
@@ -233,7 +228,7 @@ class Learner(nn.Module):
         if self.method == "instruct-pix2pix":
             InstructPix2Pix(sd, 0).pipeline.save_pretrained(temporary)
         else:
-            PromptDiffusion(sd, 0, self.control).pipeline.save_pretrained(temporary)
+            PromptDiffusion(sd, 0, controlnet=self.control).pipeline.save_pretrained(temporary)
             save_file(renamed(self.control.state_dict(), EMBEDDINGS), temporary / "controlnet" / WEIGHTS)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)

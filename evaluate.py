@@ -165,8 +165,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 def fingerprint(sources: list[str]) -> str:
     """Of the files of models, so that answers of one trained anew do not mix with the old one's."""
     digest = hashlib.sha256()
-    places = [[f for f in (Path(source), backbone.HERE / source) if f.is_dir()] for source in sources]
-    for file in (file for found in places for folder in found[:1] for file in sorted(folder.rglob("*"))):
+    folders = filter(None, map(backbone.local_folder, sources))  # a hub id has none
+    for file in (file for folder in folders for file in sorted(folder.rglob("*"))):
         if file.suffix in (".json", ".safetensors"):
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())

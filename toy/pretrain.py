@@ -382,7 +382,7 @@ def train_unet(args: argparse.Namespace) -> None:
         x, texts = draw(step)
         x, g = x.to(args.device).float(), generator(args.seed + 1, step)
         noise = torch.randn(x.shape, generator=g).to(args.device)
-        # Choice: a third of the pictures with hardly any noise. What this U-Net cannot give back of a clean
+        # Choice: three pictures in ten have hardly any noise. What this U-Net cannot give back of a clean
         # picture, an editor that steers its frozen decoder cannot draw either.
         u, weak = torch.rand(2, len(x), generator=g)
         t = torch.where(weak < 0.3, u / 10, u) * scheduler.config.num_train_timesteps

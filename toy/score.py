@@ -39,7 +39,6 @@ from evaluate import read_answers
 from toy import world
 
 UNEDITED = "unedited"  # the name of the input among the families
-EDITED = 8  # levels of 255 by which a pixel of the edited region differs, in any channel
 
 
 # --- One query ----------------------------------------------------------------------------------------------
@@ -70,7 +69,7 @@ class Truth:
         self.pictures, self.edits = candidates(scene)
         self.picture = _pixels(after)
         change = np.abs(self.picture.astype(np.int16) - self.pictures[0]).max(axis=-1)
-        self.edited = change > EDITED  # (P, P) bool
+        self.edited = change > world.VISIBLE  # (P, P) bool
         self.face = world.render_classes(after) == world.CLASSES.index("face")  # (P, P) bool
 
     def score(self, answer: np.ndarray) -> dict:

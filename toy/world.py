@@ -78,6 +78,7 @@ HATS = ("a purple hat", "a green hat", "a red hat")
 PATTERNS = ("white stripes", "a white half")
 HUES = {"a sixth": 60, "a third": 120, "a half": 180, "two thirds": 240, "five sixths": 300}  # degrees
 CHANNELS = {"red and green": (1, 0, 2), "green and blue": (0, 2, 1), "red and blue": (2, 1, 0)}  # exchanged
+VISIBLE = 8  # levels of 255 by which a pixel must differ, in any channel, to count as edited
 OUTLINES = {"white": (250, 250, 250), "black": (10, 10, 10)}
 CLASSES = ("background", "face", *SHAPES)  # what the segment masks tell apart; the index is the class id
 
@@ -570,8 +571,13 @@ def _exchange_channels(scene: Scene, target: str, value: str) -> Scene | None:
 
 def _if_visible(scene: Scene, edited: Scene) -> Scene | None:
     """The edited scene, unless it looks as before: red and grey do where green and blue are exchanged."""
-    before, after = (np.asarray(render(each), np.int16) for each in (scene, edited))
-    return edited if np.abs(after - before).max() > 8 else None
+    change = np.abs(np.asarray(render(edited), np.int16) - _levels(scene))
+    return edited if change.max() > VISIBLE else None
+
+
+@functools.lru_cache(maxsize=1)  # many edits of one scene are tried in a row
+def _levels(scene: Scene) -> np.ndarray:
+    return np.asarray(render(scene), np.int16)
 
 
 def _change_picture(name: str, words: str) -> Callable[[Scene, str, str], Scene]:
@@ -1088,8 +1094,7 @@ def write_split(folder: Path, pairs: list[Pair]) -> None:
 
     Beyond the format's own keys each line keeps what `toy/score.py` needs: the family, the canonical wording,
     and the scene before the edit together with the edit's arguments; and a paraphrase of the instruction that
-    no model has seen. The segment masks are pictures whose
-    grey levels are indices into CLASSES.
+    no model has seen. The segment masks are pictures whose grey levels are indices into CLASSES.
     """
     folder.mkdir(parents=True)
     with ProcessPoolExecutor() as pool:
