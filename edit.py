@@ -20,13 +20,51 @@ Symbols: B samples; P panel size in pixels, p in latent pixels; C latent channel
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import json
 import math
 import os
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+SCHEDULERS = {  # diffusers' names
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Edit pictures by example, by instruction, or by both.")
+    add = parser.add_argument
+    add("--prompt-pair", nargs=2, metavar=("BEFORE", "AFTER"), type=Path, help="the example of the edit")
+    add("--instruction", default="", help="the edit in words")
+    add("--input", nargs="+", type=Path, required=True, help="pictures to edit, or folders of them")
+    add("--output", type=Path, required=True, help="a .png file for one answer, a folder for more")
+    add("--model", help="an editor's folder, as train.py saves it (default: the toy world's)")
+    add("--num-images", type=int, default=1, help="answers to each input, of seeds S, S + 1, …")
+    add("--seed", type=int, default=0, help="of the first answer to each input")
+    add("--steps", type=int, help="of the sampler (default: the editor's)")
+    add("--eta", type=float, help="fresh noise at every step, 0 … 1, of ddim (default: the editor's)")
+    add("--guidance-text", type=float, help="weight of the instruction, 1 for none (default: the editor's)")
+    add("--guidance-visual", type=float, help="weight of the example, 1 for none (default: the editor's)")
+    add("--scheduler", default="ddim", choices=SCHEDULERS, help="the sampler")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the models")
+    add("--grid", action="store_true", help="write the labelled grid beside each answer")
+    add("--batch", type=int, default=4, help="answers drawn at once")
+    add("--compile", action="store_true", help="compile the U-Nets: slow to start, then faster")
+    add("--offload", action="store_true", help="less GPU memory: parts wait in main memory till they work")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments()  # answers --help and misspelt options before the imports below, which take seconds
 
 import diffusers
 import torch
@@ -50,13 +88,6 @@ from dataset import (
     tensor_to_image,
 )
 
-SCHEDULERS = {
-    "ddim": diffusers.DDIMScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
-    "euler-a": diffusers.EulerAncestralDiscreteScheduler,
-    "dpm++": diffusers.DPMSolverMultistepScheduler,
-    "unipc": diffusers.UniPCMultistepScheduler,
-}
 # Choice: how an editor samples unless told otherwise; `train.py` records it with what it trained. A scale of
 # 1 is no guidance: one branch instead of three. On the toy world 1.5 makes a few more edits right, and what
 # they leave alone more wrong. An eta of 1 is fresh noise at every step: later steps can mend what the first
@@ -71,8 +102,8 @@ class Editor:
     """The frozen Stable Diffusion, the trained RCLDM and the unification module: load once, edit many.
 
     sd, rcldm: of one dtype, on one device. unifier: None leaves instructions as they stand. panel: P.
-    settings: what `train.py` recorded, among it how to sample best. Raises BackboneError where sd and rcldm
-    do not fit.
+    settings: what `train.py` recorded, among it how to sample best. offload: language model, text encoder and
+    VAE are on the U-Net's device only while they work. Raises BackboneError where sd and rcldm do not fit.
     """
 
     def __init__(
@@ -82,8 +113,9 @@ class Editor:
         unifier: liu.InstructionUnifier | None,
         panel: int,
         settings: dict[str, Any] | None = None,
+        offload: bool = False,
     ) -> None:
-        self.sd, self.rcldm, self.unifier, self.panel = sd, rcldm, unifier, panel
+        self.sd, self.rcldm, self.unifier, self.panel, self.offload = sd, rcldm, unifier, panel, offload
         self.settings = SAMPLING | (settings or {})
         self.factor = 2 ** (len(sd.vae.config.block_out_channels) - 1)  # P / p
         mine, theirs = ({**model.config} for model in (rcldm.trainable_copy, sd.unet))
@@ -102,13 +134,15 @@ class Editor:
         device: str | torch.device = "auto",
         dtype: torch.dtype = torch.float32,
         llm: bool = True,
+        offload: bool = False,
     ) -> Editor:
         """An editor's folder, as `train.py` saves it, with the pretrained parts that it names.
 
-        llm: without it the language model stays unloaded, and instructions are used as they stand. Raises
-        BackboneError.
+        llm: without it the language model stays unloaded, and instructions are used as they stand. offload:
+        as above. Raises BackboneError.
         """
         device = backbone.pick_device(str(device))
+        start = "cpu" if offload else device
         rcldm, settings = backbone.load_editor(folder, device, dtype)
         missing = {"stable_diffusion", "llm", "panel"} - set(settings)
         if missing:
@@ -118,15 +152,32 @@ class Editor:
         for name, kind in ({"stable_diffusion": str, "llm": str | None} | kinds).items():
             if name in settings and not isinstance(settings[name], kind):
                 raise backbone.BackboneError(f"{folder}: instructgie.json has {name} {settings[name]!r}")
-        sd = backbone.load_stable_diffusion(settings["stable_diffusion"], device, dtype)
+        sd = backbone.load_stable_diffusion(settings["stable_diffusion"], start, dtype)
+        sd.unet.to(device)
         unifier = None
         if llm and settings["llm"]:  # Choice: no cache on disk here, since a greedy model only repeats itself
             unifier = liu.InstructionUnifier(*backbone.load_llm(settings["llm"], device))
-        return cls(sd, rcldm, unifier, settings["panel"], settings)
+            unifier.model.to(start)
+        return cls(sd, rcldm, unifier, settings["panel"], settings, offload)
+
+    @contextlib.contextmanager
+    def at_work(self, part: nn.Module) -> Iterator[nn.Module]:
+        """The part, on the U-Net's device; with `offload`, only for as long."""
+        yield part.to(self.sd.unet.device)
+        if self.offload:
+            part.cpu()
+
+    def compile(self) -> None:
+        """Compiles what runs at every step, at its first step for each number of samples."""
+        self.sd.unet.compile()
+        self.rcldm.compile()
 
     def unify(self, instructions: list[str]) -> list[str]:
         """l' = U(l) of each instruction; as they stand where the editor was trained without U."""
-        return self.unifier.unify(instructions) if self.unifier else list(instructions)
+        if self.unifier is None:
+            return list(instructions)
+        with self.at_work(self.unifier.model):
+            return self.unifier.unify(instructions)
 
     @torch.no_grad()
     def sample(
@@ -185,12 +236,16 @@ class Editor:
         has_pair = torch.tensor(has_example, device=device).view(-1, 1, 1, 1)
         shown = torch.where(has_pair, shown, alone)
         condition = torch.cat([shown if pair else alone for _, pair in branches])  # (K·B, 3, 2P, 2P)
-        told, silent = (backbone.encode_text(sd, texts) for texts in (instructions, [""] * batch))
+        with self.at_work(sd.text_encoder):
+            told, silent = (backbone.encode_text(sd, texts) for texts in (instructions, [""] * batch))
         states = torch.cat([told if text else silent for text, _ in branches])  # (K·B, tokens, D)
-        known = known_latents(sd.vae, condition) if rcldm.config.prompt_encoder_latents else None
+        known = None
+        if rcldm.config.prompt_encoder_latents:
+            with self.at_work(sd.vae) as vae:
+                known = known_latents(vae, condition)
         condition, draft = rcldm.encode_condition(condition, states, known)
 
-        solver = SCHEDULERS[scheduler].from_config(sd.scheduler.config)
+        solver = getattr(diffusers, SCHEDULERS[scheduler]).from_config(sd.scheduler.config)
         solver.set_timesteps(steps, device=device)
         # Drawn on the CPU, so that a seed means the same noise on every device.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -219,7 +274,8 @@ class Editor:
         """Latents of grids (B, C, 2p, 2p) → the answers (B, 3, P, P) in [-1, 1], float32."""
         vae, z = self.sd.vae, answer_panel(latents).to(self.sd.vae.dtype)
         z = z / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
-        return vae.decode(z).sample.float().clamp(-1, 1)
+        with self.at_work(vae):
+            return vae.decode(z).sample.float().clamp(-1, 1)
 
     def decode_grids(self, latents: Tensor) -> Tensor:
         """Latents of grids (B, C, 2p, 2p) → all that was drawn, (B, 3, 2P, 2P) in [-1, 1], float32.
@@ -362,28 +418,6 @@ def grid_path(path: Path) -> Path:
     return path.with_stem(f"{path.stem}_grid")
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Edit pictures by example, by instruction, or by both.")
-    add = parser.add_argument
-    add("--prompt-pair", nargs=2, metavar=("BEFORE", "AFTER"), type=Path, help="the example of the edit")
-    add("--instruction", default="", help="the edit in words")
-    add("--input", nargs="+", type=Path, required=True, help="pictures to edit, or folders of them")
-    add("--output", type=Path, required=True, help="a .png file for one answer, a folder for more")
-    add("--model", default=backbone.PRESETS["toy"].editor, help="an editor's folder, as train.py saves it")
-    add("--num-images", type=int, default=1, help="answers to each input, of seeds S, S + 1, …")
-    add("--seed", type=int, default=0, help="of the first answer to each input")
-    add("--steps", type=int, help="of the sampler (default: the editor's)")
-    add("--eta", type=float, help="fresh noise at every step, 0 … 1, of ddim (default: the editor's)")
-    add("--guidance-text", type=float, help="weight of the instruction, 1 for none (default: the editor's)")
-    add("--guidance-visual", type=float, help="weight of the example, 1 for none (default: the editor's)")
-    add("--scheduler", default="ddim", choices=SCHEDULERS, help="the sampler")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the models")
-    add("--grid", action="store_true", help="write the labelled grid beside each answer")
-    add("--batch", type=int, default=4, help="answers drawn at once")
-    return parser.parse_args()
-
-
 @backbone.one_line_errors("edit.py")
 def main() -> None:
     args = arguments()
@@ -406,7 +440,11 @@ def main() -> None:
         load_image(path)  # a broken picture should show before models are loaded
 
     transformers.logging.disable_progress_bar()  # of every part's loading
-    editor = Editor.load(args.model, args.device, getattr(torch, args.dtype), llm=bool(instruction))
+    model = args.model or backbone.PRESETS["toy"].editor
+    dtype, has_words = getattr(torch, args.dtype), bool(instruction)
+    editor = Editor.load(model, args.device, dtype, llm=has_words, offload=args.offload)
+    if args.compile:
+        editor.compile()
     size = editor.panel
     given = {name: getattr(args, name) for name in SAMPLING}
     sampler = {name: editor.settings[name] if value is None else value for name, value in given.items()}
@@ -425,13 +463,17 @@ def main() -> None:
         batch = jobs[start : start + args.batch]
         n, asked = len(batch), torch.stack([queries[i] for i, _ in batch])
         has_example, seeds = [bool(args.prompt_pair)] * n, [args.seed + k for _, k in batch]
-        latents = editor.sample(
-            pair.expand(n, -1, -1, -1, -1), has_example, asked, [unified] * n, seeds, **sampler, progress=True
-        )
+        given = pair.expand(n, -1, -1, -1, -1), has_example, asked, [unified] * n, seeds
+        try:
+            latents = editor.sample(*given, **sampler, progress=True)
+        except RuntimeError as error:
+            if not args.compile:
+                raise
+            raise ValueError(f"--compile: {str(error).splitlines()[0]}; edit without it") from error
         for (i, k), seed, answer in zip(batch, seeds, editor.decode_answers(latents).cpu()):
             record = {"instruction": instruction, "unified": unified, "input": str(inputs[i]), "seed": seed}
             record |= {"prompt_pair": [str(path) for path in args.prompt_pair or []], **sampler}
-            record |= {"model": str(args.model), "dtype": args.dtype, "device": str(editor.sd.unet.device)}
+            record |= {"model": str(model), "dtype": args.dtype, "device": str(editor.sd.unet.device)}
             path = targets[i][k]
             save_png(tensor_to_image(unfit(answer, boxes[i])), path, record)
             if args.grid:

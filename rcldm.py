@@ -102,7 +102,7 @@ def selective_scan(
     if backend == "reference":
         y = _scan_reference(u.to(wide), delta, A, B, C, D).to(u.dtype)
     else:
-        y = _ChunkedScan.apply(u, delta, A, B, C, D)
+        y = _scan_chunked(u, delta, A, B, C, D)
     return y if in_groups else y.flatten(1, 2)
 
 
@@ -179,6 +179,11 @@ def _scan_kernel(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
     u, delta, B, C = (x.to(u.dtype).contiguous() for x in (u, delta, B, C))
     A, D, delta_bias = (None if x is None else x.float().contiguous() for x in (A, D, delta_bias))
     return selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus).view(shape)
+
+
+@torch.compiler.disable  # it would unroll the loops over time, and compile for many minutes
+def _scan_chunked(*inputs: Tensor) -> Tensor:
+    return _ChunkedScan.apply(*inputs)
 
 
 class _ChunkedScan(torch.autograd.Function):

@@ -266,6 +266,8 @@ def test_bfloat16(folders, edits):
 
 
 class Shout:
+    model = torch.nn.Identity()
+
     def unify(self, texts):
         return [text.upper() for text in texts]
 
@@ -475,3 +477,33 @@ def test_as_a_program(here, folders):
     done = subprocess.run([*program, *options], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "answer.png\n"), done.stderr
     assert Image.open("answer.png").size == (P, P // 2)
+
+
+def test_help_comes_before_the_slow_imports():
+    asked = [sys.executable, "-X", "importtime", edit.__file__, "--help"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: edit.py") and "--prompt-pair" in done.stdout
+    assert "argparse" in done.stderr and "torch" not in done.stderr and "diffusers" not in done.stderr
+
+
+def test_offloaded_parts_are_on_the_device_only_while_they_work(folders, edits, monkeypatch):
+    """Without a GPU: what is moved where, and when."""
+    plain, offloaded = (Editor.load(folders / "editor", "cpu", offload=offload) for offload in (False, True))
+    assert torch.equal(draw(plain, edits), draw(offloaded, edits))
+    moves = []
+    for name in ("text_encoder", "vae"):
+        part = getattr(offloaded.sd, name)
+        monkeypatch.setattr(
+            part, "to", lambda device, name=name, part=part: moves.append((name, "in")) or part
+        )
+        monkeypatch.setattr(part, "cpu", lambda name=name: moves.append((name, "out")))
+    offloaded.answer(*edits[:1], None, *edits[1:3], [0] * len(edits[2]), steps=1)
+    assert moves == [(name, way) for name in ("text_encoder", "vae", "vae") for way in ("in", "out")]
+
+
+@pytest.mark.slow
+def test_a_compiled_editor_draws_the_same(folders, edits):
+    editor = Editor.load(folders / "editor", "cpu")
+    plain = draw(editor, edits)
+    editor.compile()
+    assert apart(draw(editor, edits), plain) < 1e-3
