@@ -162,6 +162,22 @@ def encode_images(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return (latents - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
 
 
+def load_tiny_decoder(source: str, vae: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
+    """An AutoencoderTiny for latents such as `vae`'s (TAESD for Stable Diffusion), frozen.
+
+    Raises BackboneError.
+    """
+    from diffusers import AutoencoderTiny
+
+    folder = find_folder(source, ["*"])
+    with _clear_errors(source, "an AutoencoderTiny's folder in diffusers' layout"):
+        decoder = AutoencoderTiny.from_pretrained(folder, use_safetensors=True)
+    if decoder.config.latent_channels != vae.config.latent_channels:
+        mine, theirs = decoder.config.latent_channels, vae.config.latent_channels
+        raise BackboneError(f"{source}: decodes latents of {mine} channels; this VAE's have {theirs}")
+    return _freeze(decoder, device)
+
+
 def load_clip(
     source: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> nn.Module:

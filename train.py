@@ -101,6 +101,7 @@ def settings() -> argparse.Namespace:
     add("--encoder-width", type=int, help="channels of its blocks (default: as the U-Net's first level)")
     add("--auxiliary-weight", type=float, default=0.3, help="of saying what it sees, while it is taught")
     add("--noise-power", type=float, default=1.0, help="above 1: strong noise comes more often than weak")
+    add("--optimizer", default="adamw", choices=("adamw", "adamw-8bit"), help="8 bit: needs bitsandbytes")
     add("--weight-decay", type=float, default=0.01)
     add("--clip-norm", type=float, default=1.0, help="largest norm of the gradient")
     add("--ema", type=float, default=0.998, help="decay of the averaged weights, which are what is saved")
@@ -113,6 +114,7 @@ def settings() -> argparse.Namespace:
     add("--edit-weight", type=float, default=1.0, help="what its edited places weigh besides, in L_dm")
     add("--es-weight", type=float, default=0.05, help="λ_es")
     add("--es-samples", type=int, default=4, help="answers decoded for L_es in a batch at most: memory, time")
+    add("--tiny-decoder", help="hub id or folder of an AutoencoderTiny that decodes them, such as TAESD")
     add("--sam-weight", type=float, default=0.1, help="λ_sam")
     add("--sam-classes", nargs="+", help="names of the segmenter's classes (default: the preset's)")
     add("--sam-propose", action="store_true", help="let the language model choose the segmenter's classes")
@@ -382,22 +384,41 @@ def place_weights(query: Tensor, drawn: Tensor, answer_weight: float, edit_weigh
 
 
 class Losses:
-    """L = L_dm + λ_es · L_es + λ_sam · L_sam, for batches of the data loader."""
+    """L = L_dm + λ_es · L_es + λ_sam · L_sam, for batches of the data loader.
 
-    def __init__(self, args, sd: backbone.StableDiffusion, frozen: Frozen, facts: Facts | None, texts, rows):
-        self.args, self.sd, self.frozen = args, sd, frozen
-        self.facts, self.texts, self.rows = facts, texts, rows
+    decoder: of the answers for L_es; None is the VAE's. accelerator: of the processes that share a step. Each
+    draws what is random for all of them, and takes its share; and a mean over samples is one over all of
+    theirs. So their number does not change what is learnt.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        sd: backbone.StableDiffusion,
+        frozen: Frozen,
+        facts: Facts | None,
+        texts: Tensor,
+        rows: Tensor,
+        decoder: nn.Module | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.args, self.sd, self.frozen, self.decoder = args, sd, frozen, decoder or sd.vae
+        self.facts, self.texts, self.rows, self.accelerator = facts, texts, rows, accelerator
+        self.processes = accelerator.num_processes if accelerator else 1
+        self.drop = args.drop_both, args.drop_text, args.drop_example
         grey = torch.zeros(1, 2, 3, args.panel, args.panel, device=sd.vae.device)
         self.grey = Frozen(sd.vae, None, None).observe(grey).latents[0, 0]  # (C, p, p)
 
+    def share(self, drawn: Tensor) -> Tensor:
+        """This process's part of what was drawn for all of them."""
+        return drawn.chunk(self.processes)[self.accelerator.process_index] if self.processes > 1 else drawn
+
     def draw(
-        self, batch: dict, g: torch.Generator, device: torch.device
-    ) -> tuple[Tensor, Tensor, Facts, Tensor, tuple[Tensor, Tensor]]:
-        """A step's condition grids, their latents x_0, facts, text embeddings (B, T, D), and which samples
-        are told the instruction and which show their example pair, both (B,)."""
-        args, count = self.args, len(batch["index"])
-        drop = args.drop_both, args.drop_text, args.drop_example
-        keep_text, keep_example = dropout(count, drop, g)
+        self, batch: dict, keep: tuple[Tensor, Tensor], device: torch.device
+    ) -> tuple[Tensor, Tensor, Facts, Tensor]:
+        """A step's condition grids, their latents x_0, facts and text embeddings (B, T, D). keep: which
+        samples are told the instruction and which show their example pair, both (B,), see `dropout`."""
+        count, (keep_text, keep_example) = len(batch["index"]), keep
         panels, facts = look_up(batch, self.facts, device, self.frozen)
         condition = mask_query(compose_grid(*panels.unbind(1)))
         latents = facts.latents.clone()
@@ -407,22 +428,31 @@ class Losses:
         x_0 = compose_grid(*latents[:count].unbind(1), *latents[count:].unbind(1))
         row = torch.where(keep_text, self.rows[batch["index"]], len(self.texts) - 1)
         states = self.texts[row.to(self.texts.device)].to(device)
-        return condition, x_0, facts, states, (keep_text, keep_example)
+        return condition, x_0, facts, states
+
+    def over_all(self, mean: Tensor, count: Tensor | float) -> Tensor:
+        """A mean over `count` things of this process, so scaled that the processes' mean is that over all."""
+        if self.processes == 1:
+            return mean
+        count = torch.as_tensor(count, dtype=torch.float32, device=mean.device)
+        return mean * count / self.accelerator.reduce(count, "mean").clamp(min=1e-9)
 
     def mean(self, error: Tensor, query: Tensor, drawn: Tensor) -> Tensor:
         """Weighted mean of the errors of drawn grids, both (B, C, 2p, 2p); query (B, 2, C, p, p) as above."""
         weights = self.args.answer_weight, self.args.edit_weight
         weight = place_weights(query, answer_panel(drawn), *weights)
-        return (weight * error).mean() / weight.mean()
+        return self.over_all((weight * error).mean() / weight.mean(), weight.mean())
 
     def __call__(self, model: nn.Module, batch: dict, g: torch.Generator) -> dict[str, Tensor]:
         args, scheduler = self.args, self.sd.scheduler
         device = self.sd.unet.device
         count = len(batch["index"])
-        condition, x_0, facts, states, _ = self.draw(batch, g, device)
-        noise = torch.randn(x_0.shape, generator=g).to(device)
+        of_all = count * self.processes
+        keep_text, keep_example = map(self.share, dropout(of_all, self.drop, g))
+        condition, x_0, facts, states = self.draw(batch, (keep_text, keep_example), device)
+        noise = self.share(torch.randn(of_all, *x_0.shape[1:], generator=g)).to(device)
         timesteps = scheduler.config.num_train_timesteps
-        t = draw_timesteps(torch.rand(count, generator=g), args.noise_power, timesteps)
+        t = self.share(draw_timesteps(torch.rand(of_all, generator=g), args.noise_power, timesteps))
         trust = esm.noise_weight(t, scheduler)  # (B,)
         chosen = trust.nonzero()[: args.es_samples, 0]  # found here, where no device has to be waited for
         t, trust, chosen = (x.to(device) for x in (t, trust, chosen))
@@ -438,14 +468,15 @@ class Losses:
 
         if not args.no_esm:
             before, after = facts.embeddings[count:][chosen].unbind(1)
+            distance = 0 * losses["dm"]
             if len(chosen):
-                drawn = esm.decode_answer(self.sd.vae, x_0_hat[chosen])
-                losses["es"] = esm.editing_shift_loss(self.frozen.clip, before, drawn, after, trust[chosen])
-            else:
-                losses["es"] = 0 * losses["dm"]
+                drawn = esm.decode_answer(self.decoder, x_0_hat[chosen])
+                distance = esm.editing_shift_loss(self.frozen.clip, before, drawn, after, trust[chosen])
+            losses["es"] = self.over_all(distance, len(chosen))
         if not args.no_sam:
-            panels = answer_panel(x_0_hat), answer_panel(x_0)
-            losses["sam"] = sam_loss.selective_area_loss(*panels, facts.areas[count:], trust)
+            panels, areas = (answer_panel(x_0_hat), answer_panel(x_0)), facts.areas[count:]
+            error = sam_loss.selective_area_loss(*panels, areas, trust)
+            losses["sam"] = self.over_all(error, ((areas.flatten(1).sum(1) > 0) & (trust > 0)).sum())
         weights = {"dm": 1.0, "es": args.es_weight, "sam": args.sam_weight}
         return {"loss": sum(weights[name] * value for name, value in losses.items()), **losses}
 
@@ -529,6 +560,13 @@ def show(losses: dict[str, Tensor], smooth: dict[str, Tensor], progress: tqdm, s
         progress.set_postfix({name: f"{value:.4f}" for name, value in smooth.items()}, refresh=False)
 
 
+def check_finite(smooth: dict[str, Tensor], step: int) -> None:
+    """Raises ValueError where a loss has ceased to be a number: to be asked before anything is saved."""
+    if wrong := [name for name, value in smooth.items() if not value.isfinite()]:
+        way = "--resume goes on from the last checkpoint; try it with a lower --lr or with --precision no"
+        raise ValueError(f"not a number by step {step}: {', '.join(wrong)}; {way}")
+
+
 SCAN_PARAMETERS = ("A_logs", "Ds", "dt_projs_bias")  # no matrices, whatever their shape
 
 
@@ -577,7 +615,8 @@ def teach_prompt_encoder(
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / args.encoder_steps)
         g = torch.Generator().manual_seed((args.seed + 1) * 1_000_003 + step)
-        condition, x_0, facts, states, keep = losses_of.draw(batch, g, device)
+        keep = dropout(len(batch["index"]), losses_of.drop, g)
+        condition, x_0, facts, states = losses_of.draw(batch, keep, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             if projection is None:  # in fp16, gradients would have to be scaled
                 _, draft = encoder(condition, states, repeat_query(x_0))
@@ -597,6 +636,7 @@ def teach_prompt_encoder(
             optimizer.zero_grad()
         show(losses, smooth, progress, step)
         if is_main and ((step + 1) % args.checkpoint_every == 0 or step + 1 == args.encoder_steps):
+            check_finite(smooth, step + 1)
             save_checkpoint(folder, step + 1, modules, *optimizers, keep=1)
     for hook in auxiliary.hooks if auxiliary is not None else ():
         hook.remove()
@@ -701,6 +741,19 @@ def parameter_groups(model: nn.Module, weight_decay: float, encoder_lr: float) -
     ]
 
 
+def new_adamw(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """The class of that optimiser. Raises ValueError where its library is missing."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            f"--optimizer {name} needs bitsandbytes: pip install bitsandbytes ({error})"
+        ) from None
+    return AdamW8bit
+
+
 def validation_data(data: VisualPromptDataset, source: str, args: argparse.Namespace) -> VisualPromptDataset:
     try:
         return VisualPromptDataset(read_pairs(source, args.validation_split), args.panel, False, args.seed)
@@ -735,6 +788,7 @@ def main() -> None:
     if not 0 < args.noise_power < math.inf:
         raise ValueError(f"--noise-power must be above 0 and finite, not {args.noise_power}")
 
+    adamw = new_adamw(args.optimizer)
     device = backbone.pick_device(args.device)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
@@ -742,6 +796,7 @@ def main() -> None:
         gradient_accumulation_steps=args.accumulate,
     )
     device, is_main = accelerator.device, accelerator.is_main_process
+    device = torch.device("cpu") if device.type == "cpu" else device  # not "cpu:0", which safetensors refuses
     torch.manual_seed(args.seed)
 
     with accelerator.main_process_first():  # the first process computes, the others find it cached
@@ -767,7 +822,8 @@ def main() -> None:
         del unifier
         if facts is not None:
             frozen = frozen._replace(areas=None)  # the segmenter has seen everything
-    losses_of = Losses(args, sd, frozen, facts, texts, rows)
+        decoder = args.tiny_decoder and backbone.load_tiny_decoder(args.tiny_decoder, sd.vae, device)
+    losses_of = Losses(args, sd, frozen, facts, texts, rows, decoder, accelerator)
 
     design = "conv" if args.no_rcldm else args.encoder
     factor = args.panel // losses_of.grey.shape[-1]
@@ -796,7 +852,7 @@ def main() -> None:
     encoder_lr = args.encoder_lr if taught else 1.0
     model.prompt_encoder.requires_grad_(encoder_lr > 0)  # frozen, it needs no way back
     groups = parameter_groups(model, args.weight_decay, encoder_lr)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99))
+    optimizer = adamw(groups, lr=args.lr, betas=(0.9, 0.99))
     start = (
         load_checkpoint(args.output, {"model": model, "average": average}, optimizer) if args.resume else 0
     )
@@ -814,7 +870,7 @@ def main() -> None:
     smooth: dict[str, Tensor] = {}
     for micro, batch in zip(steps, loader):
         step = micro // args.accumulate
-        g = torch.Generator().manual_seed((args.seed * 1_000_003 + micro) * shares[1] + shares[0])
+        g = torch.Generator().manual_seed(args.seed * 1_000_003 + micro)
         for group in optimizer.param_groups:
             group["lr"] = group["lr_share"] * learning_rate(step, args)
         with accelerator.accumulate(wrapped):
@@ -825,6 +881,8 @@ def main() -> None:
                 accelerator.clip_grad_norm_(model.parameters(), args.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
+        if losses_of.processes > 1:
+            losses = {name: accelerator.reduce(value.detach(), "mean") for name, value in losses.items()}
         show(losses, smooth, progress, step)
         if not accelerator.sync_gradients:
             continue
@@ -836,6 +894,8 @@ def main() -> None:
         if step % 20 == 0:
             for name, value in smooth.items():
                 writer.add_scalar(f"loss/{name}", value, step)
+        if step % args.checkpoint_every == 0 or step % args.validate_every == 0 or step == args.steps:
+            check_finite(smooth, step)
         if step % args.checkpoint_every == 0 or step == args.steps:
             modules = {"model": model, "average": average}
             save_checkpoint(args.output, step, modules, optimizer.optimizer, keep=args.keep)

@@ -3,13 +3,14 @@
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderTiny, DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_edit import save_stable_diffusion
@@ -395,6 +396,7 @@ def test_dropout_has_the_shares_asked_for():
         (("--drop-text", "1.5"), {}, "--drop-text"),
         (("--lr", "-1"), {}, "--lr"),
         (("--encoder-lr", "nan"), {}, "--encoder-lr"),
+        (("--tiny-decoder", "nowhere/at/all"), {}, "no such folder"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(
@@ -421,3 +423,66 @@ def test_an_editor_folder_of_another_architecture_is_refused(run, tmp_path, caps
         run(*quick, option, str(tmp_path / "conv" / "editor"))
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and f"train.py: error: {option} " in error and "architecture" in error
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(run, tmp_path, capsys, monkeypatch):
+    loss, calls = esm.editing_shift_loss, []
+
+    def sometimes_nan(*inputs):
+        calls.append(None)
+        return loss(*inputs) * (float("nan") if len(calls) > 2 else 1)
+
+    monkeypatch.setattr(esm, "editing_shift_loss", sometimes_nan)
+    # Weak noise, lest a batch have nothing to decode.
+    options = ("--steps", "5", "--checkpoint-every", "1", "--noise-power", "0.05")
+    with pytest.raises(SystemExit) as stopped:
+        run(*options)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "train.py: error: not a number by step 3: loss, es" in error
+    assert "checkpoint-0000002" in [p.name for p in (tmp_path / "run").iterdir()]
+    assert not (tmp_path / "run" / "checkpoint-0000003").exists()
+    monkeypatch.undo()
+
+
+def test_a_tiny_decoder_takes_the_place_of_the_vaes(run, tmp_path, monkeypatch, capsys):
+    sizes = dict(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    AutoencoderTiny(**sizes, latent_channels=4).save_pretrained(tmp_path / "tiny")
+    decoded = []
+    decode = esm.decode_answer
+    monkeypatch.setattr(esm, "decode_answer", lambda vae, x: decoded.append(type(vae)) or decode(vae, x))
+    options = ("--steps", "1", "--noise-power", "0.05", "--encoder-steps", "0")
+    run(*options, "--tiny-decoder", str(tmp_path / "tiny"))
+    assert decoded == [AutoencoderTiny] and weights(tmp_path / "run")
+    AutoencoderTiny(**sizes, latent_channels=16).save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit):
+        run(*options, "--tiny-decoder", str(tmp_path / "other"), output=tmp_path / "again")
+    assert "latents of 16 channels; this VAE's have 4" in capsys.readouterr().err
+
+
+def test_eight_bits_need_their_library(run, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(SystemExit) as stopped:
+        run("--steps", "1", "--optimizer", "adamw-8bit")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "pip install bitsandbytes" in error and error.count("\n") == 1
+
+
+def test_processes_share_a_step_as_if_they_were_one(parts, tmp_path):
+    """Two processes of two samples learn what one of four does."""
+    program = [str(backbone.HERE / "train.py"), "--backbone", "sd15", "--panel", str(P), "--device", "cpu"]
+    for name in ("stable-diffusion", "clip", "segmenter", "llm", "data"):
+        program += [f"--{name}", str(parts / ("sd" if name == "stable-diffusion" else name))]
+    program += ["--cache", str(parts / "cache"), "--workers", "0", "--validation-pictures", "0", "--no-liu"]
+    program += ["--steps", "3", "--encoder-steps", "0", "--warmup", "1", "--noise-power", "0.3"]
+    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    runs = {"one": ([sys.executable], "4"), "two": (together, "2")}
+    for name, (launcher, batch) in runs.items():
+        command = [*launcher, *program, "--batch", batch, "--output", str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-6000:]
+    one, two = (load_file(tmp_path / name / "checkpoint-0000003" / "state.safetensors") for name in runs)
+    gradients = [key for key in one if key.endswith("/exp_avg")]  # their means; Adam's steps hide their sizes
+    assert sum(one[key].norm() > 0 for key in gradients) > 100
+    apart = [(two[key] - one[key]).norm() <= 1e-3 * one[key].norm() + 1e-9 for key in gradients]
+    assert one.keys() == two.keys() and all(apart)
