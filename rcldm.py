@@ -96,7 +96,7 @@ def selective_scan(
     if delta_bias is not None:
         delta = delta + delta_bias.to(wide).view(groups, -1, 1)
     if delta_softplus:
-        delta = F.softplus(delta)
+        delta = _Softplus.apply(delta) if backend == "chunked" and not delta.is_cuda else F.softplus(delta)
     A, B, C = A.to(wide), B.to(wide), C.to(wide)
     D = A.new_zeros(len(A)) if D is None else D.to(wide)
     if backend == "reference":
@@ -179,6 +179,25 @@ def _scan_kernel(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
     u, delta, B, C = (x.to(u.dtype).contiguous() for x in (u, delta, B, C))
     A, D, delta_bias = (None if x is None else x.float().contiguous() for x in (A, D, delta_bias))
     return selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus).view(shape)
+
+
+class _Softplus(torch.autograd.Function):
+    """log(1 + exp(x)) by way of log, since PyTorch's log1p takes ten times as long on a CPU.
+
+    With u = 1 + e rounded, log(1 + e) = log(u) + (e - (u - 1)) / u, but for the square of the rounding.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        e = x.clamp(max=20).exp_()
+        u = e + 1
+        y = u.log().addcdiv_(e.sub_(u - 1), u)
+        return torch.maximum(y, x, out=y)  # beyond 20 it is x, and nowhere less
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        return dy * ctx.saved_tensors[0].sigmoid()
 
 
 @torch.compiler.disable  # it would unroll the loops over time, and compile for many minutes

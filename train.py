@@ -61,7 +61,7 @@ from rcldm import RCLDM, VisualPromptEncoder
 # Settings: every one once, with its reason
 
 
-def settings() -> argparse.Namespace:
+def settings(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train InstructGIE.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -141,7 +141,7 @@ def settings() -> argparse.Namespace:
     add("--keep", type=int, default=2, help="checkpoints that stay")
     add("--validate-every", type=int, default=500, help="steps")
     add("--validation-pictures", type=int, default=6)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -649,3 +649,24 @@ def test_the_worked_example_runs(capsys):
     rcldm.main()
     printed = capsys.readouterr().out
     assert printed.count("unchanged to the last bit: True") == 3 and "backend: " in printed
+
+
+def test_the_quick_softplus_keeps_single_precision():
+    x = torch.cat([torch.linspace(-85, 85, 20_001), torch.linspace(-1e-6, 1e-6, 101)])
+    true = F.softplus(x.double(), threshold=100)
+    assert ((rcldm._Softplus.apply(x).double() - true) / true).abs().max() < 1e-6
+    inputs = torch.randn(
+        30, dtype=torch.double, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
+    assert torch.autograd.gradcheck(rcldm._Softplus.apply, 3 * inputs)
+
+
+@pytest.mark.slow
+def test_a_compiled_block_computes_the_same():
+    torch.manual_seed(0)
+    block, x = rcldm.VSSBlock(16, 2), torch.randn(2, 8, 8, 16)
+    y, (gradient,) = block(x), torch.autograd.grad(block(x).square().sum(), block.op.A_logs)
+    compiled = torch.compile(block)
+    torch.testing.assert_close(compiled(x), y, rtol=1e-4, atol=1e-5)
+    (again,) = torch.autograd.grad(compiled(x).square().sum(), block.op.A_logs)
+    torch.testing.assert_close(again, gradient, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,118 @@
+"""An edit of ours against diffusers' StableDiffusionControlNetPipeline: equal steps, resolution and passes.
+
+    python bench/edit_time.py                            # the toy size
+    python bench/edit_time.py --backbone sd15 --batch 1 --steps 2 --repeat 1
+
+Both draw a whole grid with the same frozen Stable Diffusion, with as many passes of the U-Net for each step:
+one without guidance, two with guidance by text. Ours also encodes what is known of the latents, unifies no
+instruction, and decodes the answer's panel alone; the pipeline decodes the grid. ControlNet and RCLDM have
+random weights, which cost as much as trained ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file's own folder is there already
+from scan import resident
+from train_step import preset
+
+import backbone
+from dataset import compose_grid, mask_query
+from edit import Editor
+from rcldm import RCLDM
+
+EDITORS = ("StableDiffusionControlNetPipeline", "ours", "ours, compiled")
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of a batch of edits, and the process's peak bytes."""
+    device, dtype, chosen = args.device, getattr(torch, args.dtype), preset(args.backbone, args.folder)
+    sd = backbone.load_stable_diffusion(chosen.stable_diffusion, device, dtype)
+    g = torch.Generator().manual_seed(0)
+    pictures = torch.rand(args.batch, 3, 3, chosen.panel, chosen.panel, generator=g) * 2 - 1
+    texts, seeds = ["wave"] * args.batch, list(range(args.batch))
+    torch.manual_seed(0)
+    if name == "StableDiffusionControlNetPipeline":
+        control = ControlNetModel.from_unet(sd.unet).to(device, dtype).eval()
+        blind = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionControlNetPipeline(**sd._asdict(), controlnet=control, **blind)
+        pipeline.set_progress_bar_config(disable=True)
+
+        def edit() -> torch.Tensor:
+            before, after, query = pictures.unbind(1)
+            condition = (mask_query(compose_grid(before, after, query, query)) + 1) / 2
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            options = {"generator": generators, "output_type": "pt", "guidance_scale": args.guidance}
+            return pipeline(texts, condition, num_inference_steps=args.steps, **options).images
+    else:
+        factor = 2 ** (len(sd.vae.config.block_out_channels) - 1)
+        model = RCLDM.from_unet(sd.unet, factor=factor, prompt_encoder_latents=True).to(device, dtype).eval()
+        editor = Editor(sd, model, None, chosen.panel)
+        if name.endswith("compiled"):
+            editor.compile()
+
+        def edit() -> torch.Tensor:
+            options = {"steps": args.steps, "eta": 0.0, "guidance_text": args.guidance}
+            return editor.answer(pictures[:, :2], None, pictures[:, 2], texts, seeds, **options)
+
+    seconds = []
+    for _ in range(args.repeat + 1):
+        start = time.perf_counter()
+        with torch.no_grad():
+            edit().cpu()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
+    return {"seconds": statistics.median(seconds[1:]), "bytes": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--backbone", default="toy", choices=backbone.PRESETS)
+    parser.add_argument("--batch", type=int, default=4, help="edits drawn at once")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=1.0, help="1: one pass for each step; else two")
+    parser.add_argument("--repeat", type=int, default=5, help="timed batches after one that is not")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--only", nargs="+", choices=EDITORS, default=list(EDITORS[:2]))
+    parser.add_argument(
+        "--folder", type=Path, help="of the parts of random weights (default: a temporary one)"
+    )
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.device = backbone.pick_device(args.device).type
+    if args.one:  # in a process of its own
+        print(json.dumps(measure(args.only[0], args)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        args.folder = args.folder or Path(temporary)
+        preset(args.backbone, args.folder)
+        sizes = f"{args.backbone}, {args.batch} at once, {args.steps} steps, guidance {args.guidance:g}"
+        print(f"{sizes}, {args.dtype}; {args.device}, {torch.get_num_threads()} threads,")
+        print(f"torch {torch.__version__}\n\n| edits by | ms for each | × the pipeline's | peak GiB |")
+        print("| --- | ---: | ---: | ---: |")
+        first = None
+        for name in args.only:
+            names = ("backbone", "batch", "steps", "guidance", "repeat", "dtype", "device", "folder")
+            options = [str(x) for n in names for x in (f"--{n}", getattr(args, n))]
+            command = [sys.executable, __file__, "--one", "--only", name, *options]
+            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            row = json.loads(printed.splitlines()[-1])
+            first = first or row
+            numbers = [f"{1e3 * row['seconds'] / args.batch:.0f}", f"{row['seconds'] / first['seconds']:.2f}"]
+            print(f"| {name} | {' | '.join(numbers)} | {row['bytes'] / 2**30:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

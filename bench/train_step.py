@@ -1,0 +1,173 @@
+"""A training step of ours against the same step with diffusers' ControlNet: time and peak memory.
+
+    python bench/train_step.py                                    # the toy size
+    python bench/train_step.py --backbone sd15 --batch 1 --repeat 1 --gradient-checkpointing
+    python bench/train_step.py --backbone sd15 --batch 4 --precision bf16 --device cuda
+
+A step is forward, backward, clipping and AdamW, on random pictures under the same frozen U-Net; each model
+runs in a process of its own, whose peak memory is its alone. ControlNet learns from the same grids, its
+condition the grid with the answer greyed out, its loss the plain mean of squares. All four contributions are
+RCLDM, the unified instruction (it costs nothing here: encoded once, before training), L_es and L_sam. Parts
+of the paper's size are built from their configurations, with random weights (bench/paper_size.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import ControlNetModel
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file's own folder is there already
+import paper_size
+from scan import resident
+
+import backbone
+import train
+from rcldm import RCLDM
+
+MODELS = {
+    "ControlNetModel": ("--no-rcldm", "--no-esm", "--no-sam"),
+    "ours without RCLDM, ESM and SAM": ("--no-rcldm", "--no-esm", "--no-sam"),
+    "ours without ESM and SAM": ("--no-esm", "--no-sam"),
+    "ours with ViT, without ESM and SAM": ("--encoder", "vit", "--no-esm", "--no-sam"),
+    "ours, all four": (),
+}
+
+
+def preset(name: str, folder: Path) -> backbone.Preset:
+    """Of the paper's size with parts of random weights, written below the folder, in place of the hub's."""
+    chosen = backbone.preset(name)
+    if name == "toy":
+        return chosen
+    sources = {"stable_diffusion": paper_size.save_stable_diffusion, "clip": paper_size.save_clip}
+    torch.manual_seed(0)
+    for part, save in sources.items():
+        if not (folder / part).exists():
+            save(folder / part)
+    return dataclasses.replace(chosen, **{part: str(folder / part) for part in sources})
+
+
+def random_facts(sd: backbone.StableDiffusion, clip: torch.nn.Module | None, batch: int, panel: int):
+    """Facts of 2B pairs as training looks them up, and the embeddings of one instruction and of none."""
+    device, count, channels = sd.unet.device, 2 * batch, sd.unet.config.in_channels
+    side = panel // 2 ** (len(sd.vae.config.block_out_channels) - 1)
+    latents = torch.randn(count, 2, channels, side, side, device=device)
+    pictures = torch.randint(256, (count, 2, 3, panel, panel), dtype=torch.uint8, device=device)
+    embeddings = areas = None
+    if clip is not None:
+        width = clip.visual.output_dim
+        embeddings = F.normalize(torch.randn(count, 2, width, device=device), dim=-1)
+        areas = (torch.rand(count, 1, side, side, device=device) > 0.8).float()
+    return train.Facts(latents, embeddings, areas, None, pictures), backbone.encode_text(sd, ["wave", ""])
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of a step, the process's peak bytes, and how many weights learn."""
+    device, cuda, chosen = args.device, args.device == "cuda", preset(args.backbone, args.folder)
+    settings = train.settings([*MODELS[name], "--batch", str(args.batch)])
+    settings.panel = chosen.panel
+    sd = backbone.load_stable_diffusion(chosen.stable_diffusion, device)
+    clip = None if settings.no_esm else backbone.load_clip(chosen.clip, device)
+    facts, texts = random_facts(sd, clip, args.batch, settings.panel)
+    rows = torch.zeros(2 * args.batch, dtype=torch.long)
+    losses_of = train.Losses(settings, sd, train.Frozen(sd.vae, clip, None), facts, texts, rows)
+    theirs = name == "ControlNetModel"
+    if theirs:
+        model = ControlNetModel.from_unet(sd.unet)
+    else:
+        factor = settings.panel // facts.latents.shape[-1]
+        design = "conv" if settings.no_rcldm else settings.encoder
+        model = RCLDM.from_unet(sd.unet, design, factor=factor, prompt_encoder_latents=design != "conv")
+    model.to(device).train()
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+        sd.unet.enable_gradient_checkpointing()
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=1e-5)
+    index = torch.arange(args.batch)
+    batch = {"index": index, "example_index": index + args.batch}
+
+    def controlnet_loss(g: torch.Generator) -> Tensor:
+        keep = train.dropout(args.batch, losses_of.drop, g)
+        condition, x_0, _, states = losses_of.draw(batch, keep, sd.unet.device)
+        noise = torch.randn(x_0.shape, generator=g).to(device)
+        t = torch.randint(sd.scheduler.config.num_train_timesteps, (args.batch,), generator=g).to(device)
+        x_t = sd.scheduler.add_noise(x_0, noise, t)
+        down, mid = model(x_t, t, states, (condition + 1) / 2, return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        prediction = sd.unet(x_t, t, states, **residuals).sample.float()
+        return (prediction - train.prediction_target(x_0, noise, t, sd.scheduler)).square().mean()
+
+    seconds = []
+    for step in range(args.repeat + 1):
+        g = torch.Generator().manual_seed(step)
+        start = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
+            loss = controlnet_loss(g) if theirs else losses_of(model, batch, g)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
+    count = sum(weight.numel() for weight in weights)
+    return {"seconds": statistics.median(seconds[1:]), "bytes": peak, "weights": count}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--backbone", default="toy", choices=backbone.PRESETS)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--repeat", type=int, default=10, help="timed steps after one that is not")
+    parser.add_argument("--precision", default="no", choices=("no", "bf16"), help="of autocast")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="for both")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument(
+        "--folder", type=Path, help="of the parts of random weights (default: a temporary one)"
+    )
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.device = backbone.pick_device(args.device).type
+    if args.one:  # in a process of its own
+        print(json.dumps(measure(args.only[0], args)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        preset(args.backbone, folder)
+        checkpointed = ", gradient checkpointing" if args.gradient_checkpointing else ""
+        threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        print(
+            f"{args.backbone}, batch {args.batch}, precision {args.precision}{checkpointed}; {args.device},"
+        )
+        print(f"{threads}\n\n| a step of | M weights | ms | × ControlNet's | peak GiB |")
+        print("| --- | ---: | ---: | ---: | ---: |")
+        first = None
+        for name in args.only:
+            options = ["--backbone", args.backbone, "--batch", args.batch, "--repeat", args.repeat]
+            options += ["--precision", args.precision, "--device", args.device, "--folder", folder]
+            options += ["--gradient-checkpointing"] * args.gradient_checkpointing
+            command = [sys.executable, __file__, "--one", "--only", name, *map(str, options)]
+            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            row = json.loads(printed.splitlines()[-1])
+            first = first or row
+            numbers = [f"{row['weights'] / 1e6:.2f}", f"{1e3 * row['seconds']:.0f}"]
+            numbers += [f"{row['seconds'] / first['seconds']:.2f}", f"{row['bytes'] / 2**30:.2f}"]
+            print(f"| {name} | {' | '.join(numbers)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
