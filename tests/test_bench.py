@@ -1,0 +1,47 @@
+"""bench/: the peers of the scan compute what it computes, and each comparison prints its rows."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import scan
+
+
+@pytest.mark.parametrize("name", ["indexed", "parallel", "chunked"])
+def test_the_peers_of_the_scan_compute_the_same(name):
+    results = []
+    for scan_name in ("unbound", name):
+        values = scan.inputs((2, 6, 3, 32), torch.device("cpu"))
+        y = scan.SCANS[scan_name](*values)
+        results.append((y, *torch.autograd.grad(y.square().sum(), values)))
+    for true, same in zip(*results):
+        torch.testing.assert_close(same, true, rtol=1e-4, atol=1e-5)
+
+
+def rows(program, *options):
+    command = [sys.executable, Path(scan.__file__).with_name(program), "--device", "cpu", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    return {cells[0]: cells for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in lines[2:])}
+
+
+def test_a_comparison_prints_a_row_for_each_scan():
+    (cells,) = rows("scan.py", "--sizes", "1,4,2,16", "--repeat", "1", "--only", "chunked").values()
+    assert cells[1] == "chunked" and cells[3] == cells[5] == "1.0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "names"),
+    [
+        ("train_step.py", ["ControlNetModel", "ours, all four"]),
+        ("edit_time.py", ["StableDiffusionControlNetPipeline", "ours"]),
+    ],
+)
+def test_ours_stands_beside_diffusers(program, names):
+    found = rows(program, "--batch", "2", "--repeat", "1", "--only", *names)
+    assert list(found) == names and all(float(cells[-1]) > 0 for cells in found.values())
