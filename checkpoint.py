@@ -34,12 +34,14 @@ def save_checkpoint(
     """Writes `folder/checkpoint-STEP` whole or not at all, then deletes all but the newest `keep`.
 
     Safetensors only: weights under their module's name, the n-th optimiser's state under
-    `optimizer/<n>/<index>/<name>`.
+    `optimizer/<n>/<index>/<name>`, one name more where it is nested, as bitsandbytes has it.
     """
     tensors = {f"{name}/{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
     for n, optimizer in enumerate(optimizers):
         for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{n}/{i}/{k}": torch.as_tensor(v) for k, v in state.items()}
+            for name, value in state.items():
+                parts = {f"/{k}": v for k, v in value.items()} if isinstance(value, dict) else {"": value}
+                tensors |= {f"optimizer/{n}/{i}/{name}{k}": torch.as_tensor(v) for k, v in parts.items()}
     temporary = folder / f".checkpoint.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -62,11 +64,15 @@ def load_checkpoint(folder: Path, modules: dict[str, nn.Module], *optimizers: to
     for name, module in modules.items():
         prefix = f"{name}/"
         module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
-    states: dict[int, dict[int, dict[str, Tensor]]] = {}
+    states: dict[int, dict[int, dict]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
-            _, n, i, name = key.split("/")
-            states.setdefault(int(n), {}).setdefault(int(i), {})[name] = value
+            _, n, i, *above, name = key.split("/")
+            state = states.setdefault(int(n), {}).setdefault(int(i), {})
+            for group in above:
+                state = state.setdefault(group, {})
+            is_count = value.ndim == 0 and not value.is_floating_point()
+            state[name] = value.item() if is_count else value
     for n, optimizer in enumerate(optimizers):
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": states.get(n, {}), "param_groups": groups})

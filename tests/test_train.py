@@ -27,6 +27,7 @@ from transformers import (
 import backbone
 import esm
 import train
+from checkpoint import load_checkpoint, save_checkpoint
 from dataset import VisualPromptDataset, read_pairs
 from edit import Editor
 from rcldm import VisualPromptEncoder
@@ -466,6 +467,31 @@ def test_eight_bits_need_their_library(run, capsys, monkeypatch):
         run("--steps", "1", "--optimizer", "adamw-8bit")
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and "pip install bitsandbytes" in error and error.count("\n") == 1
+
+
+def test_eight_bits_resume_to_the_same_bits(run, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    options = ("--optimizer", "adamw-8bit", "--no-esm", "--no-liu", "--no-sam", "--checkpoint-every", "2")
+    for name in ("whole", "cut"):
+        run(*options, "--steps", "4", "--keep", "9", output=tmp_path / name)
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-0000004")
+    shutil.rmtree(tmp_path / "cut" / "editor")
+    run(*options, "--steps", "4", "--resume", output=tmp_path / "cut")
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+
+
+def test_an_optimizer_of_nested_state_comes_back(tmp_path):
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters())
+    state = {"step": 3, "momentum": torch.ones(2), "quantized": {"codes": torch.zeros(2, dtype=torch.uint8)}}
+    optimizer.state[layer.weight] = state
+    save_checkpoint(tmp_path, 7, {"layer": layer}, optimizer, keep=1)
+    again = torch.optim.SGD(layer.parameters())
+    assert load_checkpoint(tmp_path, {"layer": layer}, again) == 7
+    back = again.state[layer.weight]
+    assert back["step"] == 3 and isinstance(back["step"], int)
+    assert torch.equal(back["momentum"], torch.ones(2)) and not back["quantized"]["codes"].any()
 
 
 def test_processes_share_a_step_as_if_they_were_one(parts, tmp_path):
