@@ -21,7 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import backbone
@@ -184,15 +184,15 @@ class Numbers(NamedTuple):
         return f"{self.mean:.{digits}f}{interval}"
 
 
-def gather(name: str, each: str, args: argparse.Namespace) -> list[dict]:
-    """What was measured of an arm's answers, a row for every seed that is there."""
-    rows = []
+def gather(name: str, each: str, args: argparse.Namespace) -> dict[int, dict]:
+    """What was measured of an arm's answers, by the seeds that are there."""
+    rows = {}
     for seed in args.seeds:
         out = args.out / f"{name}-{seed}" / each
         if (out / "score.json").exists():
             (measured,) = json.loads((out / "metrics.json").read_text())["results"]
             (scored,) = json.loads((out / "score.json").read_text())
-            rows.append(measured | scored)
+            rows[seed] = measured | scored
     return rows
 
 
@@ -209,9 +209,9 @@ def table(each: str, names: Iterable[str], args: argparse.Namespace) -> str:
     """A row for every arm that was measured on this set, the paper's numbers last."""
     head = ["", "seeds × answers", "FID (clip)", "CLIP DirSim", "right, %", "MAE inside", "outside", "face"]
     head += ["paper: FID", "DirSim"]
-    rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    rows = []
     for name in names:
-        found = gather(name, each, args)
+        found = [*gather(name, each, args).values()]
         if not found:
             continue
         cells = [
@@ -223,7 +223,46 @@ def table(each: str, names: Iterable[str], args: argparse.Namespace) -> str:
         cells += ["–" if error is None else error.text(1) for error in errors]
         cells += ["–" if number is None else f"{number:.2f}" for number in ARMS[name].paper]
         rows.append([ARMS[name].label, f"{len(found)} × {found[0]['n']}", *cells])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows) if len(rows) > 2 else "Not measured yet.\n"
+    return markdown(head, rows)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return "Not measured yet.\n"
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def difference(rows: dict[int, dict], full: dict[int, dict], key: str, digits: int) -> str:
+    """How far a metric lies above the full arm's of the same seed: mean, interval, and how many seeds say so.
+
+    The interval is of the queries: a paired bootstrap of the mean. An arm of one seed meets all of the full
+    one's.
+    """
+    only = next(iter(rows.values())) if len(rows) == 1 else None
+    pairs = [(rows.get(seed, only), full[seed]) for seed in full if only or seed in rows]
+    apart = [mine[key] - theirs[key] for mine, theirs in pairs]
+    draws = [[a - b for a, b in zip(mine[f"{key}_draws"], theirs[f"{key}_draws"])] for mine, theirs in pairs]
+    half = 1.96 * stdev(map(fmean, zip(*draws)))
+    mean = fmean(apart)
+    alike = sum((value > 0) == (mean > 0) for value in apart)
+    return f"{mean:+.{digits}f} ± {half:.{digits}f} ({alike} of {len(apart)})"
+
+
+def differences(args: argparse.Namespace) -> str:
+    """A row for every arm and set: FID and directional similarity less those of the full arm."""
+    rows, fid, direction = [], *ARMS["full"].paper
+    for each, names in (*COMPARED.items(), *TAKEN_AWAY.items()):
+        full = gather("full", each, args)
+        for name in names:
+            found, paper = gather(name, each, args), ARMS[name].paper
+            if name in ("full", "shipped") or not found or not full:
+                continue
+            cells = [difference(found, full, "fid", 4), difference(found, full, "directional_similarity", 3)]
+            cells += [f"{a - b:+.2f}" if a else "–" for a, b in zip(paper, (fid, direction))]
+            rows.append([ARMS[name].label, f"`{each}`", *cells])
+    head = ["", "answers", "FID (clip)", "CLIP DirSim", "paper: FID", "DirSim"]
+    return markdown(head, rows)
 
 
 def receptive_fields(args: argparse.Namespace) -> str:
@@ -249,6 +288,7 @@ def write_page(args: argparse.Namespace) -> None:
     ):
         parts.append(f"{heading}\n")
         parts += [f"{TITLES[each]}:\n\n{table(each, names, args)}" for each, names in tables.items()]
+    parts.append(f"## How far each lies from the full method\n\n{differences(args)}")
     parts.append(f"## What each encoder looks at\n\n{receptive_fields(args)}")
     page = PAGE.read_text(encoding="utf-8")
     if page.count(start) != 1 or page.count(end) != 1:

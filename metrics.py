@@ -64,15 +64,24 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
     return (apart.square().sum() + own - 2 * common).item()
 
 
-def bootstrap(statistic: Callable[[Tensor], float], count: int, draws: int = 500, seed: int = 0) -> tuple:
-    """A 95 % interval of `statistic`, which takes the indices of the queries to count, with repetitions.
+def bootstrap(statistic: Callable[[Tensor], float], count: int, draws: int = 500, seed: int = 0) -> Tensor:
+    """The statistic of so many draws of the queries with repetition, (draws,); it takes their indices.
 
-    Choice: 1.96 standard deviations of the draws to either side of the statistic of all queries. Quantiles of
-    the draws would not do: a distance grows with every repetition, and nearly all draws lie above it.
+    Those of two methods' answers to the same queries are of the same draws: subtract them for the spread of
+    a difference.
     """
     g = torch.Generator().manual_seed(seed)
     drawn = [statistic(torch.randint(count, (count,), generator=g)) for _ in range(draws)]
-    whole, half = statistic(torch.arange(count)), 1.96 * torch.tensor(drawn, dtype=torch.float64).std().item()
+    return torch.tensor(drawn, dtype=torch.float64)
+
+
+def interval(whole: float, draws: Tensor) -> tuple[float, float]:
+    """A 95 % interval of a statistic, of its value for all queries and its bootstrap.
+
+    Choice: 1.96 standard deviations of the draws to either side of that value. Quantiles of the draws would
+    not do: a distance grows with every repetition, and nearly all draws lie above it.
+    """
+    half = 1.96 * draws.std().item()
     return whole - half, whole + half
 
 
@@ -150,7 +159,9 @@ def measure(folder: Path, clip, tokenizer, features, device: torch.device, batch
     result |= {"split": folder.resolve().parent.name, "mode": records[0].get("mode") or folder.resolve().name}
     for name, statistic in statistics.items():
         result[name] = statistic(torch.arange(n))
-        result[f"{name}_interval"] = bootstrap(statistic, n)
+        draws = bootstrap(statistic, n)
+        result[f"{name}_interval"] = interval(result[name], draws)
+        result[f"{name}_draws"] = draws.tolist()
     result["true_directional_similarity"] = true_direction.mean().item()
     result["true_image_similarity"] = true_image.mean().item()
     return result
@@ -182,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--features", default="clip", choices=FEATURES, help="of the FID: that CLIP's, or Inception's")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--batch", type=int, default=64, help="pictures at a time")
-    add("--json", type=Path, metavar="OUT", help="all numbers")
+    add("--json", type=Path, metavar="OUT", help="all numbers, those of the bootstrap among them")
     add("--markdown", type=Path, metavar="OUT", help="the table that is printed")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("metrics.py"):

@@ -41,6 +41,8 @@ def programs(tmp_path, monkeypatch):
             better = "full" in words[1]
             interval = {"fid_interval": [0.01, 0.02], "directional_similarity_interval": [0.4, 0.6]}
             row = {"n": 9, "fid": 0.0123 if better else 0.5, "directional_similarity": 0.5, **interval}
+            row |= {"fid_draws": [1.0, 2.0, 3.0] if better else [1.5, 2.5, 3.5]}
+            row |= {"directional_similarity_draws": [0.5, 0.6] if better else [0.6, 0.5]}
             option("--json").write_text(json.dumps({"results": [row]}))
         else:
             row = {"n": 9, "accuracy": 0.75, "interval": [0.7, 0.8]}
@@ -95,6 +97,11 @@ def test_the_page_keeps_what_is_written_around_the_tables(programs):
     line = "| InstructGIE | 2 × 9 | 0.0123 (0.0100 … 0.0200) | 0.500 (0.400 … 0.600) | 75.0 (70.0 … 80.0) |"
     assert line + " 3.0 | 1.0 | – | 7.57 | 0.27 |" in page
     assert "| without RCLDM | 2 × 9 | 0.5000" in page and "without SAM" not in page
+    # Paired: a spread that both share says nothing of their difference.
+    line = (
+        "| without RCLDM | `example` | +0.4877 ± 0.0000 (2 of 2) | +0.000 ± 0.277 (2 of 2) | +2.58 | -0.14 |"
+    )
+    assert line in page and "| InstructPix2Pix | `unseen_combination` | +0.4877 ± 0.0000 (2 of 2) |" in page
     assert "## What each encoder looks at\n\nNot measured yet.\n" in page
 
 

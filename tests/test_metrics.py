@@ -64,10 +64,15 @@ def test_directional_similarity_is_the_cosine_of_two_changes():
 
 def test_the_bootstrap_of_a_mean_is_its_standard_error():
     values = cloud(400, 1)[:, 0].double()
-    low, high = metrics.bootstrap(lambda i: values[i].mean().item(), len(values), draws=4000)
+    draws = metrics.bootstrap(lambda i: values[i].mean().item(), len(values), draws=4000)
     middle, half = values.mean().item(), 1.96 * values.std().item() / 20
-    assert (low, high) == pytest.approx((middle - half, middle + half), abs=0.15 * half)
-    assert (low, high) == metrics.bootstrap(lambda i: values[i].mean().item(), len(values), draws=4000)
+    assert metrics.interval(middle, draws) == pytest.approx((middle - half, middle + half), abs=0.15 * half)
+
+
+def test_two_bootstraps_of_as_many_queries_are_of_the_same_draws():
+    one = cloud(50, 1)[:, 0].double()
+    draws = [metrics.bootstrap(lambda i, v=v: v[i].mean().item(), 50, draws=20) for v in (one, one + 3)]
+    torch.testing.assert_close(draws[1] - draws[0], torch.full((20,), 3.0, dtype=torch.float64))
 
 
 @pytest.fixture
