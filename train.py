@@ -847,6 +847,9 @@ def main() -> None:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
         sd.unet.enable_gradient_checkpointing()
+        if clip is not None:  # L_es goes through the decoder and CLIP
+            losses_of.decoder.enable_gradient_checkpointing()
+            clip.set_grad_checkpointing()
     average = averaged(model, args.ema)
     taught = args.init or args.init_encoder or args.encoder_steps
     encoder_lr = args.encoder_lr if taught else 1.0

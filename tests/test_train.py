@@ -445,6 +445,20 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(run, tmp_path,
     monkeypatch.undo()
 
 
+@pytest.mark.parametrize("tiny", [False, True])
+def test_gradient_checkpointing_changes_nothing_that_is_learnt(run, tmp_path, tiny):
+    options = ["--steps", "2", "--noise-power", "0.05", "--encoder-steps", "0", "--no-liu"]
+    if tiny:
+        sizes = dict(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+        AutoencoderTiny(**sizes, latent_channels=4).save_pretrained(tmp_path / "tiny")
+        options += ["--tiny-decoder", str(tmp_path / "tiny")]
+    for name, more in (("plain", ()), ("checkpointed", ("--gradient-checkpointing",))):
+        run(*options, *more, output=tmp_path / name)
+    plain, same = weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")
+    for key in plain:
+        torch.testing.assert_close(same[key], plain[key], rtol=1e-4, atol=1e-6)
+
+
 def test_a_tiny_decoder_takes_the_place_of_the_vaes(run, tmp_path, monkeypatch, capsys):
     sizes = dict(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
     AutoencoderTiny(**sizes, latent_channels=4).save_pretrained(tmp_path / "tiny")
