@@ -388,7 +388,7 @@ class Losses:
 
     decoder: of the answers for L_es; None is the VAE's. accelerator: of the processes that share a step. Each
     draws what is random for all of them, and takes its share; and a mean over samples is one over all of
-    theirs. So their number does not change what is learnt.
+    theirs. So their number does not change what is learnt, unless `--es-samples` leaves answers out.
     """
 
     def __init__(
