@@ -342,7 +342,7 @@ def _recur_(a: Tensor, b: Tensor, h: Tensor, reverse: bool = False) -> None:
 def _lanes(b: Tensor) -> int:
     """√T on a GPU, or where a step is so small that its call costs more than its arithmetic; else 1, to do
     each step only once."""
-    return math.isqrt(len(b)) if b.is_cuda or b[0].numel() <= 512 else 1
+    return math.isqrt(len(b)) if b.is_cuda or b.numel() <= 512 * len(b) else 1
 
 
 def _sum_states(w: Tensor, x: Tensor) -> Tensor:
