@@ -21,10 +21,13 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
 
+import torch
+
 import backbone
+import metrics
 from evaluate import write_whole
 
 HERE = Path(__file__).resolve().parent
@@ -93,6 +96,7 @@ TAKEN_AWAY = {
     "paraphrase": ("full", "no-liu"),
     "faces": ("full", "no-sam"),
 }
+TABLES = (*COMPARED.items(), *TAKEN_AWAY.items())
 TITLES = {
     "seen": "New scenes, `seen`",
     "unseen_combination": "Combinations never trained, `unseen_combination`",
@@ -155,8 +159,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> str | None:
 def measure(name: str, seed: int, model: str | None, args: argparse.Namespace) -> None:
     """Answers every set of the arm and measures the answers, unless that is done."""
     arm = ARMS[name]
-    tables = (*COMPARED.items(), *TAKEN_AWAY.items())
-    for each in dict.fromkeys(each for each, names in tables if name in names):
+    for each in dict.fromkeys(each for each, names in TABLES if name in names):
         out = args.out / f"{name}-{seed}" / each
         if (out / "score.json").exists():
             continue
@@ -242,17 +245,17 @@ def difference(rows: dict[int, dict], full: dict[int, dict], key: str, digits: i
     only = next(iter(rows.values())) if len(rows) == 1 else None
     pairs = [(rows.get(seed, only), full[seed]) for seed in full if only or seed in rows]
     apart = [mine[key] - theirs[key] for mine, theirs in pairs]
-    draws = [[a - b for a, b in zip(mine[f"{key}_draws"], theirs[f"{key}_draws"])] for mine, theirs in pairs]
-    half = 1.96 * stdev(map(fmean, zip(*draws)))
     mean = fmean(apart)
+    draws = torch.tensor([[row[f"{key}_draws"] for row in pair] for pair in pairs], dtype=torch.float64)
+    low, high = metrics.interval(mean, (draws[:, 0] - draws[:, 1]).mean(0))
     alike = sum((value > 0) == (mean > 0) for value in apart)
-    return f"{mean:+.{digits}f} ± {half:.{digits}f} ({alike} of {len(apart)})"
+    return f"{mean:+.{digits}f} ± {(high - low) / 2:.{digits}f} ({alike} of {len(apart)})"
 
 
 def differences(args: argparse.Namespace) -> str:
     """A row for every arm and set: FID and directional similarity less those of the full arm."""
     rows, fid, direction = [], *ARMS["full"].paper
-    for each, names in (*COMPARED.items(), *TAKEN_AWAY.items()):
+    for each, names in TABLES:
         full = gather("full", each, args)
         for name in names:
             found, paper = gather(name, each, args), ARMS[name].paper

@@ -12,9 +12,7 @@ random weights, which cost as much as trained ones.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,13 +22,21 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file's own folder is there already
-from scan import resident
+from scan import apart, resident
 from train_step import preset
 
 import backbone
+from baselines import Baseline
 from dataset import compose_grid, mask_query
 from edit import Editor
 from rcldm import RCLDM
+
+
+class ControlNet(Baseline):
+    """The pipeline, without what screens its pictures."""
+
+    kind = StableDiffusionControlNetPipeline
+
 
 EDITORS = ("StableDiffusionControlNetPipeline", "ours", "ours, compiled")
 
@@ -45,16 +51,13 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(0)
     if name == "StableDiffusionControlNetPipeline":
         control = ControlNetModel.from_unet(sd.unet).to(device, dtype).eval()
-        blind = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipeline = StableDiffusionControlNetPipeline(**sd._asdict(), controlnet=control, **blind)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = ControlNet(sd, chosen.panel, controlnet=control)
 
         def edit() -> torch.Tensor:
             before, after, query = pictures.unbind(1)
             condition = (mask_query(compose_grid(before, after, query, query)) + 1) / 2
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            options = {"generator": generators, "output_type": "pt", "guidance_scale": args.guidance}
-            return pipeline(texts, condition, num_inference_steps=args.steps, **options).images
+            options = {"image": condition, "guidance_scale": args.guidance}
+            return pipeline.draw(texts, seeds, args.steps, eta=0.0, **options)
     else:
         factor = 2 ** (len(sd.vae.config.block_out_channels) - 1)
         model = RCLDM.from_unet(sd.unet, factor=factor, prompt_encoder_latents=True).to(device, dtype).eval()
@@ -89,12 +92,8 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="of the parts of random weights (default: a temporary one)"
     )
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.device = backbone.pick_device(args.device).type
-    if args.one:  # in a process of its own
-        print(json.dumps(measure(args.only[0], args)))
-        return
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = args.folder or Path(temporary)
         preset(args.backbone, args.folder)
@@ -104,11 +103,7 @@ def main() -> None:
         print("| --- | ---: | ---: | ---: |")
         first = None
         for name in args.only:
-            names = ("backbone", "batch", "steps", "guidance", "repeat", "dtype", "device", "folder")
-            options = [str(x) for n in names for x in (f"--{n}", getattr(args, n))]
-            command = [sys.executable, __file__, "--one", "--only", name, *options]
-            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            row = json.loads(printed.splitlines()[-1])
+            row = apart(measure, name, args)
             first = first or row
             numbers = [f"{1e3 * row['seconds'] / args.batch:.0f}", f"{row['seconds'] / first['seconds']:.2f}"]
             print(f"| {name} | {' | '.join(numbers)} | {row['bytes'] / 2**30:.2f} |", flush=True)

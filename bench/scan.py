@@ -14,12 +14,14 @@ Each runs in a process of its own. The peers are all in PyTorch, written here fr
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +118,12 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
+def apart(measure: Callable[..., dict], *inputs: Any) -> dict[str, Any]:
+    """`measure(*inputs)` in a process of its own, whose peak memory is its alone."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure, *inputs).result()
+
+
 def measure(name: str, size: tuple[int, ...], device: torch.device, repeat: int) -> dict[str, float]:
     """Median seconds of forward and backward, peak bytes beyond the inputs, and a sum to compare by."""
     values, cuda, seconds = inputs(size, device), device.type == "cuda", []
@@ -142,13 +150,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5, help="timed runs after one that is not")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--only", nargs="+", choices=SCANS, help="these alone")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = backbone.pick_device(args.device)
-    if args.one:  # in a process of its own, whose peak is this scan's
-        size = tuple(map(int, args.sizes[0].split(",")))
-        print(json.dumps(measure(args.only[0], size, device, args.repeat)))
-        return
     names = args.only or [name for name in SCANS if name != "mamba-ssm"]
     if not args.only and scan_backend(torch.empty(1, device=device))[0] == "mamba-ssm":
         names.append("mamba-ssm")
@@ -159,9 +162,7 @@ def main() -> None:
         rows = {}
         for name in names:
             repeat = 0 if name == "indexed" else args.repeat  # it takes minutes: once, and not warmed up
-            command = [sys.executable, __file__, "--one", "--only", name, "--sizes", size]
-            command += ["--repeat", str(repeat), "--device", device.type]
-            rows[name] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            rows[name] = apart(measure, name, tuple(map(int, size.split(","))), device, repeat)
         ours = rows.get("chunked") or next(iter(rows.values()))
         for name, row in rows.items():
             for mine, theirs in zip(ours["check"], row["check"]):

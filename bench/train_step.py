@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file's own folder is there already
 import paper_size
-from scan import resident
+from scan import apart, resident
 
 import backbone
 import train
@@ -139,15 +137,11 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="of the parts of random weights (default: a temporary one)"
     )
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.device = backbone.pick_device(args.device).type
-    if args.one:  # in a process of its own
-        print(json.dumps(measure(args.only[0], args)))
-        return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        preset(args.backbone, folder)
+        args.folder = args.folder or Path(temporary)
+        preset(args.backbone, args.folder)
         checkpointed = ", gradient checkpointing" if args.gradient_checkpointing else ""
         threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
         print(
@@ -157,12 +151,7 @@ def main() -> None:
         print("| --- | ---: | ---: | ---: | ---: |")
         first = None
         for name in args.only:
-            options = ["--backbone", args.backbone, "--batch", args.batch, "--repeat", args.repeat]
-            options += ["--precision", args.precision, "--device", args.device, "--folder", folder]
-            options += ["--gradient-checkpointing"] * args.gradient_checkpointing
-            command = [sys.executable, __file__, "--one", "--only", name, *map(str, options)]
-            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            row = json.loads(printed.splitlines()[-1])
+            row = apart(measure, name, args)
             first = first or row
             numbers = [f"{row['weights'] / 1e6:.2f}", f"{1e3 * row['seconds']:.0f}"]
             numbers += [f"{row['seconds'] / first['seconds']:.2f}", f"{row['bytes'] / 2**30:.2f}"]
