@@ -43,6 +43,7 @@ class Arm(NamedTuple):
     taught_as: another arm, whose prompt encoder this one takes: taught alike, it would be the same.
     trained: here, once for each seed; what is not is asked once.
     paper: the paper's FID and CLIP directional similarity, on photographs.
+    times: the budget, this often. beside: the arm of the same budget that the differences are taken from.
     """
 
     label: str
@@ -52,6 +53,12 @@ class Arm(NamedTuple):
     taught_as: str | None = None
     trained: bool = True
     paper: tuple[float | None, float | None] = (None, None)
+    times: int = 1
+    beside: str = "full"
+
+
+def three_times(arm: Arm) -> Arm:
+    return arm._replace(label=f"{arm.label}, 3 × the budget", times=3, beside="full-3x")
 
 
 SETS = {
@@ -85,10 +92,13 @@ ARMS = {
     ),
     "shipped": Arm("InstructGIE as shipped, trained longer", trained=False),
 }
+# What learns is set beside the baselines at two budgets: who leads might hang on when one stops.
+LONGER = {f"{name}-3x": three_times(ARMS[name]) for name in ("instruct-pix2pix", "prompt-diffusion", "full")}
+ARMS |= LONGER
 # Which arms stand beside the full one on which answers.
 COMPARED = {
-    "seen": ("sdedit", "instruct-pix2pix", "prompt-diffusion", "full", "shipped"),
-    "unseen_combination": ("sdedit", "instruct-pix2pix", "prompt-diffusion", "full", "shipped"),
+    each: ("sdedit", "instruct-pix2pix", "prompt-diffusion", "full", *LONGER, "shipped")
+    for each in ("seen", "unseen_combination")
 }
 TAKEN_AWAY = {
     "example": ("full", "no-rcldm", "vit"),
@@ -147,10 +157,11 @@ def train(name: str, seed: int, args: argparse.Namespace) -> str | None:
         if arm.taught_as and taught.exists() and not (folder / "prompt-encoder").exists():
             shutil.copytree(taught, folder / "copying", dirs_exist_ok=True)
             (folder / "copying").rename(folder / "prompt-encoder")
-        steps = ("--encoder-steps", args.encoder_steps, "--steps", args.steps, "--validate-every", args.steps)
+        steps = ("--encoder-steps", arm.times * args.encoder_steps, "--steps", arm.times * args.steps)
+        steps += ("--validate-every", arm.times * args.steps)
         call("train.py", "--output", folder, "--resume", *budget, *steps, *arm.options)
     else:
-        total = args.encoder_steps + args.steps
+        total = arm.times * (args.encoder_steps + args.steps)
         call("baselines.py", arm.method, "--output", folder, *budget, "--steps", total)
     (folder / "done").touch()
     return str(result)
@@ -253,13 +264,13 @@ def difference(rows: dict[int, dict], full: dict[int, dict], key: str, digits: i
 
 
 def differences(args: argparse.Namespace) -> str:
-    """A row for every arm and set: FID and directional similarity less those of the full arm."""
+    """A row for each arm and set: FID and directional similarity less those of its budget's full arm."""
     rows, fid, direction = [], *ARMS["full"].paper
     for each, names in TABLES:
-        full = gather("full", each, args)
         for name in names:
-            found, paper = gather(name, each, args), ARMS[name].paper
-            if name in ("full", "shipped") or not found or not full:
+            full, found = gather(ARMS[name].beside, each, args), gather(name, each, args)
+            paper = ARMS[name].paper
+            if name in ("full", "full-3x", "shipped") or not found or not full:
                 continue
             cells = [difference(found, full, "fid", 4), difference(found, full, "directional_similarity", 3)]
             cells += [f"{a - b:+.2f}" if a else "–" for a, b in zip(paper, (fid, direction))]

@@ -67,14 +67,16 @@ def trained(calls):
 def test_every_arm_is_trained_once_a_seed_on_one_budget(programs):
     calls, _ = programs("--encoder-steps", "30", "--steps", "20", "--batch", "4")
     ours = [words for words in calls if words[0] == "train.py"]
-    assert len(ours) == 6 * 3
+    assert len(ours) == 7 * 3
     for words in ours:
         given = dict(pairwise(words))
-        assert (given["--encoder-steps"], given["--steps"], given["--batch"]) == ("30", "20", "4")
+        budget = ("90", "60") if "3x" in given["--output"] else ("30", "20")
+        assert (given["--encoder-steps"], given["--steps"], given["--batch"]) == (*budget, "4")
     switches = {words[-1] for words in ours if words[-1].startswith("--no")}
     assert switches == {"--no-rcldm", "--no-esm", "--no-liu", "--no-sam"}
     baselines = [words for words in calls if words[0] == "baselines.py"]
-    assert len(baselines) == 2 * 3 and all(words[words.index("--steps") + 1] == "50" for words in baselines)
+    totals = sorted(words[words.index("--steps") + 1] for words in baselines)
+    assert totals == ["150"] * 2 * 3 + ["50"] * 2 * 3
     asked = [words for words in calls if words[0] == "evaluate.py"]
     assert sum("sdedit" in words for words in asked) == 2  # not trained: once on each split
     told = [words for words in asked if "paraphrase" in words]
@@ -103,6 +105,14 @@ def test_the_page_keeps_what_is_written_around_the_tables(programs):
     )
     assert line in page and "| InstructPix2Pix | `unseen_combination` | +0.4877 ± 0.0000 (2 of 2) |" in page
     assert "## What each encoder looks at\n\nNot measured yet.\n" in page
+
+
+def test_what_learnt_longer_is_set_beside_ours_that_learnt_as_long(programs):
+    _, page = programs("--only", "full", "instruct-pix2pix-3x", "--seeds", "0")
+    assert "| InstructPix2Pix, 3 × the budget | 1 × 9 |" in page
+    assert "| InstructPix2Pix, 3 × the budget | `seen` |" not in page
+    _, page = programs("--only", "full-3x", "--seeds", "0")
+    assert "| InstructPix2Pix, 3 × the budget | `seen` | +0.4877" in page
 
 
 def test_the_figure_is_drawn_when_its_three_encoders_are_trained(programs):
