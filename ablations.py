@@ -28,7 +28,7 @@ import torch
 
 import backbone
 import metrics
-from evaluate import write_whole
+from checkpoint import write_whole
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "docs" / "results.md"

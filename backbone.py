@@ -33,9 +33,10 @@ class BackboneError(ValueError):
 class Preset:
     """Where the parts lie, and what goes with them.
 
-    panel: P, pixels along a panel's side. classes: of the segmenter, for selective-area matching. lr: peak
-    learning rate that suits the U-Net's size. data: the dataset to train on, None where there is no default.
-    editor: a trained editor's folder, likewise.
+    writer: the language model that writes a dataset's texts. picture: pixels along the side of the pictures
+    drawn for one. panel: P, pixels along a panel's side. classes: of the segmenter, for selective-area
+    matching. lr: peak learning rate that suits the U-Net's size. data: the dataset to train on, None where
+    there is no default. editor: a trained editor's folder, likewise.
     """
 
     stable_diffusion: str
@@ -43,6 +44,8 @@ class Preset:
     clip_eval: str
     segmenter: str
     llm: str
+    writer: str
+    picture: int
     panel: int
     classes: tuple[str, ...]
     lr: float
@@ -57,6 +60,8 @@ PRESETS = {
         clip_eval="toy/weights/clip-eval",
         segmenter="toy/weights/segmenter",
         llm="toy/weights/llm",
+        writer="toy/weights/writer",
+        picture=64,
         panel=64,
         classes=("face",),
         lr=6e-3,
@@ -71,6 +76,8 @@ PRESETS = {
         clip_eval="laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
         segmenter="facebook/mask2former-swin-large-coco-panoptic",
         llm="Qwen/Qwen2.5-1.5B-Instruct",
+        writer="Qwen/Qwen2.5-7B-Instruct",
+        picture=512,
         panel=256,
         classes=("person",),
         lr=1e-5,  # Choice: ControlNet's

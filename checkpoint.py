@@ -1,16 +1,28 @@
-"""Checkpoints of a training run: safetensors and JSON alone, whole or not there at all."""
+"""Files and checkpoints that are whole or not there at all; checkpoints are safetensors and JSON alone."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """`write` makes the file under another name, which becomes `path` when it is done."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:

@@ -28,7 +28,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -371,8 +371,9 @@ def to_panel(image: Image.Image, size: int) -> Tensor:
 def read_pairs(source: str | Path, split: str = "train") -> list[EditPair]:
     """The edit pairs of one split of a dataset, in the first of these layouts that `source` has:
 
-    - `read_folder`: `source/<split>/metadata.jsonl`, or `source/metadata.jsonl` (a folder that is itself a
-      split, whatever `split` says);
+    - `read_folder`: `source/<split>/metadata.jsonl`, or one in each of the split's subfolders, as
+      `make_dataset.py` writes; or `source/metadata.jsonl` (a folder that is itself a split, whatever `split`
+      says);
     - `read_instruct_pix2pix`: `source/seeds.json`;
     - `read_table`: a folder of `Dataset.save_to_disk`, one with Parquet or Arrow files, or a hub id
       `owner/name`.
@@ -383,7 +384,7 @@ def read_pairs(source: str | Path, split: str = "train") -> list[EditPair]:
     # A mistyped path must not be looked up on the hub: without a network that takes half a minute.
     if not root.is_dir() and (root.parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))):
         raise DatasetError(f"{source}: no such folder; give a dataset's folder or its hub id, owner/name")
-    if (root / split / "metadata.jsonl").is_file():
+    if (root / split / "metadata.jsonl").is_file() or any(root.glob(f"{split}/*/metadata.jsonl")):
         pairs = read_folder(root / split)
     elif (root / "metadata.jsonl").is_file():
         pairs = read_folder(root)
@@ -406,14 +407,26 @@ _CLASSES = ("input_classes_file_name", "output_classes_file_name")
 def read_folder(folder: str | Path) -> list[EditPair]:
     """One split in the ImageFolder convention: `metadata.jsonl` has one JSON object a line, an edit pair.
 
-    Its keys are `input_file_name` and `output_file_name` (relative, inside the folder), `instruction`, at
-    will `input_caption`, `output_caption` and others. `input_classes_file_name`, `output_classes_file_name`
-    are grey pictures of 8 bits, of the pictures' size, whose levels tell what each pixel shows. Raises
-    DatasetError, which names file and line.
+    Where the folder has no such file, its subfolders are shards, each with its own, read in the order of
+    their names. The keys are `input_file_name` and `output_file_name` (relative, inside the folder that holds
+    the file), `instruction`, at will `input_caption`, `output_caption` and others. `input_classes_file_name`,
+    `output_classes_file_name` are grey pictures of 8 bits, of the pictures' size, whose levels tell what each
+    pixel shows. Raises DatasetError, which names file and line.
     """
-    inside, pairs = _Inside(folder), []
-    where = metadata = str(Path(folder) / "metadata.jsonl")
+    root = Path(folder)
+    shards = (
+        [""]
+        if (root / "metadata.jsonl").is_file()
+        else sorted(p.parent.name for p in root.glob("*/metadata.jsonl"))
+    )
+    return [pair for shard in shards or [""] for pair in _read_metadata(root, shard)]
+
+
+def _read_metadata(root: Path, shard: str) -> Iterator[EditPair]:
+    where = metadata = str(root / shard / "metadata.jsonl")
     try:
+        _Inside(root).path(f"{shard}/metadata.jsonl".lstrip("/"))
+        inside = _Inside(root / shard)
         with open(metadata, "rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), start=1):
                 where = f"{metadata}:{number}"
@@ -426,11 +439,9 @@ def read_folder(folder: str | Path) -> list[EditPair]:
                     extra = {key: value for key, value in row.items() if key not in (*_KEYS, *_CLASSES)}
                     told = all(row.get(key) for key in _CLASSES)
                     classes = tuple(inside.path(row[key]) for key in _CLASSES) if told else None
-                    words = _instruction(row["instruction"])
-                    pairs.append(EditPair(*files, words, *captions, extra, classes))
+                    yield EditPair(*files, _instruction(row["instruction"]), *captions, extra, classes)
     except (OSError, ValueError) as error:
         raise DatasetError(f"{where}: {_reason(error)}") from None
-    return pairs
 
 
 def read_instruct_pix2pix(root: str | Path, split: str = "train") -> list[EditPair]:

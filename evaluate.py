@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 import backbone
 from baselines import InstructPix2Pix, PromptDiffusion, SDEdit
+from checkpoint import write_whole
 from dataset import VisualPromptDataset, load_image, read_pairs, tensor_to_image
 from edit import Editor
 
@@ -103,17 +103,7 @@ def describe(data: VisualPromptDataset, query: Query) -> dict[str, Any]:
     }
 
 
-# --- Files that are whole or not there ----------------------------------------------------------------------
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write` makes the file under another name, which becomes `path` when it is done."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# --- The file of answers ------------------------------------------------------------------------------------
 
 
 def finished(answers: Path) -> set[str]:

@@ -33,8 +33,9 @@ from tqdm import tqdm
 
 import backbone
 import esm
+from checkpoint import write_whole
 from dataset import image_to_tensor, load_image
-from evaluate import read_answers, write_whole
+from evaluate import read_answers
 
 FEATURES = ("clip", "inception")
 

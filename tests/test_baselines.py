@@ -33,7 +33,7 @@ def parts(tmp_path_factory):
 @pytest.fixture
 def run(parts, tmp_path, monkeypatch):
     """Trains a baseline on the tiny parts; returns the pipeline's folder."""
-    tiny = backbone.Preset(str(parts / "sd"), "", "", "", "", P, (), 1e-3, data=str(parts / "data"))
+    tiny = backbone.Preset(str(parts / "sd"), "", "", "", "", "", P, P, (), 1e-3, data=str(parts / "data"))
     monkeypatch.setitem(backbone.PRESETS, "tiny", tiny)
 
     def start(method, *options, output=None):

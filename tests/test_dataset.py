@@ -599,3 +599,34 @@ def test_a_broken_picture_is_named_through_a_worker(tmp_path, workers):
 def test_the_module_runs_alone(capsys):
     ds._demo()
     assert "split_grid gives the four panels back: True" in capsys.readouterr().out
+
+
+def test_a_split_of_shards_is_read_as_one(tmp_path):
+    for shard, count in (("b", 2), ("a", 3)):
+        folder = tmp_path / "train" / shard
+        folder.mkdir(parents=True)
+        rows = [
+            {"input_file_name": f"{k}.png", "output_file_name": "o.png", "instruction": shard}
+            for k in range(count)
+        ]
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "train" / "empty").mkdir()
+    pairs = ds.read_pairs(tmp_path, "train")
+    assert [pair.instruction for pair in pairs] == ["a"] * 3 + ["b"] * 2
+    assert pairs[0].input == os.path.realpath(tmp_path / "train" / "a" / "0.png")
+    (tmp_path / "train" / "b" / "metadata.jsonl").write_text("{}\n")
+    with pytest.raises(ds.DatasetError, match=r"train/b/metadata\.jsonl:1: not a JSON object with the key"):
+        ds.read_pairs(tmp_path, "train")
+    # A split that is not there is not made of the others.
+    with pytest.raises(ds.DatasetError, match="has neither seen/metadata.jsonl"):
+        ds.read_pairs(tmp_path, "seen")
+
+
+def test_a_shard_may_not_lie_outside(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    row = {"input_file_name": "a.png", "output_file_name": "b.png", "instruction": "x"}
+    (tmp_path / "elsewhere" / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "train" / "shard").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ds.DatasetError, match="symbolic link out of the folder"):
+        ds.read_pairs(tmp_path / "data", "train")

@@ -20,8 +20,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
+from checkpoint import write_whole
 from dataset import load_image
-from evaluate import panel_rows, write_whole
+from evaluate import panel_rows
 from toy import score, world
 
 PANELS = ("example before", "example after", "input", "answer", "truth", "nearest")

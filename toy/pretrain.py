@@ -10,6 +10,7 @@
     clip_eval    another of a different seed, for evaluation only                        (open_clip)
     segmenter    Mask2Former                                                             (transformers)
     llm          a Llama that maps what people say to the canonical instruction          (transformers)
+    writer       a Llama that writes captions and instructions, for make_dataset.py      (transformers)
     editor       InstructGIE itself, by train.py
 
 What the backbone has seen: pictures of the toy world, edited ones too, alone and in collages whose panels may
@@ -43,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from backbone import encode_images
 from checkpoint import averaged, load_checkpoint, save_checkpoint
 from dataset import from_bytes
+from make_dataset import OWN_TASK, as_prompt, as_reply, writing_loss
 from toy import world
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -248,10 +250,17 @@ def new_tokenizer(seed: int):
     )
     words = {word: [*word[:-1], f"{word[-1]}</w>"] for word in counts}
     ends = {f"{c}</w>" for word in words for c in word}
-    alphabet = sorted({*ByteLevel.alphabet(), *ends})
-    vocabulary = [*empty.all_special_tokens, *alphabet]
-    merges: list[tuple[str, str]] = []
-    while len(vocabulary) < 1024:
+    alphabet = [*empty.all_special_tokens, *sorted({*ByteLevel.alphabet(), *ends})]
+    numbers, merges = learn_merges(words, counts, alphabet)
+    return CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=CONTEXT)
+
+
+def learn_merges(
+    words: dict[str, list[str]], counts: Counter, vocabulary: list[str], size: int = 1024
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Byte-pair encoding: words in parts, and how often each occurs → tokens by number, and merges."""
+    vocabulary, merges = list(vocabulary), []
+    while len(vocabulary) < size:
         pairs = Counter()
         for word, parts in words.items():
             for pair in pairwise(parts):
@@ -264,8 +273,7 @@ def new_tokenizer(seed: int):
             for i in reversed(range(len(parts) - 1)):
                 if (parts[i], parts[i + 1]) == merges[-1]:
                     parts[i : i + 2] = vocabulary[-1:]
-    numbers = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
-    return CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=CONTEXT)
+    return {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}, merges
 
 
 def tokenize(tokenizer, texts: list[str], device: torch.device) -> Tensor:
@@ -612,6 +620,56 @@ def train_llm(args: argparse.Namespace) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# The language model that writes a dataset's texts
+
+
+def new_writer_tokenizer(seed: int):
+    """GPT-2's kind of tokenizer, which gives every text back as it was: lines, capitals, blanks."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import GPT2Tokenizer
+
+    rng = random.Random(seed)
+    records = [world.random_texts(rng) for _ in range(1500)]
+    texts = [as_prompt(record["pairs"][0][0]) + as_reply(record) for record in records]
+    split = ByteLevel(add_prefix_space=False)
+    counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text))
+    alphabet = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
+    numbers, merges = learn_merges({word: [*word] for word in counts}, counts, alphabet)
+    return GPT2Tokenizer(vocab=numbers, merges=merges, pad_token="<|endoftext|>")
+
+
+def train_writer(args: argparse.Namespace) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = new_writer_tokenizer(args.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config).to(args.device)
+
+    def loss(step: int) -> dict[str, Tensor]:
+        rng = random.Random(args.seed * 1_000_003 + step)
+        with torch.autocast(args.device.type, torch.bfloat16):
+            return {"loss": writing_loss(model, tokenizer, [world.random_texts(rng) for _ in range(16)])}
+
+    fit("writer", model, loss, steps=args.scaled(4000), lr=2e-3, runs=args.runs, weight_decay=0.05)
+    tokenizer.chat_template = OWN_TASK
+    save(
+        lambda folder: (model.half().save_pretrained(folder), tokenizer.save_pretrained(folder)),
+        args.out / "writer",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
 
 
 def save(write: Callable[..., object], folder: Path) -> None:
@@ -711,6 +769,7 @@ def main() -> None:
         "clip_eval": train_clip_eval,
         "segmenter": train_segmenter,
         "llm": train_llm,
+        "writer": train_writer,
         "editor": train_editor,
     }
     parser = argparse.ArgumentParser(description="Train the toy parts.")

@@ -19,9 +19,10 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
+from checkpoint import write_whole
 from dataset import image_to_tensor, tensor_to_image
 from edit import SAMPLING, Editor
-from evaluate import panel_rows, write_whole
+from evaluate import panel_rows
 from toy import world
 
 PICTURES = Path(__file__).with_name("strangers.txt")

@@ -1014,6 +1014,23 @@ def say(edit: Edit, rng: random.Random, held_out: bool = False) -> str:
     return rng.choice(_OPENINGS) + edit.worded(rng.choice(sayings))
 
 
+def random_texts(rng: random.Random, pairs: int = 5) -> dict:
+    """An instruction and captions of scenes before and after it, as a line of `make_dataset.py`'s texts."""
+    while True:
+        scene = random_scene(rng)
+        family = rng.choice([name for name in FAMILIES if name not in HELD_OUT_FAMILIES])
+        edit = Edit(family, *rng.choice(FAMILIES[family].arguments))
+        if (after := _applies(edit, scene, "train")) is not None:
+            break
+    found = [(scene, after)]
+    while len(found) < pairs:
+        scene = random_scene(rng)
+        if (after := _applies(edit, scene, "train")) is not None:
+            found.append((scene, after))
+    said = [[before.caption(), after.caption()] for before, after in found]
+    return {"instruction": say(edit, rng), "pairs": said}
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The dataset folder
 

@@ -1,0 +1,166 @@
+"""Prompt-to-Prompt (Hertz et al., 2022): two pictures that differ in what their prompts differ in.
+
+A U-Net of Stable Diffusion places things by its attention: each place of the picture attends to the tokens of
+the prompt, and to the other places. Drawn side by side from the same noise, the second picture takes over the
+attention maps M of the first, and fills them with the values V' of its own prompt:
+
+    M'' = M A  for tokens that the first prompt has too, by the alignment A;   M'  for those that are new
+    out = M'' V'
+
+`make_dataset.py` draws the pairs of the Visual Prompt Dataset with it. `python prompt_to_prompt.py` prints
+some alignments.
+
+Symbols: B pairs of pictures; R = 4B rows of a U-Net batch; L latent pixels; T tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor, nn
+
+# --- Which token of one prompt stands for which of the other ------------------------------------------------
+
+
+def align(source: str, target: str, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """How attention to the source's tokens becomes attention to the target's.
+
+    Returns a matrix (T, T), source token to target token, and (T,) bool: whether a target token takes its
+    attention over in this way, or is new and keeps its own.
+
+    Words as in `seq_aligner.py` of google/prompt-to-prompt. Prompts of as many words: the k-th word stands
+    for the k-th; where the tokens are not as many, each gets its share of all. Otherwise the longest common
+    subsequence of tokens: what is removed has no heir, what is added keeps to itself.
+    Choice: what follows the words, and in a prompt of as many words what follows the last replaced one, stays
+    with them, padding with padding. Theirs goes by position there: words that were removed hand their
+    attention on to padding, and behind a longer word each stands for its neighbour (docs/dataset.md measures
+    it).
+    """
+    split = [prompt.split() for prompt in (source, target)]
+    words = [[tokenizer(word, add_special_tokens=False).input_ids for word in prompt] for prompt in split]
+    first, last = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    old, new = ([first, *prompt, last] for prompt in words)
+    length, ends = tokenizer.model_max_length, [sum(map(len, prompt)) for prompt in (old, new)]
+    size = length + max(ends)  # what is beyond the length is cut off last
+    matrix, known = torch.zeros(size, size), torch.ones(size, dtype=torch.bool)
+    if len(old) == len(new):
+        row = column = 0
+        for one, other in zip(old, new):
+            m, n = len(one), len(other)
+            block = torch.eye(m) if m == n else torch.full((m, n), 1 / n)
+            matrix[row : row + m, column : column + n] = block
+            row, column = row + m, column + n
+    else:
+        partners = common_subsequence(list(chain(*old)), list(chain(*new)))
+        known[: ends[1]] = torch.tensor([partner is not None for partner in partners])
+        for column, row in enumerate(partners):
+            if row is not None:
+                matrix[row, column] = 1
+    for column in range(ends[1], length):  # the last token of the source stands in for those it has not
+        matrix[min(column - ends[1] + ends[0], length - 1), column] = 1
+    return matrix[:length, :length], known[:length]
+
+
+def common_subsequence(one: list, other: list) -> list[int | None]:
+    """For each item of `other` the index of its partner in `one`, or None; as many partners as can be."""
+    best = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]  # how many, of what stands before i and j
+    for i, a in enumerate(one):
+        for j, b in enumerate(other):
+            best[i + 1][j + 1] = best[i][j] + 1 if a == b else max(best[i][j + 1], best[i + 1][j])
+    partners: list[int | None] = [None] * len(other)
+    i, j = len(one), len(other)
+    while i and j:
+        if best[i][j] == best[i][j - 1]:
+            j -= 1
+        elif best[i][j] == best[i - 1][j]:
+            i -= 1
+        else:
+            i, j = i - 1, j - 1
+            partners[j] = i
+    return partners
+
+
+# --- The attention of the first picture in the second -------------------------------------------------------
+
+
+class PromptToPrompt:
+    """An attention processor of diffusers for batches of rows in the order (2 guidance, 2 prompts, B pairs):
+    without text before with text, the source's picture before the target's.
+
+    matrix (B, T, T), known (B, T): of `align`. To be set before each step: `cross`, whether the target
+    attends to the text as the source does; `own` (B,) bool, for which pairs it attends to itself so.
+    Source: Prompt-to-Prompt, section 3, which has both for the rows with text alone. Choice: as in
+    InstructPix2Pix, self-attention is taken over in those without text too.
+    """
+
+    # Choice: latent pixels up to which self-attention is taken over, as its authors do. Maps of finer layers
+    # hold texture, which an edit may change.
+    FINEST = 32 * 32
+
+    def __init__(self, matrix: Tensor, known: Tensor) -> None:
+        self.matrix, self.known = matrix[:, None], known[:, None, None]  # for all heads, for all places
+        self.cross, self.own = False, torch.zeros(len(matrix), dtype=torch.bool)
+        self.plain = AttnProcessor2_0()
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *rest,
+        **more,
+    ) -> Tensor:
+        to_text = encoder_hidden_states is not None
+        if not (self.cross if to_text else self.own.any() and hidden_states.shape[1] <= self.FINEST):
+            return self.plain(attn, hidden_states, encoder_hidden_states, *rest, **more)
+        context = encoder_hidden_states if to_text else hidden_states
+        q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        q, k, v = (
+            x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v)
+        )  # (R, heads, L | T, d)
+        if to_text:
+            maps = (q @ k.transpose(-1, -2) * attn.scale).softmax(-1)  # (R, heads, L, T)
+            source, target = maps.unflatten(0, (2, 2, -1))[1]  # (B, heads, L, T) each, with text
+            mixed = torch.where(self.known, source @ self.matrix.to(maps.dtype), target)
+            # Choice: as much attention in all as before, which the authors leave to chance.
+            target.copy_(mixed * (source.sum(-1, keepdim=True) / mixed.sum(-1, keepdim=True)))
+            out = maps @ v
+        else:  # its maps are a function of queries and keys, so these are taken over in their place
+            for x in (q, k):
+                source, target = x.unflatten(0, (2, 2, -1)).unbind(1)  # (2, B, heads, L, d) each
+                target.copy_(torch.where(self.own[:, None, None, None], source, target))
+            out = F.scaled_dot_product_attention(q, k, v)
+        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2))) / attn.rescale_output_factor
+
+
+# --- A worked example ---------------------------------------------------------------------------------------
+
+
+class _Words:
+    """A tokenizer for the example: a token is a word, or half of a long one."""
+
+    bos_token_id, eos_token_id, model_max_length = "<", ">", 12
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        halves = [[word[:5], word[5:]] if len(word) > 8 else [word] for word in text.split()]
+        return SimpleNamespace(input_ids=list(chain(*halves)))
+
+
+def _demo() -> None:
+    source, words = "a cat on a red sofa", _Words()
+    rows = ["<", *words(source).input_ids, ">"]
+    for target in ("a labradoodle on a red sofa", "a cat on a sofa", "a cat asleep on a red sofa"):
+        matrix, known = align(source, target, words)
+        print(f"{source!r} → {target!r}")
+        for column, token in enumerate(["<", *words(target).input_ids, ">"]):
+            taken = [f"{matrix[i, column]:g} × {row}" for i, row in enumerate(rows) if matrix[i, column]]
+            print(f"    {token:8} attends as {' + '.join(taken) if known[column] else 'it likes'}")
+
+
+if __name__ == "__main__":
+    _demo()

@@ -1,0 +1,494 @@
+"""make_dataset.py: strict texts, pictures that survive any stop, and what `check` finds."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from test_liu import byte_tokenizer, tiny_llama
+
+import backbone
+import make_dataset
+from dataset import VisualPromptDataset, load_image, read_pairs
+from make_dataset import EXAMPLES, OWN_TASK, Refusal, as_prompt, as_reply, parse_reply
+from toy import world
+
+HERE = Path(make_dataset.__file__).parent
+
+
+def records(count, pairs=3, seed=0):
+    rng, found = random.Random(seed), {}
+    while len(found) < count:
+        record = world.random_texts(rng, pairs)
+        found[record["instruction"]] = record
+    return list(found.values())
+
+
+def write_texts(out, lines):
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+# --- The form of the texts ----------------------------------------------------------------------------------
+
+
+def test_the_examples_are_of_the_form_that_they_teach():
+    for record in EXAMPLES:
+        assert parse_reply(record["pairs"][0][0], as_reply(record)) == record
+    assert parse_reply("a  lake", as_reply(EXAMPLES[0]), further=2)["pairs"][1:] == EXAMPLES[0]["pairs"][1:3]
+
+
+REPLY = as_reply(EXAMPLES[0])
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (f"Sure!\n{REPLY}", "not in the form"),
+        (REPLY.replace("Edited", "Result", 1), "not in the form"),
+        ("", "fewer than 4"),
+        (REPLY[:-1], "fewer than 4"),  # the last line may have been cut anywhere
+        (REPLY.rsplit("Caption", 1)[0], "fewer than 4"),
+        (REPLY.replace("make it night", " "), "is empty"),
+        (REPLY.replace("make it night", "very " * 31), "too long"),
+        (
+            REPLY.replace("Edited: a street market in Hanoi at night", "Edited: A street market in Hanoi."),
+            "says",
+        ),
+        (REPLY.replace("two horses on a hill", "A street market in Hanoi"), "twice"),
+    ],
+)
+def test_a_reply_that_is_no_use_is_refused_with_the_reason(reply, reason):
+    with pytest.raises(Refusal, match=reason):
+        parse_reply("a fishing boat in a small harbour", reply)
+
+
+def test_files_of_texts_are_read_strictly(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    for line in (
+        "{",
+        "[]",
+        '{"instruction": 1, "pairs": [["a", "b"]]}',
+        '{"instruction": "x", "pairs": [["a"]]}',
+    ):
+        file.write_text(json.dumps(EXAMPLES[0]) + "\n" + line + "\n")
+        with pytest.raises(ValueError, match=r"texts\.jsonl:2: not an object of the form"):
+            make_dataset.read_texts(file)
+    file.write_text("")
+    with pytest.raises(ValueError, match="is empty"):
+        make_dataset.read_texts(file)
+    file.write_text(" a  cat \n\na cat\na dog\n")
+    assert make_dataset.read_seeds(file) == ["a cat", "a dog"]
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        make_dataset.read_seeds(file)
+
+
+# --- The language model -------------------------------------------------------------------------------------
+
+
+class Speaker:
+    """A model that says what it is told to, as tokens."""
+
+    device, generation_config = torch.device("cpu"), SimpleNamespace(eos_token_id=256)
+
+    def __init__(self, tokenizer, *replies, pad=256):
+        self.tokenizer, self.pad = tokenizer, pad
+        self.replies = [tokenizer(reply).input_ids for reply in replies]
+        self.asked = []
+
+    def generate(self, input_ids, attention_mask, max_new_tokens, **options):
+        rows = zip(input_ids, attention_mask)
+        self.asked += [self.tokenizer.decode(row[mask.bool()]) for row, mask in rows]
+        length = min(max_new_tokens, max(len(reply) for reply in self.replies) + 1)
+        said = [(reply + [256] * length)[:length] for reply in self.replies]
+        return torch.cat([input_ids, torch.tensor(said)], 1)
+
+
+def test_a_base_model_is_shown_rules_and_examples_and_stopped_after_one_reply():
+    tokenizer = byte_tokenizer(None)
+    tokenizer.pad_token = tokenizer.eos_token
+    model = Speaker(tokenizer, f"{REPLY}\nCaption: a boat", "Instruction: unfinished" + " and" * 200)
+    replies = make_dataset.write_replies(model, tokenizer, ["a lake", "a mountain"], 0.7)
+    assert model.asked[1].startswith(make_dataset.RULES) and model.asked[1].endswith("Caption: a mountain\n")
+    assert model.asked[0].count("Instruction:") == len(EXAMPLES)
+    assert replies[0] == REPLY
+    assert replies[1].startswith("Instruction: unfinished and") and not replies[1].endswith("\n")
+
+
+def test_a_chat_model_is_shown_them_as_turns():
+    tokenizer = byte_tokenizer("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}")
+    tokenizer.pad_token = tokenizer.eos_token
+    model = Speaker(tokenizer, REPLY.rstrip())
+    (reply,) = make_dataset.write_replies(model, tokenizer, ["a lake"], 0.7)
+    assert reply == REPLY  # its last line is whole, as the end shows
+    assert model.asked[0].startswith(f"<user>{make_dataset.RULES}\n\n{as_prompt(EXAMPLES[0]['pairs'][0][0])}")
+    assert model.asked[0].count("<assistant>Instruction: ") == len(EXAMPLES)
+    assert model.asked[0].endswith("<user>Caption: a lake\n")
+
+
+@pytest.fixture
+def scripted(tmp_path, monkeypatch):
+    """texts() with replies from a table: caption → the replies that it gets, one after the other."""
+    asked, table = [], {}
+    monkeypatch.setattr(backbone, "load_llm", lambda *_: (None, SimpleNamespace(pad_token="x")))
+
+    def write_replies(model, tokenizer, captions, temperature):
+        asked.append(captions)
+        if None in (
+            given := [table[caption][sum(c == caption for b in asked for c in b) - 1] for caption in captions]
+        ):
+            raise KeyboardInterrupt
+        return given
+
+    monkeypatch.setattr(make_dataset, "write_replies", write_replies)
+
+    def run(*options):
+        asked.clear()
+        (tmp_path / "seeds.txt").write_text("\n".join(table))
+        make_dataset.main(
+            ["texts", "--seeds", str(tmp_path / "seeds.txt"), "--out", str(tmp_path / "out"), *options]
+        )
+        return [*asked], make_dataset.read_texts(tmp_path / "out" / "texts.jsonl")
+
+    return table, run
+
+
+def reply(instruction, caption):
+    pairs = [[f"{caption} {k}", f"{caption} {k} {instruction}"] for k in range(4)]
+    return as_reply({"instruction": instruction, "pairs": [[caption, f"{caption} {instruction}"], *pairs]})
+
+
+def test_refused_replies_are_asked_for_again_and_counted(scripted, capsys):
+    table, run = scripted
+    table |= {
+        "a": [reply("one", "a")],
+        "bb": ["no", "no", reply("two", "bb")],
+        "ccc": ["no", "no"],
+        "dddd": [reply("One.", "dddd")],
+    }
+    asked, texts = run("--tries", "2", "--batch", "2")
+    assert asked == [["a", "bb"], ["ccc", "dddd"], ["bb", "ccc"]]
+    assert [text["instruction"] for text in texts] == ["one"]
+    printed = capsys.readouterr().out
+    assert "4 captions: 1 instructions with 5 pairs" in printed
+    assert "refused     4 replies: it has fewer than 4 further pairs" in printed
+    assert "refused     1 replies: its instruction is there already" in printed
+    table["bb"] = [reply("two", "bb")]  # a third try
+    asked, texts = run("--tries", "3", "--batch", "2")
+    assert asked == [["bb", "ccc"]] or asked == [["bb"], ["ccc"]]
+
+
+def test_texts_go_on_where_they_were_stopped(scripted, tmp_path):
+    table, run = scripted
+    table |= {name: [reply(name * 2, name)] for name in ("a", "bb", "ccc")}
+    table["ccc"] = [None]
+    with pytest.raises(KeyboardInterrupt):
+        run("--batch", "1")
+    with open(tmp_path / "out" / "replies" / "00000.jsonl", "a") as file:
+        file.write('{"caption": "bb", "reply": "cut of')  # as a killed run might leave it
+    table["ccc"] = [reply("c", "ccc")]
+    asked, texts = run("--batch", "1")
+    assert asked == [["ccc"]] and len(texts) == 3
+    asked, texts = run("--batch", "1")
+    assert asked == [] and len(texts) == 3
+
+
+def test_work_of_other_settings_is_not_mixed(scripted, capsys):
+    table, run = scripted
+    table["a"] = [reply("one", "a")]
+    run()
+    with pytest.raises(SystemExit) as stopped:
+        run("--llm", "another")
+    assert stopped.value.code == 2
+    assert "llm toy/weights/writer, now another" in capsys.readouterr().err
+
+
+def test_finetuning_teaches_and_goes_on_after_a_stop(tmp_path, monkeypatch):
+    lines = [
+        {"instruction": "x", "pairs": [["a", "b"], ["c", "d"]]},
+        {"instruction": "y", "pairs": [["e", "f"]]},
+    ]
+    tokenizer = byte_tokenizer(None)
+    tokenizer.pad_token = tokenizer.eos_token
+
+    def teach(folder, epochs=3):
+        model = tiny_llama()
+        before = make_dataset.writing_loss(model, tokenizer, lines).item()
+        make_dataset.finetune(model, tokenizer, lines, tmp_path / folder, epochs, 1e-2, 1)
+        return before, make_dataset.writing_loss(model, tokenizer, lines).item()
+
+    before, after = teach("whole")
+    assert after < before - 0.5
+    model, taught = backbone.load_llm(str(tmp_path / "whole"))
+    assert taught.chat_template == OWN_TASK
+    saved = make_dataset.save_checkpoint
+    monkeypatch.setattr(make_dataset, "save_checkpoint", lambda *a, **k: (saved(*a, **k), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        teach("cut")
+    monkeypatch.undo()
+    teach("cut")
+    again, _ = backbone.load_llm(str(tmp_path / "cut"))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+
+
+def test_the_loss_is_of_the_reply_alone():
+    tokenizer = byte_tokenizer(None)
+    tokenizer.pad_token = tokenizer.eos_token
+    model, seen = tiny_llama(), {}
+    real = model.forward
+    model.forward = lambda **inputs: seen.update(inputs) or real(**inputs)
+    lines = [{"instruction": "x", "pairs": [["a", "b"]]}, {"instruction": "yy", "pairs": [["longer", "b"]]}]
+    make_dataset.writing_loss(model, tokenizer, lines)
+    for record, ids, labels in zip(lines, seen["input_ids"], seen["labels"]):
+        learnt = tokenizer.decode(ids[labels != -100])
+        assert learnt == as_reply(record) + "<eos>"
+        assert tokenizer.decode(ids).startswith(as_prompt(record["pairs"][0][0]) + as_reply(record))
+        assert (ids[labels != -100] == labels[labels != -100]).all()
+
+
+# --- Pictures -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def painted(monkeypatch, tmp_path):
+    """images() with pictures of one colour that only the seed decides, and scores that it decides too."""
+    drawn = tmp_path / "drawn.txt"  # outlives a process
+
+    def draw_pairs(sd, captions, seeds, guidance, own, cross, steps, size):
+        with open(drawn, "a") as file:
+            file.writelines(f"{caption}\n" for caption in captions[:1])
+        pictures = [torch.rand(2, 3, 1, 1, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(pictures).expand(-1, -1, -1, size, size) * 2 - 1
+
+    def clip_scores(clip, tokenizer, pictures, captions):
+        values = pictures[:, :, :2, 0, 0].flatten(1).T / 2 + 0.5  # (4, B)
+        return dict(zip(("clip_before", "clip_after", "clip_image", "clip_direction"), values))
+
+    monkeypatch.setattr(make_dataset, "draw_pairs", draw_pairs)
+    monkeypatch.setattr(make_dataset, "clip_scores", clip_scores)
+    return drawn
+
+
+def images(out, *options):
+    make_dataset.main(
+        ["images", "--out", str(out), "--samples", "6", "--keep", "2", "--size", "16", *options]
+    )
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_best_samples_that_pass_are_kept_and_thin_instructions_left_out(painted, tmp_path):
+    texts = records(6)
+    write_texts(tmp_path / "out", texts)
+    images(tmp_path / "out", "--min-image", "0.5")
+    pairs = read_pairs(tmp_path / "out", "train")
+    counts = Counter(pair.instruction for pair in pairs)
+    assert counts and min(counts.values()) >= 2 and len(counts) <= len(texts)
+    ledger = [
+        line
+        for file in (tmp_path / "out" / "ledger").iterdir()
+        for line in map(json.loads, filter(None, file.read_text().split("\n")))
+    ]
+    assert len(ledger) == 18 and all(line["drawn"] == 6 and len(line["kept"]) <= 2 for line in ledger)
+    for line in ledger:
+        scores = [kept["clip_direction"] for kept in line["kept"]]
+        assert scores == sorted(scores, reverse=True)
+        for kept in line["kept"]:
+            assert kept["clip_image"] >= 0.5 and min(kept["clip_before"], kept["clip_after"]) >= 0.2
+            assert 7.5 <= kept["guidance"] <= 15 and 0.1 <= kept["injection"] <= 0.9
+    told = {(text["instruction"], *pair) for text in texts for pair in text["pairs"]}
+    assert all((p.instruction, p.input_caption, p.output_caption) in told for p in pairs)
+    listed = {path for pair in pairs for path in (pair.input, pair.output)}
+    there = {str(p) for p in (tmp_path / "out" / "train").rglob("*.png")}
+    assert {os.path.realpath(p) for p in listed} == {os.path.realpath(p) for p in there}
+    table = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "hub")
+    )
+    assert table["train"].num_rows == len(pairs) and table["train"][0]["input"].size == (16, 16)
+    assert len(VisualPromptDataset(pairs, 16)) == len(pairs)
+
+
+def test_killed_anywhere_it_loses_nothing_repeats_nothing_and_leaves_nothing(painted, tmp_path):
+    """A child process dies at its k-th step into the file system, for every k there is; another goes on."""
+    texts = records(2, pairs=2, seed=1)
+    options = ("--min-caption", "0", "--min-image", "0.2", "--min-direction", "0")
+
+    def child(out, die_at):
+        if pid := os.fork():
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        steps = 0
+
+        def watch(event, arguments):
+            nonlocal steps
+            ours = event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(out) in str(
+                arguments
+            )
+            steps += ours
+            if steps == die_at and ours:
+                os._exit(9)
+
+        try:
+            sys.addaudithook(watch)
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            images(out, *options)
+        finally:
+            os._exit(0 if sys.exc_info()[0] is None else 1)
+
+    write_texts(tmp_path / "whole", texts)
+    assert child(tmp_path / "whole", None) == 0
+    whole, once = tree(tmp_path / "whole"), painted.read_text()
+    assert once.count("\n") == 4 and len([name for name in whole if name.endswith(".png")]) >= 8
+    for die_at in range(1, 1000):
+        out = tmp_path / f"cut{die_at}"
+        write_texts(out, texts)
+        painted.write_text("")
+        code = child(out, die_at)
+        finished = [
+            line for name, text in tree(out).items() if "ledger" in name for line in text.split(b"\n") if line
+        ]
+        assert code in (0, 9)
+        begun = painted.read_text().count("\n")
+        assert child(out, None) == 0
+        assert tree(out) == whole
+        # At most the pair that the first process was at is drawn again.
+        assert painted.read_text().count("\n") == begun + 4 - len(finished)
+        if code == 0:
+            break
+    assert die_at > 40
+
+
+def test_a_line_of_the_ledger_that_was_cut_is_made_again(painted, tmp_path):
+    write_texts(tmp_path / "out", records(2, pairs=2))
+    images(tmp_path / "out", "--min-image", "0")
+    whole = tree(tmp_path / "out")
+    ledger = next((tmp_path / "out" / "ledger").iterdir())
+    ledger.write_bytes(ledger.read_bytes()[:-20])
+    painted.write_text("")
+    images(tmp_path / "out", "--min-image", "0")
+    assert painted.read_text().count("\n") == 1
+    again = tree(tmp_path / "out")
+    assert {k: v for k, v in again.items() if "ledger" not in k} == {
+        k: v for k, v in whole.items() if "ledger" not in k
+    }
+
+
+def test_processes_share_the_work_and_make_what_one_would(painted, tmp_path, monkeypatch):
+    texts = records(8, pairs=2)
+    for out in ("one", "two"):
+        write_texts(tmp_path / out, texts)
+    images(tmp_path / "one", "--min-image", "0")
+    alone = painted.read_text()
+    painted.write_text("")
+    shares = []
+    for rank in (0, 1):
+        state = SimpleNamespace(
+            process_index=rank,
+            num_processes=2,
+            is_main_process=rank == 0,
+            device=torch.device("cpu"),
+            wait_for_everyone=lambda: None,
+        )
+        monkeypatch.setattr(make_dataset, "PartialState", lambda cpu, state=state: state)
+        images(tmp_path / "two", "--min-image", "0")
+        shares.append(painted.read_text().count("\n") - sum(shares))
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    assert min(shares) > 0 and sum(shares) == alone.count("\n") == 16
+
+
+def test_more_texts_are_added_to_what_is_there(painted, tmp_path):
+    texts = records(6, pairs=2)
+    write_texts(tmp_path / "out", texts[:3])
+    images(tmp_path / "out")
+    write_texts(tmp_path / "out", texts[::-1])
+    painted.write_text("")
+    images(tmp_path / "out")
+    assert painted.read_text().count("\n") == 6
+
+
+def test_captions_that_the_text_encoder_would_cut_are_not_drawn(painted, tmp_path):
+    long = " ".join(["circle"] * 70)
+    write_texts(tmp_path / "out", [{"instruction": "x", "pairs": [[long, long + " red"]] * 2}])
+    images(tmp_path / "out")
+    assert not painted.exists() and not (tmp_path / "out" / "train").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "20"], "--size 20: give a multiple of 16"),
+        (["--samples", "0"], "--samples 0: give 1 or more"),
+        (["--guidance", "9", "3"], "--guidance 9.0 3.0: give two numbers"),
+        (["--injection", "0", "2"], "--injection 0.0 2.0"),
+        (["--cross", "nan"], "--cross nan: give a part"),
+        (["--out", "nowhere"], "nowhere/texts.jsonl"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(tmp_path, capsys, options, message):
+    write_texts(tmp_path, records(1))
+    with pytest.raises(SystemExit) as stopped:
+        make_dataset.main(["images", "--out", str(tmp_path), *options])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and error.startswith("make_dataset.py: error: ") and message in error
+
+
+def test_the_four_scores_are_cosines_of_clip(tmp_path):
+    clip, tokenizer = (
+        load(backbone.preset("toy").clip) for load in (backbone.load_clip, backbone.load_clip_tokenizer)
+    )
+    scene = world.random_scene(random.Random(1))
+    from dataset import image_to_tensor
+
+    pictures = torch.stack([image_to_tensor(world.render(scene))] * 2)[None]
+    scores = make_dataset.clip_scores(clip, tokenizer, pictures, (scene.caption(), "a red circle"))
+    assert scores["clip_image"].item() == pytest.approx(1, abs=1e-5)
+    assert scores["clip_direction"].item() == pytest.approx(0, abs=1e-3)
+    assert scores["clip_before"].item() > scores["clip_after"].item() + 0.2
+
+
+# --- Check --------------------------------------------------------------------------------------------------
+
+
+def checked(folder, *options):
+    ended = subprocess.run(
+        [sys.executable, HERE / "make_dataset.py", "check", folder, *options], capture_output=True, text=True
+    )
+    return ended.returncode, ended.stdout
+
+
+def test_check_finds_what_is_broken_double_unchanged_and_thin(painted, tmp_path):
+    out = tmp_path / "out"
+    write_texts(out, records(3, pairs=2))
+    images(out, "--min-image", "0", "--min-caption", "0", "--min-direction", "0")
+    code, printed = checked(out, "--sheet", tmp_path / "sheet.png")
+    assert (
+        code == 0
+        and "pairs                        12" in printed
+        and "instructions                  3" in printed
+    )
+    assert "good pairs of each            4 to 4, median 4" in printed and "clip_direction" in printed
+    assert load_image(tmp_path / "sheet.png").width > 4 * 96
+    pairs = read_pairs(out, "train")
+    groups = {}
+    for pair in pairs:
+        groups.setdefault(pair.instruction, []).append(pair)
+    one, two, three = groups.values()
+    for pair in one[1:]:
+        Path(pair.input).write_bytes(b"no picture")
+    Path(two[0].output).write_bytes(Path(two[0].input).read_bytes())
+    for a, b in zip((three[0].input, three[0].output), (three[1].input, three[1].output)):
+        Path(b).write_bytes(Path(a).read_bytes())
+    code, printed = checked(out)
+    assert code == 1
+    assert "broken files: 3" in printed and f"{one[1].input}: not a picture" in printed
+    assert "pairs without a change: 1" in printed and "pairs there twice: 1" in printed
+    assert f"instructions of fewer than 2 good pairs: 1\n    {one[0].instruction}" in printed
