@@ -32,6 +32,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -271,7 +272,7 @@ def finetune(
 
 
 def texts(args: argparse.Namespace) -> None:
-    state = PartialState(cpu=args.device == "cpu")
+    state, device = processes(args.device)
     seeds = read_seeds(args.seeds)
     preset = backbone.preset(args.backbone)
     source = args.llm or preset.writer
@@ -279,7 +280,7 @@ def texts(args: argparse.Namespace) -> None:
     taught = _hash(examples) if examples else None
     same_settings(args.out / "texts.settings.json", {"llm": source, "finetuned on": taught}, state)
     if examples and not (args.out / "writer").exists() and state.is_main_process:
-        model, tokenizer = backbone.load_llm(source, backbone.pick_device(args.device))
+        model, tokenizer = backbone.load_llm(source, device)
         torch.manual_seed(args.seed)
         finetune(
             model,
@@ -292,7 +293,6 @@ def texts(args: argparse.Namespace) -> None:
         )
         del model
     state.wait_for_everyone()
-    device = _device(args, state)
     model, tokenizer = backbone.load_llm(str(args.out / "writer") if examples else source, device)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     for attempt in range(args.tries):
@@ -449,25 +449,24 @@ def clip_scores(
 
 
 def images(args: argparse.Namespace) -> None:
-    state = PartialState(cpu=args.device == "cpu")
+    state, device = processes(args.device)
     records = read_texts(args.out / "texts.jsonl")
     preset = backbone.preset(args.backbone)
     parts = {
         "stable_diffusion": args.stable_diffusion or preset.stable_diffusion,
         "clip": args.clip or preset.clip,
     }
-    size = args.size or preset.picture
-    names = ("samples", "keep", "steps", "guidance", "injection", "cross", "seed")
+    args.size = args.size or preset.picture
+    names = ("size", "samples", "keep", "steps", "guidance", "injection", "cross", "seed")
     names += ("min_caption", "min_image", "min_direction")
-    settings = parts | {"size": size} | {name: getattr(args, name) for name in names}
+    settings = parts | {name: getattr(args, name) for name in names}
     same_settings(args.out / "images.settings.json", settings, state)
-    device = _device(args, state)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     sd = backbone.load_stable_diffusion(parts["stable_diffusion"], device, dtype)
     clip, tokenizer = backbone.load_clip(parts["clip"], device), backbone.load_clip_tokenizer(parts["clip"])
     unit = vae_factor(sd) * 2 ** (len(sd.unet.config.block_out_channels) - 1)
-    if size % unit:
-        raise ValueError(f"--size {size}: give a multiple of {unit}, which this U-Net can halve")
+    if args.size % unit:
+        raise ValueError(f"--size {args.size}: give a multiple of {unit}, which this U-Net can halve")
     shards = defaultdict(list)
     for record in records:
         shards[_hash(record["instruction"])[:2]].append(record)
@@ -478,15 +477,21 @@ def images(args: argparse.Namespace) -> None:
         for shard in mine:
             ledger, folder = args.out / "ledger" / f"{shard}.jsonl", args.out / args.split / shard
             done = {line["name"]: line for line in read_lines(ledger)}
+
+            def draw(name: str, pair: list[str], done=done, ledger=ledger, folder=folder) -> None:
+                done[name] = draw_and_filter(name, pair, folder, sd, clip, tokenizer, args)
+                append(ledger, [done[name]])
+
             for record in shards[shard]:
-                for pair in record["pairs"]:
-                    name = _hash([record["instruction"], *pair])
+                pairs = {_hash([record["instruction"], *pair]): pair for pair in record["pairs"]}
+                for name, pair in pairs.items():
                     if name not in done:
-                        done[name] = draw_and_filter(
-                            name, tuple(pair), folder, sd, clip, tokenizer, args, size
-                        )
-                        append(ledger, [done[name]])
+                        draw(name, pair)
                     progress.update()
+                if is_enough(record, done):  # what was too thin once, or has lost a file, is drawn as it was
+                    for name, pair in pairs.items():
+                        if not all((folder / file).exists() for file in files_of(done[name])):
+                            draw(name, pair)
             counts += finish_shard(folder, shards[shard], done)
     print(
         f"process {state.process_index}: {counts['pairs']} pairs of {counts['instructions']} instructions in "
@@ -498,14 +503,7 @@ def images(args: argparse.Namespace) -> None:
 
 
 def draw_and_filter(
-    name: str,
-    captions: tuple[str, str],
-    folder: Path,
-    sd,
-    clip,
-    tokenizer,
-    args: argparse.Namespace,
-    size: int,
+    name: str, captions: list[str], folder: Path, sd, clip, tokenizer, args: argparse.Namespace
 ) -> dict:
     """Draws a pair of captions as often as asked, and saves the best that pass → its line of the ledger."""
     rng = random.Random(f"{args.seed} {name}")
@@ -520,56 +518,70 @@ def draw_and_filter(
     for first in range(0, len(tries), args.batch):
         seeds, guidance, injection = zip(*tries[first : first + args.batch])
         same = [captions] * len(seeds)
-        pictures = draw_pairs(sd, same, seeds, [*guidance], [*injection], args.cross, args.steps, size)
+        pictures = draw_pairs(sd, same, seeds, [*guidance], [*injection], args.cross, args.steps, args.size)
         scores = clip_scores(clip, tokenizer, pictures, captions)
         for k, (seed, scale, own) in enumerate(zip(seeds, guidance, injection)):
             score = {key: round(value[k].item(), 4) for key, value in scores.items()}
-            faults = {
-                "caption": min(score["clip_before"], score["clip_after"]) < args.min_caption,
-                "image": score["clip_image"] < args.min_image,
-                "direction": score["clip_direction"] < args.min_direction,
+            passed = {  # which what is no number does not
+                "caption": all(score[key] >= args.min_caption for key in ("clip_before", "clip_after")),
+                "image": score["clip_image"] >= args.min_image,
+                "direction": score["clip_direction"] >= args.min_direction,
             }
-            failed.update(reason for reason, is_so in faults.items() if is_so)
-            if not any(faults.values()):
+            failed.update(reason for reason, is_so in passed.items() if not is_so)
+            if all(passed.values()):
                 drawn = {"seed": seed, "guidance": round(scale, 3), "injection": round(own, 3)}
-                found.append((score | drawn, pictures[k].cpu()))
+                found.append((score | drawn, [tensor_to_image(picture) for picture in pictures[k]]))
     found.sort(key=lambda item: -item[0]["clip_direction"])
     folder.mkdir(parents=True, exist_ok=True)
     kept = []
     for k, (facts, pictures) in enumerate(found[: args.keep]):
         files = [f"{name}_{k}_{when}.png" for when in ("before", "after")]
-        for file, picture in zip(files, pictures):
-            image = tensor_to_image(picture)
+        for file, image in zip(files, pictures):
             write_whole(folder / file, lambda path, image=image: image.save(path, format="PNG"))
         kept.append({"input_file_name": files[0], "output_file_name": files[1]} | facts)
     return {"name": name, "drawn": len(tries), "failed": failed, "kept": kept}
 
 
+def is_enough(record: dict, done: dict[str, dict]) -> bool:
+    """Whether an instruction has an example for every query."""
+    return sum(len(done[_hash([record["instruction"], *pair])]["kept"]) for pair in record["pairs"]) >= 2
+
+
+def files_of(line: dict) -> list[str]:
+    """The pictures of a line of the ledger."""
+    return [kept[key] for kept in line["kept"] for key in ("input_file_name", "output_file_name")]
+
+
 def finish_shard(folder: Path, records: list[dict], done: dict[str, dict]) -> Counter[str]:
-    """Lists the pairs of instructions that have two or more, and removes every other file of the folder."""
-    counts, rows = Counter(), []
+    """Lists the pairs of instructions that have enough, and removes what else this program has written."""
+    counts, rows, listed = Counter(), [], set()
     for record in records:
-        group = []
+        enough = is_enough(record, done)
+        counts += Counter(instructions=1) if enough else Counter(thin=1)
         for pair in record["pairs"]:
             line = done[_hash([record["instruction"], *pair])]
             counts += Counter(drawn=line["drawn"], **line["failed"])
-            said = {"instruction": record["instruction"], "input_caption": pair[0], "output_caption": pair[1]}
-            group += [said | kept for kept in line["kept"]]
-        enough = len(group) >= 2
-        counts += Counter(pairs=len(group), instructions=1) if enough else Counter(thin=1)
-        rows += group if enough else []
+            if enough:
+                said = dict(
+                    zip(("instruction", "input_caption", "output_caption"), (record["instruction"], *pair))
+                )
+                rows += [said | kept for kept in line["kept"]]
+                listed.update(files_of(line))
+    counts["pairs"] = len(rows)
     if rows:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_whole(folder / "metadata.jsonl", lambda file: file.write_text(lines, encoding="utf-8"))
-    listed = {row[key] for row in rows for key in ("input_file_name", "output_file_name")} | {
-        "metadata.jsonl"
-    }
+        listed.add("metadata.jsonl")
     for path in folder.iterdir() if folder.exists() else ():
-        if path.name not in listed or not rows:
+        if _OURS.fullmatch(path.name) and path.name not in listed:
             path.unlink()
-    if folder.exists() and not rows:
+    if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()
     return counts
+
+
+# The names that this program gives, and what a run that was killed leaves of them.
+_OURS = re.compile(r"(\.\d+\.)?([0-9a-f]{12}_\d+_(before|after)\.png|metadata\.jsonl)")
 
 
 # --- What both write, so that it can be stopped at any moment -----------------------------------------------
@@ -614,8 +626,11 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:12]
 
 
-def _device(args: argparse.Namespace, state: PartialState) -> torch.device:
-    return state.device if state.num_processes > 1 else backbone.pick_device(args.device)
+def processes(name: str) -> tuple[PartialState, torch.device]:
+    """Which of how many processes this one is, and its device."""
+    device = backbone.pick_device(name)
+    state = PartialState(cpu=device.type == "cpu")
+    return state, state.device if state.num_processes > 1 and device.type != "cpu" else device
 
 
 # --- Check --------------------------------------------------------------------------------------------------

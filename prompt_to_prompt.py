@@ -38,8 +38,7 @@ def align(source: str, target: str, tokenizer: Any) -> tuple[Tensor, Tensor]:
     subsequence of tokens: what is removed has no heir, what is added keeps to itself.
     Choice: what follows the words, and in a prompt of as many words what follows the last replaced one, stays
     with them, padding with padding. Theirs goes by position there: words that were removed hand their
-    attention on to padding, and behind a longer word each stands for its neighbour (docs/dataset.md measures
-    it).
+    attention on to padding, and behind a longer word each stands for its neighbour.
     """
     split = [prompt.split() for prompt in (source, target)]
     words = [[tokenizer(word, add_special_tokens=False).input_ids for word in prompt] for prompt in split]

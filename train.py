@@ -98,7 +98,11 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--encoder-steps", type=int, default=1000, help="before all others, of the prompt encoder alone")
     add("--encoder-batch", type=int, help="grids per step while it is taught (default: as --batch)")
     add("--encoder-lr", type=float, default=0.1, help="of a taught encoder thereafter, times --lr; 0: frozen")
-    add("--encoder-width", type=int, help="channels of its blocks (default: as the U-Net's first level)")
+    add(
+        "--encoder-width",
+        type=int,
+        help="channels of its blocks (default: as of --init, or the U-Net's first level)",
+    )
     add("--auxiliary-weight", type=float, default=0.3, help="of saying what it sees, while it is taught")
     add("--noise-power", type=float, default=1.0, help="above 1: strong noise comes more often than weak")
     add("--optimizer", default="adamw", choices=("adamw", "adamw-8bit"), help="8 bit: needs bitsandbytes")
@@ -827,21 +831,23 @@ def main() -> None:
 
     design = "conv" if args.no_rcldm else args.encoder
     factor = args.panel // losses_of.grey.shape[-1]
+    folders = {option: getattr(args, option) for option in ("init", "init_encoder") if getattr(args, option)}
+    trained = {option: backbone.load_editor(folder)[0] for option, folder in folders.items()}
     torch.manual_seed(args.seed)  # the same weights whether the facts above were computed or cached
-    encoder = {"prompt_encoder_width": args.encoder_width, "prompt_encoder_text": not args.no_encoder_text}
+    widths = [args.encoder_width, *(other.config.prompt_encoder_width for other in trained.values())]
+    width = next(filter(None, widths), None)  # what weights are given for need not be told
+    encoder = {"prompt_encoder_width": width, "prompt_encoder_text": not args.no_encoder_text}
     encoder["prompt_encoder_latents"] = not args.no_encoder_latents
     model = RCLDM.from_unet(sd.unet, design, factor=factor, **encoder).to(device)
     if design != "conv" and not args.no_encoder_text:
         model.prompt_encoder.whiten(texts[:-1])
-    for option, part in (("init", model), ("init_encoder", model.prompt_encoder)):
-        if folder := getattr(args, option):
-            trained, _ = backbone.load_editor(folder)
-            weights = (trained if part is model else trained.prompt_encoder).state_dict()
-            try:
-                part.load_state_dict(weights)
-            except RuntimeError:
-                option = option.replace("_", "-")
-                raise ValueError(f"--{option} {folder}: an editor of another architecture") from None
+    for option, other in trained.items():
+        mine, theirs = (one if option == "init" else one.prompt_encoder for one in (model, other))
+        try:
+            mine.load_state_dict(theirs.state_dict())
+        except RuntimeError:
+            option, folder = option.replace("_", "-"), folders[option]
+            raise ValueError(f"--{option} {folder}: an editor of another architecture") from None
     if args.encoder_steps and not args.init and not begun:
         teach_prompt_encoder(model, losses_of, data, args, is_main)
     if args.gradient_checkpointing:

@@ -618,7 +618,7 @@ def test_a_split_of_shards_is_read_as_one(tmp_path):
     with pytest.raises(ds.DatasetError, match=r"train/b/metadata\.jsonl:1: not a JSON object with the key"):
         ds.read_pairs(tmp_path, "train")
     # A split that is not there is not made of the others.
-    with pytest.raises(ds.DatasetError, match="has neither seen/metadata.jsonl"):
+    with pytest.raises(ds.DatasetError, match=r"has neither seen/metadata\.jsonl"):
         ds.read_pairs(tmp_path, "seen")
 
 

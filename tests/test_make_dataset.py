@@ -339,7 +339,7 @@ def test_killed_anywhere_it_loses_nothing_repeats_nothing_and_leaves_nothing(pai
 
         try:
             sys.addaudithook(watch)
-            sys.stdout = sys.stderr = open(os.devnull, "w")
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
             images(out, *options)
         finally:
             os._exit(0 if sys.exc_info()[0] is None else 1)
@@ -413,6 +413,40 @@ def test_more_texts_are_added_to_what_is_there(painted, tmp_path):
     painted.write_text("")
     images(tmp_path / "out")
     assert painted.read_text().count("\n") == 6
+
+
+def test_what_was_too_thin_or_lost_is_drawn_again_when_it_is_needed(painted, tmp_path):
+    (record,), out = records(1, pairs=5), tmp_path / "out"
+    strict = ("--min-direction", "0", "--min-caption", "0", "--min-image", "0", "--keep", "1")
+    write_texts(out, [record | {"pairs": record["pairs"][:1]}])
+    images(out, *strict)
+    assert not (out / "train").exists() or not any((out / "train").rglob("*.png"))
+    write_texts(out, [record])
+    images(out, *strict)
+    pairs = read_pairs(out, "train")
+    assert len(pairs) == 5 and all(Path(pair.input).exists() and Path(pair.output).exists() for pair in pairs)
+    whole = tree(out / "train")
+    Path(pairs[3].output).unlink()
+    images(out, *strict)
+    assert tree(out / "train") == whole
+
+
+def test_files_of_others_are_left_alone(painted, tmp_path):
+    write_texts(tmp_path / "out", records(3, pairs=2))
+    images(tmp_path / "out", "--min-image", "0")
+    shard = next((tmp_path / "out" / "train").iterdir())
+    (shard / "notes.txt").write_text("mine")
+    images(tmp_path / "out", "--min-image", "0")
+    assert (shard / "notes.txt").read_text() == "mine"
+
+
+def test_pictures_that_are_no_numbers_are_not_kept(painted, tmp_path, monkeypatch):
+    names = ("clip_before", "clip_after", "clip_image", "clip_direction")
+    nan = {name: torch.full((6,), float("nan")) for name in names}
+    monkeypatch.setattr(make_dataset, "clip_scores", lambda *_: nan)
+    write_texts(tmp_path / "out", records(2))
+    images(tmp_path / "out")
+    assert not list((tmp_path / "out" / "train").rglob("*.png"))
 
 
 def test_captions_that_the_text_encoder_would_cut_are_not_drawn(painted, tmp_path):
@@ -492,3 +526,26 @@ def test_check_finds_what_is_broken_double_unchanged_and_thin(painted, tmp_path)
     assert "broken files: 3" in printed and f"{one[1].input}: not a picture" in printed
     assert "pairs without a change: 1" in printed and "pairs there twice: 1" in printed
     assert f"instructions of fewer than 2 good pairs: 1\n    {one[0].instruction}" in printed
+
+
+# --- All of it, in small ------------------------------------------------------------------------------------
+
+
+def test_from_captions_to_a_dataset_on_the_toy_parts(tmp_path):
+    def program(*command):
+        command = [sys.executable, HERE / command[0], *map(str, command[1:])]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    (tmp_path / "captions.txt").write_text(program("toy/world.py", "--captions", 6))
+    printed = program("make_dataset.py", "texts", "--seeds", "captions.txt", "--out", "made")
+    texts = make_dataset.read_texts(tmp_path / "made" / "texts.jsonl")
+    assert f"6 captions: {len(texts)} instructions with {5 * len(texts)} pairs" in printed and len(texts) >= 3
+    seeds = (tmp_path / "captions.txt").read_text().splitlines()
+    assert all(text["pairs"][0][0] in seeds for text in texts)
+    few = ("--samples", 2, "--steps", 2, "--min-image", 0.3, "--min-caption", -1, "--min-direction", -1)
+    program("make_dataset.py", "images", "--out", "made", *few)
+    pairs = read_pairs(tmp_path / "made", "train")
+    assert len(VisualPromptDataset(pairs, 64)) == len(pairs) >= 2 * 3
+    program("make_dataset.py", "check", "made")

@@ -335,9 +335,9 @@ def stopping(save):
     return stop
 
 
-def test_training_goes_on_from_an_editor(run, tmp_path):
+def test_training_goes_on_from_an_editor_whose_width_need_not_be_told(run, tmp_path):
     quick = ("--no-esm", "--no-liu", "--no-sam", "--steps", "1")
-    run(*quick, "--lr", "1e-2", output=tmp_path / "first")
+    run(*quick, "--lr", "1e-2", "--encoder-width", "24", output=tmp_path / "first")
     run(*quick, "--lr", "1e-9", "--init", str(tmp_path / "first" / "editor"), output=tmp_path / "second")
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert all(torch.allclose(first[k], second[k], atol=1e-6) for k in first)

@@ -6,6 +6,7 @@ scene is known to the pixel.  That is what photographs cannot give, and why the 
 measured here.
 
     python toy/world.py --out data/toy        # writes the splits in the public dataset format
+    python toy/world.py --captions 40         # only prints captions, seeds for make_dataset.py
 
 Splits.  `train`; `seen`: new scenes, trained instructions; `unseen_combination`: the edit makes or touches a
 (colour, shape) combination that no training picture holds; `unseen_task`: families of edits never trained.
@@ -1162,7 +1163,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     instructions, pairs = SPLITS["train"]
     parser.add_argument("--pairs", type=int, default=pairs, help="of each instruction in train")
+    parser.add_argument("--captions", type=int, help="print captions of so many scenes, and write nothing")
     args = parser.parse_args()
+    if args.captions is not None:
+        rng = random.Random(args.seed)
+        print("\n".join(random_scene(rng).caption() for _ in range(args.captions)))
+        return
     if args.out.exists():
         sys.exit(f"world.py: error: {args.out} exists already; remove it or choose another --out")
     if args.pairs < 2:

@@ -1,0 +1,49 @@
+"""The pages that are to be run as they stand: their blocks of commands, in a folder of links to this one."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs all blocks of a page → what they printed. What they write is under tmp_path."""
+    for path in HERE.iterdir():
+        if not path.name.startswith(".") and path.name not in ("my", "out", "runs"):
+            (tmp_path / path.name).symlink_to(path)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def run(page):
+        printed = []
+        for block in re.findall(r"```bash\n(.*?)```", (HERE / "docs" / page).read_text(), re.DOTALL):
+            command = ["bash", "-e", "-c", block]
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-2000:]
+            printed.append(done.stdout)
+        return printed
+
+    return run
+
+
+@pytest.mark.slow
+def test_ten_pairs_of_ones_own_teach_an_edit(run, tmp_path):
+    last = run("your-own-pictures.md")[-1]
+    away = {
+        name: float(levels) for name, levels in re.findall(r"^(\S+): ([\d.]+) levels", last, re.MULTILINE)
+    }
+    assert list(away) == ["new_before", "answer-before-training", "answer"]
+    assert away["answer"] < 0.7 * min(away["answer-before-training"], away["new_before"])
+    assert (tmp_path / "my" / "sheet.png").exists()
+
+
+@pytest.mark.slow
+def test_the_dataset_is_made_again_on_the_toy_parts(run, tmp_path):
+    made = run("dataset.md")
+    assert int(re.search(r"captions: (\d+) instructions", made[0])[1]) >= 20
+    assert int(re.search(r"^instructions +(\d+)", made[2], re.MULTILINE)[1]) >= 10
