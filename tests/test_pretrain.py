@@ -1,5 +1,6 @@
 """The toy parts' tokenizer: the same in every process, and still the tokenizer that was trained."""
 
+import backbone
 from toy import pretrain, world
 
 
@@ -18,3 +19,19 @@ def test_the_tokenizer_knows_the_words_of_every_instruction():
     for instruction, ids in zip(instructions, tokenizer(instructions).input_ids):
         assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
         assert len(ids) == len(instruction.split()) + 2 and tokenizer.decode(ids[1:-1]) == instruction
+
+
+def test_the_writers_tokenizer_gives_every_text_back():
+    tokenizer = pretrain.new_writer_tokenizer(0)
+    assert tokenizer.get_vocab() == pretrain.new_writer_tokenizer(0).get_vocab()
+    for text in (
+        "Caption: a big red ring, on a navy background\nEdited: nothing\n",
+        "Ünknown  words\tand\n\n",
+    ):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert len(tokenizer("a small purple diamond at the bottom right").input_ids) == 8
+
+
+def test_the_shipped_writer_has_this_tokenizer():
+    _, tokenizer = backbone.load_llm(backbone.preset("toy").writer)
+    assert tokenizer.get_vocab() == pretrain.new_writer_tokenizer(0).get_vocab()

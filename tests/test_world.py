@@ -369,3 +369,12 @@ def test_train_has_the_pairs_asked_for(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="--pairs 1"):
         world.main()
     assert not (tmp_path / "other").exists()
+
+
+def test_texts_tell_the_same_edit_of_several_scenes(capsys):
+    texts = [world.random_texts(random.Random(seed)) for seed in range(40)]
+    assert texts[0] == world.random_texts(random.Random(0)) != texts[1]
+    for text in texts:
+        assert len(text["pairs"]) == 5 and all(before != after for before, after in text["pairs"])
+    held_out = {word for text in texts for _, after in text["pairs"] for word in after.split()}
+    assert not held_out & {"sepia", "frame", "hat"}
