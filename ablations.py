@@ -58,7 +58,8 @@ class Arm(NamedTuple):
 
 
 def three_times(arm: Arm) -> Arm:
-    return arm._replace(label=f"{arm.label}, 3 × the budget", times=3, beside="full-3x")
+    label = f"{arm.label}, 3 × the budget"
+    return arm._replace(label=label, paper=(None, None), times=3, beside="full-3x")
 
 
 SETS = {
