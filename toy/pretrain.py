@@ -570,26 +570,22 @@ def train_segmenter(args: argparse.Namespace) -> None:
 # Language model
 
 
-def train_llm(args: argparse.Namespace) -> None:
+def new_llama(tokenizer, **sizes: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    numbers = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **numbers, **sizes)
+    )
+
+
+def train_llm(args: argparse.Namespace) -> None:
     tokenizer = new_tokenizer(args.seed)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|say|>"]})
     # The model knows one task, so its template renders the wish alone, without examples for larger models.
     tokenizer.chat_template = "{{ messages[-1]['content'] }}<|say|>"
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config).to(args.device)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = new_llama(tokenizer, max_position_embeddings=128, **sizes).to(args.device)
     edits = list(world.every_edit())
     families: dict[str, list[world.Edit]] = {}
     for edit in edits:
@@ -639,22 +635,9 @@ def new_writer_tokenizer(seed: int):
 
 
 def train_writer(args: argparse.Namespace) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     tokenizer = new_writer_tokenizer(args.seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=160,
-        intermediate_size=320,
-        num_hidden_layers=4,
-        num_attention_heads=5,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config).to(args.device)
+    sizes = {"hidden_size": 160, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 5}
+    model = new_llama(tokenizer, max_position_embeddings=512, **sizes).to(args.device)
 
     def loss(step: int) -> dict[str, Tensor]:
         rng = random.Random(args.seed * 1_000_003 + step)
