@@ -28,7 +28,7 @@ import torch
 
 import backbone
 import metrics
-from checkpoint import write_whole
+from checkpoint import other_settings, write_whole
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "docs" / "results.md"
@@ -133,13 +133,9 @@ def call(*command: object) -> str:
 def check_budget(args: argparse.Namespace) -> None:
     """Notes the budget beside the runs; raises ValueError where runs of another lie there."""
     names = ("encoder_steps", "steps", "batch", "precision", "data", "count")
-    budget, path = {name: getattr(args, name) for name in names}, args.runs / "budget.json"
-    if not path.exists():
-        args.runs.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: file.write_text(json.dumps(budget) + "\n"))
-    there = json.loads(path.read_text())
-    if other := [name for name in names if there.get(name) != budget[name]]:
-        was = f"--{other[0].replace('_', '-')} {there.get(other[0])}, not {budget[other[0]]}"
+    budget = {name: getattr(args, name) for name in names}
+    for name, (there, now) in other_settings(args.runs / "budget.json", budget).items():
+        was = f"--{name.replace('_', '-')} {there}, not {now}"
         raise ValueError(f"{args.runs} holds runs of {was}; give other folders with --runs and --out")
 
 

@@ -169,6 +169,17 @@ def encode_images(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return (latents - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
 
 
+def decode_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Its inverse: latents (B, C, h, w) → images (B, 3, H, W), float32, clipped to [-1, 1]."""
+    z = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
+    return vae.decode(z).sample.float().clamp(-1, 1)
+
+
+def vae_factor(vae: nn.Module) -> int:
+    """Pixels along the side of a latent pixel."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def load_tiny_decoder(source: str, vae: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     """An AutoencoderTiny for latents such as `vae`'s (TAESD for Stable Diffusion), frozen.
 

@@ -25,6 +25,18 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def other_settings(path: Path, settings: dict[str, Any], anew: bool = False) -> dict[str, tuple[Any, Any]]:
+    """Notes settings beside the work they are of, unless some are there (`anew`: even then); returns those
+    that differ from what is there, as name → (there, now)."""
+    settings = json.loads(json.dumps(settings))
+    if anew or not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: file.write_text(json.dumps(settings, indent=2) + "\n"))
+    there = json.loads(path.read_bytes())
+    pairs = {name: (there.get(name), settings.get(name)) for name in {**settings, **there}}
+    return {name: (one, other) for name, (one, other) in pairs.items() if one != other}
+
+
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of a model's weights, for `update_parameters(model)` after each step.
 

@@ -414,12 +414,10 @@ def read_folder(folder: str | Path) -> list[EditPair]:
     pixel shows. Raises DatasetError, which names file and line.
     """
     root = Path(folder)
-    shards = (
-        [""]
-        if (root / "metadata.jsonl").is_file()
-        else sorted(p.parent.name for p in root.glob("*/metadata.jsonl"))
-    )
-    return [pair for shard in shards or [""] for pair in _read_metadata(root, shard)]
+    shards = sorted(path.parent.name for path in root.glob("*/metadata.jsonl"))
+    if (root / "metadata.jsonl").is_file() or not shards:
+        shards = [""]  # the folder itself
+    return [pair for shard in shards for pair in _read_metadata(root, shard)]
 
 
 def _read_metadata(root: Path, shard: str) -> Iterator[EditPair]:

@@ -117,7 +117,7 @@ class Editor:
     ) -> None:
         self.sd, self.rcldm, self.unifier, self.panel, self.offload = sd, rcldm, unifier, panel, offload
         self.settings = SAMPLING | (settings or {})
-        self.factor = 2 ** (len(sd.vae.config.block_out_channels) - 1)  # P / p
+        self.factor = backbone.vae_factor(sd.vae)  # P / p
         mine, theirs = ({**model.config} for model in (rcldm.trainable_copy, sd.unet))
         for name in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
             if json.dumps(mine[name]) != json.dumps(theirs[name]):  # tuples and lists alike
@@ -272,10 +272,8 @@ class Editor:
     @torch.no_grad()
     def decode_answers(self, latents: Tensor) -> Tensor:
         """Latents of grids (B, C, 2p, 2p) → the answers (B, 3, P, P) in [-1, 1], float32."""
-        vae, z = self.sd.vae, answer_panel(latents).to(self.sd.vae.dtype)
-        z = z / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
-        with self.at_work(vae):
-            return vae.decode(z).sample.float().clamp(-1, 1)
+        with self.at_work(self.sd.vae):
+            return backbone.decode_latents(self.sd.vae, answer_panel(latents))
 
     def decode_grids(self, latents: Tensor) -> Tensor:
         """Latents of grids (B, C, 2p, 2p) → all that was drawn, (B, 3, 2P, 2P) in [-1, 1], float32.

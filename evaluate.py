@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import backbone
 from baselines import InstructPix2Pix, PromptDiffusion, SDEdit
-from checkpoint import write_whole
+from checkpoint import other_settings, write_whole
 from dataset import VisualPromptDataset, load_image, read_pairs, tensor_to_image
 from edit import Editor
 
@@ -141,14 +141,9 @@ def read_answers(folder: Path, keys: set[str]) -> list[dict[str, Any]]:
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Stores the settings beside the answers; raises ValueError where answers of other settings lie there."""
-    path = folder / "settings.json"
-    if not path.exists() or not finished(folder / "answers.jsonl"):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: file.write_text(json.dumps(settings, indent=2) + "\n"))
-    stored = json.loads(path.read_bytes())
-    other = [key for key in {**settings, **stored} if stored.get(key) != settings.get(key)]
-    if other:
-        now = ", ".join(f"{key} {stored.get(key)}, now {settings.get(key)}" for key in other[:3])
+    empty = not finished(folder / "answers.jsonl")
+    if other := other_settings(folder / "settings.json", settings, anew=empty):
+        now = ", ".join(f"{key} {there}, now {mine}" for key, (there, mine) in list(other.items())[:3])
         raise ValueError(f"{folder} holds answers of other settings ({now}); give another --output")
 
 

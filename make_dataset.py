@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 import backbone
 import esm
-from checkpoint import load_checkpoint, save_checkpoint, write_whole
+from checkpoint import load_checkpoint, other_settings, save_checkpoint, write_whole
 from dataset import ImageError, load_image, read_pairs, tensor_to_image
 from prompt_to_prompt import PromptToPrompt, align
 
@@ -310,8 +310,7 @@ def texts(args: argparse.Namespace) -> None:
         state.wait_for_everyone()
     if state.is_main_process:
         records, refused = gather_texts(seeds, read_replies(args.out), args.further)
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_whole(args.out / "texts.jsonl", lambda file: file.write_text(lines, encoding="utf-8"))
+        write_lines(args.out / "texts.jsonl", records)
         pairs = sum(len(record["pairs"]) for record in records)
         print(f"{len(seeds)} captions: {len(records)} instructions with {pairs} pairs of captions")
         for reason, count in refused.most_common():
@@ -393,7 +392,7 @@ def draw_pairs(
     control = PromptToPrompt(matrix.to(device), known.to(device))
     prompts = [pair[k] for k in (0, 1) for pair in captions]
     text = torch.cat([backbone.encode_text(sd, [""] * len(prompts)), backbone.encode_text(sd, prompts)])
-    shape = unet.config.in_channels, *[size // vae_factor(sd)] * 2
+    shape = unet.config.in_channels, *[size // backbone.vae_factor(sd.vae)] * 2
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.stack(noise * 2).to(device, unet.dtype)  # (2B, C, h, w)
     scale = torch.tensor(guidance * 2).to(latents)[:, None, None, None]
@@ -410,14 +409,7 @@ def draw_pairs(
             latents = sd.scheduler.step(without + scale * (told - without), t, latents).prev_sample
     finally:
         unet.set_attn_processor(plain)
-    shift = getattr(sd.vae.config, "shift_factor", None) or 0
-    pictures = sd.vae.decode(latents / sd.vae.config.scaling_factor + shift).sample.float().clamp(-1, 1)
-    return pictures.unflatten(0, (2, -1)).transpose(0, 1)
-
-
-def vae_factor(sd: backbone.StableDiffusion) -> int:
-    """Pixels along the side of a latent pixel."""
-    return 2 ** (len(sd.vae.config.block_out_channels) - 1)
+    return backbone.decode_latents(sd.vae, latents).unflatten(0, (2, -1)).transpose(0, 1)
 
 
 # --- Images: CLIP's filter ----------------------------------------------------------------------------------
@@ -432,7 +424,7 @@ def clip_scores(
     from caption to caption."""
     device = pictures.device
     said = F.normalize(clip.encode_text(tokenizer(list(captions)).to(device)).float(), dim=-1)
-    shown = F.normalize(esm.embed(clip, pictures.flatten(0, 1)), dim=-1).unflatten(0, (-1, 2))
+    shown = esm.embed(clip, pictures.flatten(0, 1)).unflatten(0, (-1, 2))
     return {
         "clip_before": shown[:, 0] @ said[0],
         "clip_after": shown[:, 1] @ said[1],
@@ -464,7 +456,7 @@ def images(args: argparse.Namespace) -> None:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     sd = backbone.load_stable_diffusion(parts["stable_diffusion"], device, dtype)
     clip, tokenizer = backbone.load_clip(parts["clip"], device), backbone.load_clip_tokenizer(parts["clip"])
-    unit = vae_factor(sd) * 2 ** (len(sd.unet.config.block_out_channels) - 1)
+    unit = backbone.vae_factor(sd.vae) * 2 ** (len(sd.unet.config.block_out_channels) - 1)
     if args.size % unit:
         raise ValueError(f"--size {args.size}: give a multiple of {unit}, which this U-Net can halve")
     shards = defaultdict(list)
@@ -483,7 +475,7 @@ def images(args: argparse.Namespace) -> None:
                 append(ledger, [done[name]])
 
             for record in shards[shard]:
-                pairs = {_hash([record["instruction"], *pair]): pair for pair in record["pairs"]}
+                pairs = by_name(record)
                 for name, pair in pairs.items():
                     if name not in done:
                         draw(name, pair)
@@ -542,14 +534,23 @@ def draw_and_filter(
     return {"name": name, "drawn": len(tries), "failed": failed, "kept": kept}
 
 
+def by_name(record: dict) -> dict[str, list[str]]:
+    """The pairs of captions of an instruction, each under its name."""
+    return {_hash([record["instruction"], *pair]): pair for pair in record["pairs"]}
+
+
 def is_enough(record: dict, done: dict[str, dict]) -> bool:
     """Whether an instruction has an example for every query."""
-    return sum(len(done[_hash([record["instruction"], *pair])]["kept"]) for pair in record["pairs"]) >= 2
+    return sum(len(done[name]["kept"]) for name in by_name(record)) >= 2
 
 
 def files_of(line: dict) -> list[str]:
     """The pictures of a line of the ledger."""
     return [kept[key] for kept in line["kept"] for key in ("input_file_name", "output_file_name")]
+
+
+# The names that this program gives, and what a run that was killed leaves of them.
+_OURS = re.compile(r"(\.\d+\.)?([0-9a-f]{12}_\d+_(before|after)\.png|metadata\.jsonl)")
 
 
 def finish_shard(folder: Path, records: list[dict], done: dict[str, dict]) -> Counter[str]:
@@ -558,19 +559,20 @@ def finish_shard(folder: Path, records: list[dict], done: dict[str, dict]) -> Co
     for record in records:
         enough = is_enough(record, done)
         counts += Counter(instructions=1) if enough else Counter(thin=1)
-        for pair in record["pairs"]:
-            line = done[_hash([record["instruction"], *pair])]
+        for name, (before, after) in by_name(record).items():
+            line = done[name]
             counts += Counter(drawn=line["drawn"], **line["failed"])
             if enough:
-                said = dict(
-                    zip(("instruction", "input_caption", "output_caption"), (record["instruction"], *pair))
-                )
+                said = {
+                    "instruction": record["instruction"],
+                    "input_caption": before,
+                    "output_caption": after,
+                }
                 rows += [said | kept for kept in line["kept"]]
                 listed.update(files_of(line))
     counts["pairs"] = len(rows)
     if rows:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_whole(folder / "metadata.jsonl", lambda file: file.write_text(lines, encoding="utf-8"))
+        write_lines(folder / "metadata.jsonl", rows)
         listed.add("metadata.jsonl")
     for path in folder.iterdir() if folder.exists() else ():
         if _OURS.fullmatch(path.name) and path.name not in listed:
@@ -580,19 +582,23 @@ def finish_shard(folder: Path, records: list[dict], done: dict[str, dict]) -> Co
     return counts
 
 
-# The names that this program gives, and what a run that was killed leaves of them.
-_OURS = re.compile(r"(\.\d+\.)?([0-9a-f]{12}_\d+_(before|after)\.png|metadata\.jsonl)")
-
-
 # --- What both write, so that it can be stopped at any moment -----------------------------------------------
 
 
-def append(path: Path, lines: Iterable[dict]) -> None:
+def _as_lines(rows: Iterable[dict]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def write_lines(path: Path, rows: Iterable[dict]) -> None:
+    """The whole file, or none of it."""
+    write_whole(path, lambda file: file.write_bytes(_as_lines(rows)))
+
+
+def append(path: Path, rows: Iterable[dict]) -> None:
     """In a single write, after a newline, which ends a line that a killed run has cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     with open(path, "ab", buffering=0) as file:
-        file.write(f"\n{text}".encode())
+        file.write(b"\n" + _as_lines(rows))
 
 
 def read_lines(path: Path) -> Iterator[dict]:
@@ -607,18 +613,14 @@ def read_lines(path: Path) -> Iterator[dict]:
 
 def same_settings(path: Path, settings: dict, state: PartialState) -> None:
     """Notes the settings, or raises ValueError where work with others has begun."""
-    settings = json.loads(json.dumps(settings))
-    if state.is_main_process and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: file.write_text(json.dumps(settings, indent=2) + "\n"))
     if state.is_main_process:
+        other_settings(path, settings)
         for name in (".*.settings.json", ".*.texts.jsonl"):
             for left in path.parent.glob(name):  # of a run killed just there
                 left.unlink()
     state.wait_for_everyone()
-    there = json.loads(path.read_text())
-    if other := [name for name in settings if there.get(name) != settings[name]]:
-        now = ", ".join(f"{name} {there.get(name)}, now {settings[name]}" for name in other)
+    if other := other_settings(path, settings):
+        now = ", ".join(f"{name} {there}, now {mine}" for name, (there, mine) in other.items())
         raise ValueError(f"{path.parent} has been begun with other settings ({now}); give another --out")
 
 

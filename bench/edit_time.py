@@ -59,7 +59,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
             options = {"image": condition, "guidance_scale": args.guidance}
             return pipeline.draw(texts, seeds, args.steps, eta=0.0, **options)
     else:
-        factor = 2 ** (len(sd.vae.config.block_out_channels) - 1)
+        factor = backbone.vae_factor(sd.vae)
         model = RCLDM.from_unet(sd.unet, factor=factor, prompt_encoder_latents=True).to(device, dtype).eval()
         editor = Editor(sd, model, None, chosen.panel)
         if name.endswith("compiled"):

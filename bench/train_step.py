@@ -59,7 +59,7 @@ def preset(name: str, folder: Path) -> backbone.Preset:
 def random_facts(sd: backbone.StableDiffusion, clip: torch.nn.Module | None, batch: int, panel: int):
     """Facts of 2B pairs as training looks them up, and the embeddings of one instruction and of none."""
     device, count, channels = sd.unet.device, 2 * batch, sd.unet.config.in_channels
-    side = panel // 2 ** (len(sd.vae.config.block_out_channels) - 1)
+    side = panel // backbone.vae_factor(sd.vae)
     latents = torch.randn(count, 2, channels, side, side, device=device)
     pictures = torch.randint(256, (count, 2, 3, panel, panel), dtype=torch.uint8, device=device)
     embeddings = areas = None
