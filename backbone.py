@@ -35,8 +35,8 @@ class Preset:
 
     writer: the language model that writes a dataset's texts. picture: pixels along the side of the pictures
     drawn for one. panel: P, pixels along a panel's side. classes: of the segmenter, for selective-area
-    matching. lr: peak learning rate that suits the U-Net's size. data: the dataset to train on, None where
-    there is no default. editor: a trained editor's folder, likewise.
+    matching. lr: peak learning rate that suits the U-Net's size. licence: of the Stable Diffusion. data: the
+    dataset to train on, None where there is no default. editor: a trained editor's folder, likewise.
     """
 
     stable_diffusion: str
@@ -49,6 +49,7 @@ class Preset:
     panel: int
     classes: tuple[str, ...]
     lr: float
+    licence: str
     data: str | None = None
     editor: str | None = None
 
@@ -65,6 +66,7 @@ PRESETS = {
         panel=64,
         classes=("face",),
         lr=6e-3,
+        licence="mit",
         data="data/toy",
         editor="toy/weights/editor",
     ),
@@ -81,6 +83,7 @@ PRESETS = {
         panel=256,
         classes=("person",),
         lr=1e-5,  # Choice: ControlNet's
+        licence="creativeml-openrail-m",
     ),
 }
 
@@ -135,7 +138,7 @@ def load_stable_diffusion(
 
     parts = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
     folder = find_folder(source, [f"{part}/*" for part in parts])
-    with _clear_errors(source, "a Stable Diffusion folder in diffusers' layout"):
+    with clear_errors(source, "a Stable Diffusion folder in diffusers' layout"):
         vae, unet = (
             kind.from_pretrained(folder / part, torch_dtype=dtype, use_safetensors=True)
             for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
@@ -151,8 +154,11 @@ def load_stable_diffusion(
 
 
 @torch.no_grad()
-def encode_text(sd: StableDiffusion, texts: list[str]) -> torch.Tensor:
-    """Texts → their embeddings (B, T, D) for cross-attention, T the tokenizer's full length."""
+def encode_text(sd: StableDiffusion, texts: list[str], device: torch.device | None = None) -> torch.Tensor:
+    """Texts → their embeddings (B, T, D) for cross-attention, T the tokenizer's full length.
+
+    device: where the text encoder works, should that not be where it is.
+    """
     inputs = sd.tokenizer(
         texts,
         padding="max_length",
@@ -160,7 +166,7 @@ def encode_text(sd: StableDiffusion, texts: list[str]) -> torch.Tensor:
         max_length=sd.tokenizer.model_max_length,
         return_tensors="pt",
     )
-    return sd.text_encoder(inputs.input_ids.to(sd.text_encoder.device)).last_hidden_state
+    return sd.text_encoder(inputs.input_ids.to(device or sd.text_encoder.device)).last_hidden_state
 
 
 def encode_images(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -188,7 +194,7 @@ def load_tiny_decoder(source: str, vae: nn.Module, device: torch.device | str = 
     from diffusers import AutoencoderTiny
 
     folder = find_folder(source, ["*"])
-    with _clear_errors(source, "an AutoencoderTiny's folder in diffusers' layout"):
+    with clear_errors(source, "an AutoencoderTiny's folder in diffusers' layout"):
         decoder = AutoencoderTiny.from_pretrained(folder, use_safetensors=True)
     if decoder.config.latent_channels != vae.config.latent_channels:
         mine, theirs = decoder.config.latent_channels, vae.config.latent_channels
@@ -203,7 +209,7 @@ def load_clip(
     import open_clip
 
     folder = find_folder(source, ["open_clip*"])
-    with _clear_errors(source, "an open_clip folder"):
+    with clear_errors(source, "an open_clip folder"):
         if not (folder / "open_clip_model.safetensors").is_file():
             raise FileNotFoundError("open_clip_model.safetensors is missing")
         clip = open_clip.create_model(f"local-dir:{folder}")
@@ -214,7 +220,7 @@ def load_clip_tokenizer(source: str) -> Any:
     """The tokenizer of an open_clip model: texts (list of str) → token ids (B, context length)."""
     import open_clip
 
-    with _clear_errors(source, "an open_clip folder"):
+    with clear_errors(source, "an open_clip folder"):
         return open_clip.get_tokenizer(f"local-dir:{find_folder(source, ['*'])}")
 
 
@@ -223,20 +229,22 @@ def load_segmenter(source: str, device: torch.device | str = "cpu") -> tuple[nn.
     from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
     folder = find_folder(source)
-    with _clear_errors(source, "a Mask2Former folder"):
+    with clear_errors(source, "a Mask2Former folder"):
         options = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
         model = Mask2FormerForUniversalSegmentation.from_pretrained(folder, **options)
         processor = Mask2FormerImageProcessor.from_pretrained(folder, local_files_only=True)
     return _freeze(model, device), processor
 
 
-def load_llm(source: str, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
-    """A causal language model, frozen, and its tokenizer. bf16 on a GPU, float32 elsewhere."""
+def load_llm(
+    source: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[nn.Module, Any]:
+    """A causal language model, frozen, and its tokenizer. dtype: None is bf16 on a GPU, float32 elsewhere."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     folder = find_folder(source)
-    with _clear_errors(source, "a causal language model's folder"):
+    with clear_errors(source, "a causal language model's folder"):
         options = {"local_files_only": True, "trust_remote_code": False}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -250,7 +258,7 @@ def load_editor(
     from rcldm import RCLDM
 
     source, folder = folder, find_folder(folder)
-    with _clear_errors(source, "an editor's folder as train.py saves it"):
+    with clear_errors(source, "an editor's folder as train.py saves it"):
         settings = json.loads((folder / "instructgie.json").read_text(encoding="utf-8"))
         model = RCLDM.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     return _freeze(model, device), settings
@@ -288,7 +296,7 @@ def find_folder(source: str | Path, patterns: list[str] | None = None) -> Path:
 
 
 @contextlib.contextmanager
-def _clear_errors(source: object, what: str) -> Iterator[None]:
+def clear_errors(source: object, what: str) -> Iterator[None]:
     """Whatever a library makes of a broken model folder becomes one line."""
     try:
         yield

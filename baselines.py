@@ -94,7 +94,7 @@ class SDEdit(Baseline):
     def answer(
         self, examples, has_example, queries, texts, seeds, guidance_text, strength, **sampling
     ) -> Tensor:
-        """See `Editor.answer`; texts are captions of the outputs, examples are ignored."""
+        """See `InstructGIEPipeline.answer`; texts are captions of the outputs, examples are ignored."""
         inputs = {"image": (queries + 1) / 2, "strength": strength, "guidance_scale": guidance_text}
         return self.draw(texts, seeds, **sampling, **inputs)
 
@@ -108,7 +108,7 @@ class InstructPix2Pix(Baseline):
     def answer(
         self, examples, has_example, queries, texts, seeds, guidance_text, guidance_visual, **sampling
     ) -> Tensor:
-        """See `Editor.answer`; examples are ignored, and `guidance_visual` is of the query."""
+        """See `InstructGIEPipeline.answer`; examples are ignored, and `guidance_visual` is of the query."""
         scales = {"guidance_scale": guidance_text, "image_guidance_scale": guidance_visual}
         return self.draw(texts, seeds, **sampling, image=(queries + 1) / 2, **scales)
 
@@ -161,7 +161,7 @@ class PromptDiffusion(Baseline):
         return cls(sd, panel, controlnet=control.to(device).eval().requires_grad_(False))
 
     def answer(self, examples, has_example, queries, texts, seeds, guidance_text, **sampling) -> Tensor:
-        """See `Editor.answer`. A pair that is not given is grey, and so it was in training."""
+        """See `InstructGIEPipeline.answer`. A pair that is not given is grey, and so it was in training."""
         shown = torch.cat([*examples.unbind(1), queries], 1)
         shown[~torch.tensor(has_example), :6] = 0.0
         return self.draw(texts, seeds, **sampling, image=(shown + 1) / 2, guidance_scale=guidance_text)

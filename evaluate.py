@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ import backbone
 from baselines import InstructPix2Pix, PromptDiffusion, SDEdit
 from checkpoint import other_settings, write_whole
 from dataset import VisualPromptDataset, load_image, read_pairs, tensor_to_image
-from edit import Editor
+from pipeline import InstructGIEPipeline
 
 # What the editor is given besides the query. "other-pair" is a pair of another instruction, and no words: who
 # reads examples makes that other edit, who remembers the training makes the query's own.
@@ -37,16 +38,23 @@ MODES = ("both", "pair", "instruction", "other-pair")
 class Method(NamedTuple):
     """How a kind of editor is loaded, which text of a pair it is told, and what it can be given."""
 
-    kind: type
+    load: Callable[..., Any]
     told: str
     modes: tuple[str, ...]
 
 
+def load_ours(model: str, device: str, panel: int) -> InstructGIEPipeline:
+    """Its panels are as large as it learnt, whatever the preset's."""
+    pipe = InstructGIEPipeline.from_pretrained(model).to(backbone.pick_device(device))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 METHODS = {
-    "instructgie": Method(Editor, "instruction", MODES),
-    "sdedit": Method(SDEdit, "output_caption", ("instruction",)),
-    "instruct-pix2pix": Method(InstructPix2Pix, "instruction", ("instruction",)),
-    "prompt-diffusion": Method(PromptDiffusion, "instruction", MODES),
+    "instructgie": Method(load_ours, "instruction", MODES),
+    "sdedit": Method(SDEdit.load, "output_caption", ("instruction",)),
+    "instruct-pix2pix": Method(InstructPix2Pix.load, "instruction", ("instruction",)),
+    "prompt-diffusion": Method(PromptDiffusion.load, "instruction", MODES),
 }
 SAMPLING = ("steps", "eta", "guidance_text", "guidance_visual", "strength")
 
@@ -298,7 +306,7 @@ def run(args: argparse.Namespace) -> None:
     modes = list(dict.fromkeys(args.mode or method.modes[:1]))
     if strange := [mode for mode in modes if mode not in method.modes]:
         raise ValueError(f"--mode {strange[0]}: {args.method} can be given {', '.join(method.modes)} alone")
-    editor = method.kind.load(model, device=args.device, **({} if ours else {"panel": preset.panel}))
+    editor = method.load(model, device=args.device, panel=preset.panel)
     data = read_pairs(backbone.data_folder(source), args.split)
     data = VisualPromptDataset(data, size=editor.panel, flip=False, seed=args.seed)
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}

@@ -118,6 +118,7 @@ class InstructionUnifier:
     ):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.device: torch.device | None = None  # where the model works, should that not be where it is
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self._cache = cache and ReplyCache(Path(cache), _name(model), _fingerprint(model, tokenizer))
@@ -166,10 +167,11 @@ class InstructionUnifier:
         else:
             prompts = [few_shot_prompt(text) for text in instructions]
             inputs = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
-        tokens = inputs["input_ids"].to(self.model.device)
+        device = self.device or self.model.device
+        tokens = inputs["input_ids"].to(device)
         output = self.model.generate(
             input_ids=tokens,
-            attention_mask=inputs["attention_mask"].to(self.model.device),
+            attention_mask=inputs["attention_mask"].to(device),
             max_new_tokens=self.max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
             **GREEDY,

@@ -54,7 +54,7 @@ from dataset import (
     tensor_to_image,
     to_bytes,
 )
-from edit import SAMPLING, Editor
+from pipeline import SAMPLING, InstructGIEPipeline, model_card
 from rcldm import RCLDM, VisualPromptEncoder
 
 # ----------------------------------------------------------------------------------------------------------
@@ -658,14 +658,15 @@ def teach_prompt_encoder(
 # The result
 
 
-def save_editor(model: RCLDM, args: argparse.Namespace, step: int) -> None:
-    """The averaged weights and the settings, in the folder that `edit.py --model` takes."""
+def save_editor(model: RCLDM, args: argparse.Namespace, step: int, measured: dict[str, float]) -> None:
+    """The averaged weights, the settings and a model card, in the folder that `edit.py --model` takes."""
     folder = args.output / "editor"
     temporary = args.output / f".editor.{os.getpid()}"
     model.save_pretrained(temporary)
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     record |= {"llm": None if args.no_liu else args.llm, "trained_steps": step} | SAMPLING
     (temporary / "instructgie.json").write_text(json.dumps(record, indent=2) + "\n")
+    (temporary / "README.md").write_text(model_card(record, measured), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
@@ -686,14 +687,17 @@ class Validation:
         if unifier:
             self.texts = unifier.unify(self.texts)
 
-    def picture(self, model: RCLDM, sd: backbone.StableDiffusion) -> Tensor:
-        """(3, H, W) in [-1, 1]: a row per query with example before and after, input, answer, truth."""
+    def picture(self, model: RCLDM, sd: backbone.StableDiffusion) -> tuple[Tensor, float]:
+        """(3, H, W) in [-1, 1]: a row per query with example before and after, input, answer, truth. And the
+        answers' mean absolute error, in levels of 0 … 255."""
         panels = self.panels.to(sd.unet.device)
-        editor = Editor(sd, model.eval(), None, panels.shape[-1])
+        pipe = InstructGIEPipeline(**sd._asdict(), rcldm=model.eval(), panel=panels.shape[-1])
+        pipe.set_progress_bar_config(disable=True)
         seeds = list(range(len(panels)))
-        answers = editor.answer(panels[:, :2], None, panels[:, 2], self.texts, seeds).to(panels)
+        answers = pipe.answer(panels[:, :2], None, panels[:, 2], self.texts, seeds).to(panels)
         shown = torch.stack([*panels[:, :3].unbind(1), answers, panels[:, 3]], 1)  # (N, 5, 3, P, P)
-        return torch.cat([torch.cat(list(row), -1) for row in shown], -2).cpu().clamp(-1, 1)
+        error = 127.5 * (answers - panels[:, 3]).abs().mean().item()
+        return torch.cat([torch.cat(list(row), -1) for row in shown], -2).cpu().clamp(-1, 1), error
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -909,11 +913,13 @@ def main() -> None:
             modules = {"model": model, "average": average}
             save_checkpoint(args.output, step, modules, optimizer.optimizer, keep=args.keep)
         if step % args.validate_every == 0 or step == args.steps:
-            save_editor(average.module, args, step)
+            measured = {name: value.item() for name, value in smooth.items()}
             if args.validation_pictures:
-                picture = validation.picture(average.module, sd)
+                picture, measured["validation error"] = validation.picture(average.module, sd)
                 writer.add_image("validation", (picture + 1) / 2, step)
+                writer.add_scalar("validation error", measured["validation error"], step)
                 tensor_to_image(picture).save(args.output / f"validation-{step:07d}.png")
+            save_editor(average.module, args, step, measured)
     progress.refresh()
     progress.close()
     print(f"the editor is in {args.output / 'editor'}")

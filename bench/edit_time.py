@@ -28,7 +28,7 @@ from train_step import preset
 import backbone
 from baselines import Baseline
 from dataset import compose_grid, mask_query
-from edit import Editor
+from pipeline import InstructGIEPipeline
 from rcldm import RCLDM
 
 
@@ -61,13 +61,15 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     else:
         factor = backbone.vae_factor(sd.vae)
         model = RCLDM.from_unet(sd.unet, factor=factor, prompt_encoder_latents=True).to(device, dtype).eval()
-        editor = Editor(sd, model, None, chosen.panel)
+        pipe = InstructGIEPipeline(**sd._asdict(), rcldm=model, panel=chosen.panel)
+        pipe.set_progress_bar_config(disable=True)
         if name.endswith("compiled"):
-            editor.compile()
+            pipe.unet.compile()
+            pipe.rcldm.compile()
 
         def edit() -> torch.Tensor:
             options = {"steps": args.steps, "eta": 0.0, "guidance_text": args.guidance}
-            return editor.answer(pictures[:, :2], None, pictures[:, 2], texts, seeds, **options)
+            return pipe.answer(pictures[:, :2], None, pictures[:, 2], texts, seeds, **options)
 
     seconds = []
     for _ in range(args.repeat + 1):

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from checkpoint import write_whole
 from dataset import VisualPromptDataset, compose_grid, mask_query, read_pairs
-from edit import known_latents
 from evaluate import draw_queries, panel_rows
+from pipeline import known_latents
 from rcldm import DESIGNS, RCLDM
 
 SHARES = (0.5, 0.9, 0.99)

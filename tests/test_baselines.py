@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_edit import P, save_stable_diffusion
 from test_train import save_data
+from tiny import P, save_stable_diffusion
 
 import backbone
 import baselines
@@ -33,7 +33,9 @@ def parts(tmp_path_factory):
 @pytest.fixture
 def run(parts, tmp_path, monkeypatch):
     """Trains a baseline on the tiny parts; returns the pipeline's folder."""
-    tiny = backbone.Preset(str(parts / "sd"), "", "", "", "", "", P, P, (), 1e-3, data=str(parts / "data"))
+    tiny = backbone.Preset(
+        str(parts / "sd"), "", "", "", "", "", P, P, (), 1e-3, "mit", data=str(parts / "data")
+    )
     monkeypatch.setitem(backbone.PRESETS, "tiny", tiny)
 
     def start(method, *options, output=None):

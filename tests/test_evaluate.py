@@ -59,7 +59,9 @@ class FakeEditor:
 @pytest.fixture
 def editor(data, monkeypatch):
     fake = FakeEditor(data)
-    monkeypatch.setattr(evaluate.Editor, "load", lambda *args, **kwargs: fake)
+    monkeypatch.setitem(
+        evaluate.METHODS, "instructgie", evaluate.METHODS["instructgie"]._replace(load=lambda *_, **__: fake)
+    )
     return fake
 
 

@@ -5,7 +5,7 @@ import torch
 
 import backbone
 from dataset import VisualPromptDataset, read_pairs
-from edit import Editor
+from pipeline import InstructGIEPipeline, seeded
 from toy import stages, world
 
 
@@ -17,13 +17,12 @@ def data(tmp_path_factory):
 
 
 def test_the_stages_are_the_editors_own(data):
-    editor = Editor.load(backbone.preset("toy").editor, "cpu", llm=False)
+    editor = InstructGIEPipeline.from_pretrained(backbone.preset("toy").editor, llm=None)
     pairs = VisualPromptDataset(read_pairs(data, "seen"), size=64, flip=False, seed=0)
     panels = torch.stack([pairs.load_panels(0, 1), pairs.load_panels(2, 3)])
     texts, seeds = [pairs.pairs[i].instruction for i in (1, 3)], [5, 6]
     found = stages.stages(editor, panels, "both", texts, seeds)
-    inputs = panels[:, :2], None, panels[:, 2], texts, seeds
-    drawn = editor.sample(*inputs)
+    drawn = editor.sample(panels[:, :2], None, panels[:, 2], texts, seeded(seeds))
     assert torch.equal(found["answer"], editor.decode_answers(drawn))
     assert list(found) == list(stages.STAGES[1:])
     apart = [(found["u-net"] - panels[:, k]).abs().mean() for k in (2, 3)]  # from the query and the truth

@@ -42,16 +42,16 @@ def test_the_sheet_shows_example_input_and_answer(tmp_path, monkeypatch, alone):
     class Inverter:
         settings = strangers.SAMPLING | {"steps": 3}
 
-        def sample(self, examples, has_example, queries, instructions, seeds, **sampling):
+        def to(self, device):
+            return self
+
+        def answer(self, examples, has_example, queries, instructions, seeds, **sampling):
             assert sampling == self.settings
             asked.extend(instructions)
             assert examples.shape == (50, 2, 3, 64, 64) and has_example is None and len(set(seeds)) == 50
             return -queries
 
-        def decode_answers(self, latents):
-            return latents
-
-    monkeypatch.setattr(strangers.Editor, "load", lambda *args, **kwargs: Inverter())
+    monkeypatch.setattr(strangers.InstructGIEPipeline, "from_pretrained", lambda folder: Inverter())
     out = tmp_path / "new" / "sheet.png"
     strangers.main(["model", "--out", str(out), *(["--pair-alone"] if alone else [])])
     assert len(asked) == 50 and all(words == "" for words in asked) == alone

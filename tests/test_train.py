@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_edit import save_stable_diffusion
+from tiny import save_stable_diffusion
 from transformers import (
     CLIPTokenizer,
     LlamaConfig,
@@ -29,7 +30,7 @@ import esm
 import train
 from checkpoint import load_checkpoint, save_checkpoint
 from dataset import VisualPromptDataset, read_pairs
-from edit import Editor
+from pipeline import InstructGIEPipeline
 from rcldm import VisualPromptEncoder
 
 P = 32
@@ -133,8 +134,11 @@ def test_a_run_makes_an_editor_with_pictures_and_checkpoints(run, tmp_path, caps
     picture = Image.open(output / "validation-0000003.png")
     assert picture.size == (5 * P, 2 * P)  # example before and after, input, answer, truth
     assert list((output / "tensorboard").iterdir())
-    editor = Editor.load(output / "editor", "cpu")
+    editor = InstructGIEPipeline.from_pretrained(output / "editor")
     assert editor.panel == P and editor.settings["trained_steps"] == 3
+    card = (output / "editor" / "README.md").read_text()
+    assert "\nlicense: other\n" in card and "3 steps of" in card
+    assert re.search(r"^\| validation error \| [\d.]+ \|$", card, re.M)
     progress = capsys.readouterr().err
     assert all(term in progress for term in ("loss=", "dm=", "es=", "sam="))
 

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 import esm
 from dataset import VisualPromptDataset, compose_grid, read_pairs, tensor_to_image
-from edit import Editor, settle
 from evaluate import draw_queries
+from pipeline import InstructGIEPipeline, seeded, settle
 from toy import score, world
 
 STAGES = ("vae", "u-net", "draft", "one step", "all steps", "answer")
@@ -39,13 +39,13 @@ MODES = ("both", "pair", "instruction")
 
 @torch.no_grad()
 def stages(
-    editor: Editor, panels: Tensor, mode: str, texts: list[str], seeds: list[int]
+    pipe: InstructGIEPipeline, panels: Tensor, mode: str, texts: list[str], seeds: list[int]
 ) -> dict[str, Tensor]:
     """The answers (B, 3, P, P) in [-1, 1] to queries (B, 4, 3, P, P) after every stage but the first."""
-    rcldm, encode = editor.rcldm, editor.rcldm.encode_condition
+    rcldm, encode = pipe.rcldm, pipe.rcldm.encode_condition
     told = [""] * len(panels) if mode == "pair" else texts
-    inputs = panels[:, :2], [mode != "instruction"] * len(panels), panels[:, 2], told, seeds
-    sampling = {name: editor.settings[name] for name in ("steps", "eta")}
+    inputs = panels[:, :2], [mode != "instruction"] * len(panels), panels[:, 2], told
+    sampling = {name: pipe.settings[name] for name in ("steps", "eta")}
     drafts: list[Tensor] = []
     kept: list[tuple[Tensor, Tensor | None]] = []
 
@@ -57,18 +57,18 @@ def stages(
     hook = rcldm.prompt_encoder.register_forward_hook(lambda _, __, output: drafts.append(output[1]))
     rcldm.encode_condition = keep_nothing
     try:
-        one, drawn = editor.sample(*inputs, steps=1), editor.sample(*inputs, **sampling)
+        one, drawn = (pipe.sample(*inputs, seeded(seeds), **given) for given in ({"steps": 1}, sampling))
     finally:
         hook.remove()
         rcldm.encode_condition = encode
     known, draft = kept[0]
     answer = drawn if draft is None else settle(drawn, known, draft)
-    found = {"u-net": redrawn(editor.sd, panels, told), "draft": drafts[0].float()}
+    found = {"u-net": redrawn(pipe, panels, told), "draft": drafts[0].float()}
     found |= {"one step": one, "all steps": drawn, "answer": answer}
-    return {name: editor.decode_answers(latents) for name, latents in found.items()}
+    return {name: pipe.decode_answers(latents) for name, latents in found.items()}
 
 
-def redrawn(sd: backbone.StableDiffusion, panels: Tensor, texts: list[str]) -> Tensor:
+def redrawn(sd: InstructGIEPipeline, panels: Tensor, texts: list[str]) -> Tensor:
     """The grids' own latents (B, C, 2p, 2p), as the bare U-Net tells them at timestep 0."""
     device, t = sd.unet.device, torch.zeros(len(panels), dtype=torch.long, device=sd.unet.device)
     x_0 = compose_grid(*(backbone.encode_images(sd.vae, panel.to(device)) for panel in panels.unbind(1)))
@@ -76,22 +76,24 @@ def redrawn(sd: backbone.StableDiffusion, panels: Tensor, texts: list[str]) -> T
     return esm.predict_x0(x_0, prediction, t, sd.scheduler)
 
 
-def measure(editor: Editor, data: VisualPromptDataset, mode: str, count: int, batch: int) -> dict[str, list]:
+def measure(
+    pipe: InstructGIEPipeline, data: VisualPromptDataset, mode: str, count: int, batch: int
+) -> dict[str, list]:
     """The scores of every query's answer after each stage."""
     queries = draw_queries(data, count, seed=0, mode=mode)
-    texts = editor.unify([data.pairs[query.index].instruction for query in queries])
+    texts = pipe.unify([data.pairs[query.index].instruction for query in queries])
     scores: dict[str, list[dict]] = {name: [] for name in STAGES}
     for start in tqdm(range(0, len(queries), batch), desc=mode, unit="batch"):
         now = queries[start : start + batch]
         panels = torch.stack([data.load_panels(query.example, query.index) for query in now])
         told, seeds = texts[start : start + batch], [query.seed for query in now]
-        found = stages(editor, panels, mode, told, seeds)
+        found = stages(pipe, panels, mode, told, seeds)
         for k, query in enumerate(now):
             extra = data.pairs[query.index].extra
             scene, edit = world.scene_from_json(json.loads(extra["scene"])), json.loads(extra["edit"])
             truth = score.Truth(scene, world.Edit(**edit))
             pictures = {name: np.asarray(tensor_to_image(answers[k])) for name, answers in found.items()}
-            pictures["vae"] = score.reconstruct(editor.sd.vae, truth.picture)
+            pictures["vae"] = score.reconstruct(pipe.vae, truth.picture)
             for name, picture in pictures.items():
                 scores[name].append(truth.score(picture))
     return scores
@@ -128,14 +130,15 @@ def main(argv: list[str] | None = None) -> None:
         for name in ("count", "batch"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name} {getattr(args, name)}: give 1 or more")
-        editor = Editor.load(args.model, args.device)
-        if editor.rcldm.config.design == "conv":
+        pipe = InstructGIEPipeline.from_pretrained(args.model).to(backbone.pick_device(args.device))
+        pipe.set_progress_bar_config(disable=True)
+        if pipe.rcldm.config.design == "conv":
             raise ValueError(
                 f"{args.model}: of design conv, whose encoder drafts nothing that could be shown"
             )
         data = read_pairs(backbone.data_folder(args.data), args.split)
-        data = VisualPromptDataset(data, size=editor.panel, flip=False, seed=0)
-        scores = {m: measure(editor, data, m, args.count, args.batch) for m in dict.fromkeys(args.mode)}
+        data = VisualPromptDataset(data, size=pipe.panel, flip=False, seed=0)
+        scores = {m: measure(pipe, data, m, args.count, args.batch) for m in dict.fromkeys(args.mode)}
         print(markdown(scores), end="")
 
 

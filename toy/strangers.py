@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from checkpoint import write_whole
 from dataset import image_to_tensor, tensor_to_image
-from edit import SAMPLING, Editor
 from evaluate import panel_rows
+from pipeline import SAMPLING, InstructGIEPipeline
 from toy import world
 
 PICTURES = Path(__file__).with_name("strangers.txt")
@@ -73,15 +73,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("strangers.py"):
-        editor = Editor.load(args.model, device=args.device)
+        pipe = InstructGIEPipeline.from_pretrained(args.model).to(backbone.pick_device(args.device))
         rng = random.Random(args.seed)
         rows = [(edit, *example(edit, rng), picture) for edit, picture in strangers()]
         panels = torch.stack([torch.stack([image_to_tensor(p) for p in row[1:]]) for row in rows])
         words = ["" if args.pair_alone else edit.instruction for edit, *_ in rows]
         seeds = list(range(args.seed, args.seed + len(rows)))
-        sampling = {name: editor.settings[name] for name in SAMPLING}
-        latents = editor.sample(panels[:, :2], None, panels[:, 2], words, seeds=seeds, **sampling)
-        answers = [tensor_to_image(answer) for answer in editor.decode_answers(latents)]
+        sampling = {name: pipe.settings[name] for name in SAMPLING}
+        drawn = pipe.answer(panels[:, :2], None, panels[:, 2], words, seeds, **sampling)
+        answers = [tensor_to_image(answer) for answer in drawn]
         lines = [(edit.instruction, [*shown, answer]) for (edit, *shown), answer in zip(rows, answers)]
         page = panel_rows(lines, (), side=80, columns=3)
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,574 @@
+"""InstructGIE as a diffusers pipeline: a picture, and an example pair, or words, or both; the edit they show.
+
+    pipe = InstructGIEPipeline.from_pretrained("runs/train/editor").to("cuda")
+    edited = pipe("make it night", image, prompt_pair=(before, after)).images[0]
+
+An edit, in five lines:
+
+    example pair, query -> Img_VPcon = [[before, after], [query, grey]] -> G_ven, once per edit
+    instruction l -> U -> l' -> text encoder, once per edit
+    noise x_T; for every timestep: RCLDM(x_t, l', condition) -> residuals -> frozen U-Net -> noise prediction,
+        guided away from the one made without the instruction, and without the example pair; x_t -> x_(t-1)
+    lower right quadrant of x_0 -> VAE decoder -> the answer
+
+This file's order: what goes in, the steps, what comes out; then pictures of any shape, and the model card.
+Symbols: B samples; P panel size in pixels, p in latent pixels; C latent channels; K branches of guidance.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.utils import BaseOutput
+from huggingface_hub import ModelCardData
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import backbone
+import liu
+from dataset import (
+    answer_panel,
+    compose_grid,
+    drop_example,
+    image_to_tensor,
+    mask_query,
+    split_grid,
+    tensor_to_image,
+)
+from rcldm import RCLDM
+
+# Choice: how an editor samples unless told otherwise; `train.py` records it with what it trained. A scale of
+# 1 is no guidance: one branch instead of three. On the toy world 1.5 makes a few more edits right, and what
+# they leave alone more wrong. An eta of 1 is fresh noise at every step: later steps can mend what the first
+# ones drew.
+SAMPLING = {"steps": 20, "eta": 1.0, "guidance_text": 1.0, "guidance_visual": 1.0}
+
+Picture = Image.Image | np.ndarray | Tensor
+
+
+@dataclass
+class InstructGIEPipelineOutput(BaseOutput):
+    """images: the answers, as `output_type` has them. prompts: the instructions, as U has unified them."""
+
+    images: list[Image.Image] | np.ndarray | Tensor
+    prompts: list[str]
+
+
+class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
+    """The frozen Stable Diffusion, the trained RCLDM and the unification module: load once, edit many.
+
+    vae … scheduler: of a Stable Diffusion. rcldm: trained for its U-Net. llm, llm_tokenizer: of the module U;
+    None leaves instructions as they stand. panel: P. settings: what `train.py` recorded, among it how to
+    sample best. Raises BackboneError where the U-Net, the autoencoder and the RCLDM do not fit.
+    """
+
+    model_cpu_offload_seq = "llm->text_encoder->vae->unet"
+    _exclude_from_cpu_offload: ClassVar = ["rcldm"]  # it works at every step, and by more ways than `forward`
+    _optional_components: ClassVar = ["llm", "llm_tokenizer"]
+    _callback_tensor_inputs: ClassVar = ["latents", "pred_original_sample", "prompt_embeds", "condition"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        rcldm: RCLDM,
+        llm: PreTrainedModel | None = None,
+        llm_tokenizer: PreTrainedTokenizerBase | None = None,
+        panel: int = 256,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        mine, theirs = ({**model.config} for model in (rcldm.trainable_copy, unet))
+        for name in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
+            if json.dumps(mine[name]) != json.dumps(theirs[name]):  # tuples and lists alike
+                reason = f"its U-Net has {name} {theirs[name]}, the editor's {mine[name]}"
+                raise backbone.BackboneError(f"the editor does not fit this Stable Diffusion: {reason}")
+        self.factor = backbone.vae_factor(vae)  # P / p
+        if rcldm.config.factor != self.factor or panel % self.factor:
+            reason = f"the autoencoder's factor is {self.factor}, the editor's {rcldm.config.factor}"
+            raise backbone.BackboneError(f"panels of {panel} pixels do not fit: {reason}")
+        parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet}
+        parts |= {"scheduler": scheduler, "rcldm": rcldm, "llm": llm, "llm_tokenizer": llm_tokenizer}
+        self.register_modules(**parts)
+        self.register_to_config(panel=panel, settings=SAMPLING | (settings or {}))
+        self.unifier: liu.InstructionUnifier | None = None
+        self._interrupt, self._num_timesteps = False, 0
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> InstructGIEPipeline:
+        """A folder or hub id: of an editor, as `train.py` saves it, with the pretrained parts that it names;
+        or of a whole pipeline, as `save_pretrained` writes it.
+
+        options: diffusers'; for an editor `torch_dtype`, and parts by name that are not to be loaded, among
+        them `llm=None`: then the language model stays away, and instructions are used as they stand.
+        Only safetensors are read. Raises BackboneError.
+        """
+        folder = backbone.find_folder(source)
+        if (folder / "model_index.json").is_file():
+            with backbone.clear_errors(source, "an InstructGIE pipeline's folder"):
+                return super().from_pretrained(folder, **{"use_safetensors": True, **options})
+        dtype = options.pop("torch_dtype", None) or options.pop("dtype", None) or torch.float32
+        rcldm, settings = backbone.load_editor(folder, dtype=dtype)
+        missing = {"stable_diffusion", "llm", "panel"} - set(settings)
+        if missing:
+            raise backbone.BackboneError(f"{source}: instructgie.json lacks {', '.join(sorted(missing))}")
+        kinds = {"panel": int, "steps": int}
+        kinds |= dict.fromkeys(("eta", "guidance_text", "guidance_visual"), int | float)
+        for name, kind in ({"stable_diffusion": str, "llm": str | None} | kinds).items():
+            if name in settings and not isinstance(settings[name], kind):
+                raise backbone.BackboneError(f"{source}: instructgie.json has {name} {settings[name]!r}")
+        parts = {"rcldm": rcldm, "llm": None, "llm_tokenizer": None}
+        parts |= backbone.load_stable_diffusion(settings["stable_diffusion"], dtype=dtype)._asdict()
+        if settings["llm"] and "llm" not in options:
+            parts["llm"], parts["llm_tokenizer"] = backbone.load_llm(settings["llm"], dtype=dtype)
+        return cls(**{**parts, **options}, panel=settings["panel"], settings=settings)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """The whole pipeline, its pretrained parts too, and a model card where there is none."""
+        super().save_pretrained(save_directory, **options)
+        card = Path(save_directory) / "README.md"
+        if not card.exists():
+            card.write_text(model_card(self.settings), encoding="utf-8")
+
+    def _upload_folder(self, working_dir: str | Path, *args: Any, **options: Any) -> Any:
+        """What `push_to_hub` ends in: our card goes in the place of the form that diffusers leaves blank."""
+        card = Path(working_dir) / "README.md"
+        if "[More Information Needed]" in card.read_text(encoding="utf-8"):
+            card.write_text(model_card(self.settings), encoding="utf-8")
+        return super()._upload_folder(working_dir, *args, **options)
+
+    @property
+    def panel(self) -> int:
+        return self.config.panel
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `train.py` recorded of the training, and `SAMPLING`'s names: how to sample unless told."""
+        return self.config.settings
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set by a callback (`pipe._interrupt = True`): the rest of the steps is left out."""
+        return self._interrupt
+
+    # --- What goes in ---------------------------------------------------------------------------------------
+
+    def unify(self, instructions: Iterable[str]) -> list[str]:
+        """l' = U(l) of each instruction; as they stand where the editor was trained without U."""
+        if self.llm is None:
+            return list(instructions)
+        if self.unifier is None or self.unifier.model is not self.llm:
+            # Choice: no cache on disk here, since a greedy model only repeats itself.
+            self.unifier = liu.InstructionUnifier(self.llm, self.llm_tokenizer)
+        self.unifier.device = self._execution_device
+        return self.unifier.unify(instructions)
+
+    @torch.no_grad()
+    def encode_prompt(self, texts: list[str]) -> Tensor:
+        """Instructions, unified already → text embeddings (B, T, D) for cross-attention."""
+        return backbone.encode_text(self, texts, self._execution_device)
+
+    def as_panel(self, picture: Picture) -> tuple[Tensor, tuple[int, int, int, int]]:
+        """One picture → a panel (3, P, P) in [-1, 1], and the box in it that the picture fills.
+
+        As diffusers has it: a PIL image; an array (H, W, 3) or tensor (3, H, W), of floats in [0, 1] or of
+        bytes. Raises ValueError for anything else, and for values that are no numbers.
+        """
+        if isinstance(picture, np.ndarray) and picture.ndim == 3:
+            picture = torch.tensor(picture).permute(2, 0, 1)
+        if isinstance(picture, Tensor):
+            if picture.ndim != 3 or len(picture) != 3:
+                raise ValueError(f"a picture is (3, H, W) or an array (H, W, 3), not {tuple(picture.shape)}")
+            picture = picture / 255 if picture.dtype == torch.uint8 else picture
+            if not picture.isfinite().all():
+                raise ValueError("a picture holds values that are no finite numbers")
+            picture = 2 * picture.float().clamp(0, 1) - 1
+            if picture.shape[1:] == (self.panel, self.panel):
+                return picture, (0, 0, self.panel, self.panel)
+            picture = tensor_to_image(picture)
+        if not isinstance(picture, Image.Image):
+            raise ValueError(f"a picture is a PIL image, an array or a tensor, not {type(picture).__name__}")
+        return fit_panel(picture, self.panel)
+
+    # --- The steps ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] = "",
+        image: Picture | list[Picture] | None = None,
+        prompt_pair: tuple[Picture, Picture] | list[tuple[Picture, Picture] | None] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        visual_guidance_scale: float | None = None,
+        eta: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        unify: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
+    ) -> InstructGIEPipelineOutput | tuple:
+        """Edits pictures. What is given once holds for all.
+
+        Args:
+            prompt: the instruction, or one for each picture; "" edits by the example alone.
+            image: the query, or several: see `as_panel`.
+            prompt_pair: the example, (before, after), or one, or None, for each picture.
+            num_inference_steps, eta, guidance_scale (of the instruction), visual_guidance_scale (of the
+                example): the editor's own settings where they are None. See `sample`.
+            num_images_per_prompt: answers to each picture, which stand together.
+            generator: of the noise: one for all, or one for each answer, which then depends on its own alone.
+            latents: the noise itself, (B, C, 2p, 2p).
+            output_type: "pil", of the inputs' aspect ratios, their long side P; "pt" (B, 3, P, P) and "np"
+                (B, P, P, 3) in [0, 1]; "latent", whole grids (B, C, 2p, 2p): see `decode_answers`.
+            unify: let U rewrite the instructions.
+            callback_on_step_end: called after each step with the pipeline, the step's number, its timestep
+                and the tensors that `callback_on_step_end_tensor_inputs` names; what it returns of
+                `latents`, `prompt_embeds` and `condition` takes their place. `pred_original_sample` is the
+                scheduler's x̂_0, or None.
+
+        Returns `InstructGIEPipelineOutput`, or without `return_dict` its two fields. Raises ValueError.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        batched = isinstance(image, np.ndarray | Tensor) and image.ndim == 4
+        images = list(image) if isinstance(image, list | tuple) or batched else [image]
+        if prompt_pair is None or _is_pair(prompt_pair):
+            pairs: list[Any] = [prompt_pair]
+        else:
+            pairs = list(prompt_pair)
+        count = max(len(prompts), len(images), len(pairs))
+        for name, given in (("prompt", prompts), ("image", images), ("prompt_pair", pairs)):
+            if len(given) not in (1, count):
+                raise ValueError(f"{name} has {len(given)} entries, where another argument has {count}")
+        if not all(isinstance(text, str) for text in prompts):
+            raise ValueError("prompt must be a text, or a list of texts")
+        if not any(prompts) and not any(pair is not None for pair in pairs):
+            raise ValueError("nothing says which edit to make: give prompt, prompt_pair or both")
+        if output_type not in ("pil", "pt", "np", "latent"):
+            raise ValueError(f'output_type must be "pil", "pt", "np" or "latent", not {output_type!r}')
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}")
+
+        told = self.unify(prompts) if unify else prompts
+        queries, boxes = zip(*map(self.as_panel, images))
+        grey = torch.zeros(2, 3, self.panel, self.panel)
+        shown = [grey if p is None else torch.stack([self.as_panel(one)[0] for one in p]) for p in pairs]
+        has_example = [pair is not None for pair in pairs]
+
+        def for_each(given: Iterable) -> list:
+            given = list(given) * (count if len(given) == 1 else 1)
+            return [one for one in given for _ in range(num_images_per_prompt)]
+
+        told, boxes = for_each(told), for_each(boxes)
+        given = {"steps": num_inference_steps, "eta": eta}
+        given |= {"guidance_text": guidance_scale, "guidance_visual": visual_guidance_scale}
+        drawn = self.sample(
+            torch.stack(for_each(shown)),
+            for_each(has_example),
+            torch.stack(for_each(queries)),
+            told,
+            generator,
+            **{name: self.settings[name] if value is None else value for name, value in given.items()},
+            latents=latents,
+            callback=callback_on_step_end,
+            callback_inputs=callback_on_step_end_tensor_inputs,
+        )
+        if output_type == "latent":
+            answers: Any = drawn
+        else:
+            answers = self.decode_answers(drawn)
+            if output_type == "pil":
+                answers = [tensor_to_image(unfit(one, box)) for one, box in zip(answers, boxes)]
+            else:
+                answers = (answers + 1) / 2
+        if output_type == "np":
+            answers = answers.permute(0, 2, 3, 1).cpu().numpy()
+        self.maybe_free_model_hooks()
+        return InstructGIEPipelineOutput(answers, told) if return_dict else (answers, told)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        examples: Tensor,
+        has_example: list[bool] | None,
+        queries: Tensor,
+        instructions: list[str],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        steps: int = SAMPLING["steps"],
+        eta: float = SAMPLING["eta"],
+        guidance_text: float = SAMPLING["guidance_text"],
+        guidance_visual: float = SAMPLING["guidance_visual"],
+        latents: Tensor | None = None,
+        callback: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_inputs: Iterable[str] = ("latents",),
+    ) -> Tensor:
+        """Draws the grids of B edits: latents (B, C, 2p, 2p), float32.
+
+        Args:
+            examples: (B, 2, 3, P, P) in [-1, 1], before and after. Ignored where `has_example` is false;
+                None means that all samples have one.
+            queries: (B, 3, P, P) in [-1, 1].
+            instructions: B texts, unified already; "" for none.
+            generator: one for all, or one for each sample: see `seeded`.
+            eta: share of fresh noise at every step, from 0 (DDIM) to 1 (DDPM), where the scheduler has it.
+            guidance_text, guidance_visual: 1 is no guidance, 0 is no instruction and no example pair.
+
+        Raises ValueError for lists of another length than B, more steps than there are timesteps, an eta
+        outside 0 … 1, and noise of another shape.
+
+        Choice: two guidance scales, after InstructPix2Pix (Brooks et al., 2023, section 3.2.1). With the
+        prediction e(text, pair), where 0 is an empty text or a grey example row, and the query stays:
+            e = e(0, 0) + s_visual · (e(0, pair) - e(0, 0)) + s_text · (e(text, pair) - e(0, pair))
+        """
+        batch, many = len(queries), isinstance(generator, list | tuple)
+        has_example = [True] * batch if has_example is None else has_example
+        lengths = {len(x) for x in (examples, has_example, instructions, *([generator] if many else []))}
+        if lengths != {batch}:
+            raise ValueError("examples, has_example, queries, instructions and generators differ in length")
+        timesteps = self.scheduler.config.num_train_timesteps
+        if not 1 <= steps <= timesteps:
+            raise ValueError(f"the number of steps must be 1 … {timesteps}, not {steps}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be 0 … 1, not {eta}")
+        if unknown := set(callback_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(f"a callback is given {self._callback_tensor_inputs}, not {sorted(unknown)}")
+        scheduler, device, dtype = self.scheduler, self._execution_device, self.unet.dtype
+
+        # The formula as weights, without the branches whose weight is zero. Where no sample has a pair (or
+        # a text), the first (the last) difference is zero whatever its scale: take the one that saves most.
+        s_visual = guidance_visual if any(has_example) else 1.0
+        s_text = guidance_text if any(instructions) else s_visual
+        weights = {(False, False): 1 - s_visual, (False, True): s_visual - s_text, (True, True): s_text}
+        branches = {branch: weight for branch, weight in weights.items() if weight != 0}  # K of them
+
+        examples, queries = examples.to(device, dtype), queries.to(device, dtype)
+        shown = mask_query(compose_grid(*examples.unbind(1), queries, queries))  # (B, 3, 2P, 2P)
+        alone = drop_example(shown)
+        has_pair = torch.tensor(has_example, device=device).view(-1, 1, 1, 1)
+        shown = torch.where(has_pair, shown, alone)
+        condition = torch.cat([shown if pair else alone for _, pair in branches])  # (K·B, 3, 2P, 2P)
+        told, silent = self.encode_prompt(instructions), self.encode_prompt([""] * batch)
+        states = torch.cat([told if text else silent for text, _ in branches])  # (K·B, tokens, D)
+        known = known_latents(self.vae, condition) if self.rcldm.config.prompt_encoder_latents else None
+        condition, draft = self.rcldm.encode_condition(condition, states, known)
+
+        scheduler.set_timesteps(steps, device=device)
+        shape = (batch, self.unet.config.in_channels, *[2 * self.panel // self.factor] * 2)
+        if latents is None:
+            latents = _noise(shape, generator)
+        elif latents.shape != shape:
+            raise ValueError(f"latents must be {shape}, not {tuple(latents.shape)}")
+        x_t = latents.to(device, torch.float32) * scheduler.init_noise_sigma
+        taken = inspect.signature(scheduler.step).parameters
+        extra = {k: v for k, v in (("generator", generator), ("eta", eta)) if k in taken}
+        self._interrupt, self._num_timesteps = False, len(scheduler.timesteps)
+        with self.progress_bar(total=len(scheduler.timesteps)) as progress:
+            for i, t in enumerate(scheduler.timesteps):
+                if self._interrupt:
+                    continue
+                inputs = scheduler.scale_model_input(torch.cat([x_t] * len(branches)), t).to(dtype)
+                down, mid = self.rcldm(inputs, t, states, condition, return_dict=False)
+                residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+                predictions = self.unet(inputs, t, states, **residuals).sample.float().chunk(len(branches))
+                prediction = sum(weight * e for weight, e in zip(branches.values(), predictions))
+                step = scheduler.step(prediction, t, x_t, **extra)
+                x_t = step.prev_sample
+                if callback is not None:
+                    tensors = {"latents": x_t, "prompt_embeds": states, "condition": condition}
+                    tensors["pred_original_sample"] = getattr(step, "pred_original_sample", None)
+                    changed = callback(self, i, t, {name: tensors[name] for name in callback_inputs}) or {}
+                    x_t, states = changed.get("latents", x_t), changed.get("prompt_embeds", states)
+                    condition = changed.get("condition", condition)
+                progress.update()
+        if draft is None:
+            return x_t
+        return settle(x_t, known[-batch:], draft[-batch:])  # the last branch is told most
+
+    # --- What comes out -------------------------------------------------------------------------------------
+
+    def answer(
+        self,
+        examples: Tensor,
+        has_example: list[bool] | None,
+        queries: Tensor,
+        instructions: list[str],
+        seeds: list[int],
+        **sampling: Any,
+    ) -> Tensor:
+        """Edits: what `sample` takes, but seeds → the answers (B, 3, P, P) in [-1, 1], float32."""
+        given = examples, has_example, queries, instructions
+        return self.decode_answers(self.sample(*given, seeded(seeds), **sampling))
+
+    @torch.no_grad()
+    def decode_answers(self, latents: Tensor) -> Tensor:
+        """Latents of grids (B, C, 2p, 2p) → the answers (B, 3, P, P) in [-1, 1], float32."""
+        return backbone.decode_latents(self.vae, answer_panel(latents))
+
+    def decode_grids(self, latents: Tensor) -> Tensor:
+        """Latents of grids (B, C, 2p, 2p) → all that was drawn, (B, 3, 2P, 2P) in [-1, 1], float32.
+
+        Choice: panel by panel, as they were encoded in training, so that none shows at another's border.
+        """
+        empty = torch.zeros_like(answer_panel(latents))
+        grids = [compose_grid(empty, empty, empty, panel) for panel in split_grid(latents)]
+        return compose_grid(*map(self.decode_answers, grids))
+
+
+def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
+    """A generator for each seed; on the CPU, so that a seed means the same noise on every device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    """Of that shape, drawn where its generator is; each sample by its own where there are several."""
+    if isinstance(generator, list | tuple):
+        return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generator])
+    device = "cpu" if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=device)
+
+
+def _is_pair(given: Any) -> bool:
+    """Whether this is one example, (before, after), and not several."""
+    if isinstance(given, np.ndarray | Tensor):
+        return given.ndim == 4
+    one = given[0] if len(given) == 2 else None
+    return isinstance(one, Image.Image) or (isinstance(one, np.ndarray | Tensor) and one.ndim == 3)
+
+
+@torch.no_grad()
+def known_latents(vae: nn.Module, condition: Tensor) -> Tensor:
+    """What is known of condition grids (B, 3, 2P, 2P) before an edit: latents (B, C, 2p, 2p).
+
+    The query's stand in the answer's place too, as `repeat_query` has it in training.
+    """
+    before, after, query = (backbone.encode_images(vae, panel) for panel in split_grid(condition)[:3])
+    return compose_grid(before, after, query, query)
+
+
+def settle(drawn: Tensor, known: Tensor, draft: Tensor) -> Tensor:
+    """Finished latents, without what they only add to the encoder's draft, nor that to what is known.
+
+    drawn, known, draft: all (B, C, 2p, 2p), of about unit variance.
+
+    Choice: where the drawn latents differ from the draft by a mean square of less than 0.04, that shows
+    through, wholly where they do not differ: the frozen U-Net repeats nothing exactly, and what comes that
+    near it was shown, not invented. Likewise what is known, where the draft differs by less than 0.01.
+    """
+
+    def show_through(over: Tensor, under: Tensor, difference: Tensor, limit: float) -> Tensor:
+        return torch.lerp(under, over, (difference.square().mean(1, keepdim=True) / limit).clamp(max=1))
+
+    draft = draft.float()
+    return show_through(show_through(drawn, draft, drawn - draft, 0.04), known, draft - known, 0.01)
+
+
+# --- Pictures of any shape ----------------------------------------------------------------------------------
+
+
+def fit_panel(image: Image.Image, size: int) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """The whole picture in a panel (3, P, P) in [-1, 1], and its box there: left, top, right, bottom.
+
+    Choice: the long side is resized to P = `size` (Lanczos), the picture centred, and its border repeated
+    to fill the square. Training crops instead; but whoever edits a picture wants all of it.
+    """
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    left, top = (size - width) // 2, (size - height) // 2
+    picture = image_to_tensor(image.resize((width, height), Image.Resampling.LANCZOS))
+    border = (left, size - width - left, top, size - height - top)
+    return F.pad(picture, border, mode="replicate"), (left, top, left + width, top + height)
+
+
+def unfit(answer: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+    """The part (..., height, width) of a panel (..., P, P) that `fit_panel` filled with the picture.
+
+    Choice: as drawn. It has the input's aspect ratio and a long side of P; enlarging would invent nothing.
+    """
+    left, top, right, bottom = box
+    return answer[..., top:bottom, left:right]
+
+
+# --- The model card -----------------------------------------------------------------------------------------
+
+
+def model_card(settings: dict[str, Any], measured: dict[str, float] | None = None) -> str:
+    """README.md of an editor: what it is, how it learnt, what was measured, its limits and licence.
+
+    settings: what `train.py` records. measured: numbers by name, of the training's end.
+    """
+    source, data = str(settings.get("stable_diffusion", "unknown")), str(settings.get("data", "unknown"))
+    licences = {preset.stable_diffusion: preset.licence for preset in backbone.PRESETS.values()}
+    head = {"license": licences.get(source, "other"), "library_name": "diffusers"}
+    head |= {"pipeline_tag": "image-to-image", "tags": ["instructgie", "image-editing", "in-context"]}
+    if backbone.local_folder(source) is None and source.count("/") == 1:
+        head["base_model"] = source
+    off = [name for name in ("rcldm", "esm", "liu", "sam") if settings.get(f"no_{name}")]
+    left_out = f"without {' and '.join(off).upper()}" if off else "with all four contributions"
+    learnt = f"{settings.get('trained_steps', 'an unknown number of')} steps of {settings.get('batch', '?')}"
+    numbers = "".join(f"| {name} | {value:.4g} |\n" for name, value in (measured or {}).items())
+    numbers = f"| | |\n|---|---:|\n{numbers}" if numbers else "Nothing.\n"
+    rows = "".join(f"| `{name}` | {json.dumps(value)} |\n" for name, value in sorted(settings.items()))
+    return f"""---
+{ModelCardData(**head).to_yaml()}
+---
+
+# InstructGIE editor
+
+Shown one finished edit, or told in words, or both, it makes the same edit of another picture: a reading of
+*InstructGIE: Towards Generalizable Image Editing* (Meng et al., ECCV 2024,
+[arXiv 2403.05018](https://arxiv.org/abs/2403.05018)), {left_out}, on the frozen Stable Diffusion `{source}`.
+
+```python
+from pipeline import InstructGIEPipeline
+
+pipe = InstructGIEPipeline.from_pretrained("this folder")
+edited = pipe("make it night", image, prompt_pair=(before, after)).images[0]
+```
+
+## Data
+
+`{data}`, split `{settings.get("split", "unknown")}`: {learnt} grids.
+
+## Measured
+
+At the end of training, moving averages of the losses and, on a few queries of the validation split, the mean
+absolute error of the answers in levels of 0 … 255. `evaluate.py` and `metrics.py` measure more.
+
+{numbers}
+## Limits
+
+- Answers have a long side of {settings.get("panel", "P")} pixels, whatever the input's.
+- Everything drawn passes the frozen autoencoder, and loses what that loses.
+- Edits unlike those of the data may be made wrongly, in part, or not at all; whatever biases Stable Diffusion
+  and the data have, the answers have too.
+
+## Licence
+
+That of the weights this was trained on, `{source}`: {head["license"]}.
+
+## Settings
+
+| | |
+|---|---|
+{rows}"""

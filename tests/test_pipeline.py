@@ -1,0 +1,582 @@
+"""pipeline.py: the sampler's guidance, seeds and batches; what diffusers asks of its own pipelines."""
+
+import inspect
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import hub_utils
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image
+from tiny import P, save_parts
+
+import backbone
+import edit
+import liu
+from dataset import compose_grid, repeat_query, split_grid, tensor_to_image
+from pipeline import InstructGIEPipeline, fit_panel, model_card, seeded, settle, unfit
+from rcldm import RCLDM
+
+
+def load(folder, **options):
+    pipe = InstructGIEPipeline.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return save_parts(tmp_path_factory.mktemp("editor"))
+
+
+@pytest.fixture(scope="module")
+def editor(folders):
+    return load(folders / "editor")
+
+
+@pytest.fixture(scope="module")
+def edits():
+    """Three edits: examples, queries and instructions."""
+    g = torch.Generator().manual_seed(2)
+    examples, queries = (torch.rand(3, *n, 3, P, P, generator=g) * 2 - 1 for n in ((2,), ()))
+    return examples, queries, ["make it night", "add a hat", "remove the dog"]
+
+
+def draw(editor, edits, which=(0, 1, 2), has_example=None, texts=None, seeds=None, **options):
+    examples, queries, instructions = edits
+    i = list(which)
+    texts = [instructions[k] for k in i] if texts is None else texts
+    noise = seeded(seeds or i)
+    return editor.sample(examples[i], has_example, queries[i], texts, noise, **{"steps": 2} | options)
+
+
+def apart(a, b):
+    return (a - b).abs().max().item()
+
+
+# ------------------------------------------------------------------------------------------- the sampler
+
+
+def test_an_untrained_editor_is_the_bare_unet_to_the_last_bit(folders, edits):
+    editor = load(folders / "untrained")
+    drawn = draw(editor, edits, guidance_text=1, steps=4, eta=0)
+    x = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(3)])
+    scheduler = DDIMScheduler.from_config(editor.scheduler.config)
+    scheduler.set_timesteps(4)
+    with torch.no_grad():
+        states = backbone.encode_text(editor, edits[2])
+        for t in scheduler.timesteps:
+            x = scheduler.step(editor.unet(x, t, states).sample, t, x).prev_sample
+    assert drawn.shape == (3, 4, 8, 8) and torch.equal(drawn, x)
+
+
+def test_eta_is_fresh_noise_at_every_step(editor, edits):
+    settled, fresh = (draw(editor, edits, steps=3, eta=eta) for eta in (0.0, 1.0))
+    assert apart(settled, fresh) > 0.01
+    assert torch.equal(fresh, draw(editor, edits, steps=3, eta=1.0))
+
+
+@pytest.mark.parametrize("scheduler", edit.SCHEDULERS.values())
+def test_a_sample_depends_on_its_own_seed_alone(folders, edits, scheduler):
+    editor = load(folders / "editor")
+    editor.scheduler = getattr(diffusers, scheduler).from_config(editor.scheduler.config)
+    options = dict(guidance_visual=1.5, guidance_text=2.0, has_example=[True, False, True])
+    together = draw(editor, edits, **options)
+    assert together.isfinite().all() and together.dtype == torch.float32
+    assert torch.equal(together, draw(editor, edits, **options))
+    for k in (0, 1):
+        alone = draw(editor, edits, [k], **options | {"has_example": options["has_example"][k : k + 1]})
+        torch.testing.assert_close(alone[0], together[k], atol=1e-3, rtol=1e-3)
+    assert apart(draw(editor, edits, seeds=[0, 1, 9], **options)[2], together[2]) > 0.1
+
+
+def branches(editor, edits, monkeypatch, **options):
+    """How many predictions for each sample a step takes, and how often the condition is encoded."""
+    sizes, encoded = [], []
+    encode = editor.rcldm.encode_condition
+    hook = editor.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(
+        editor.rcldm, "encode_condition", lambda *inputs: encoded.append(len(inputs[0])) or encode(*inputs)
+    )
+    draw(editor, edits, **options)
+    hook.remove()
+    monkeypatch.undo()
+    assert len(sizes) == 2 and len(set(sizes)) == 1 and encoded == sizes[:1]
+    return sizes[0] // 3
+
+
+def test_the_encoder_is_given_the_latents_it_was_trained_with(editor, edits, monkeypatch):
+    given = []
+    encode = editor.rcldm.encode_condition
+    monkeypatch.setattr(
+        editor.rcldm, "encode_condition", lambda *inputs: given.append(inputs) or encode(*inputs)
+    )
+    draw(editor, edits, has_example=[True, False, True])
+    condition, _, known = given[0]
+    with torch.no_grad():
+        panels = [backbone.encode_images(editor.vae, panel) for panel in split_grid(condition)]
+        grey = backbone.encode_images(editor.vae, torch.zeros(1, 3, P, P))
+    torch.testing.assert_close(known, repeat_query(compose_grid(*panels)))
+    torch.testing.assert_close(known[1:2], compose_grid(grey, grey, *[panels[2][1:2]] * 2))
+
+
+def test_what_is_drawn_gives_way_to_a_draft_that_it_hardly_differs_from():
+    drawn = torch.zeros(1, 4, 8, 8)
+    known = torch.full_like(drawn, 9.0)  # the draft keeps nothing of it
+    for difference, share in ((0.0, 1), (0.1, 0.75), (0.2, 0), (0.3, 0)):
+        draft = torch.full_like(drawn, difference)
+        assert torch.allclose(settle(drawn, known, draft), share * draft, atol=1e-6)
+
+
+def test_what_the_draft_keeps_stays_as_it_was(editor, edits, monkeypatch):
+    def with_draft(change):
+        def encode(*inputs):
+            encoding, _ = given(*inputs)
+            known.append(inputs[2])
+            return encoding, inputs[2] + change**0.5
+
+        monkeypatch.setattr(editor.rcldm, "encode_condition", encode)
+        return draw(editor, edits)
+
+    known, given = [], editor.rcldm.encode_condition
+    kept, half, drawn, anew = (with_draft(change) for change in (0, 0.005, 0.0101, 1))
+    torch.testing.assert_close(kept, known[0])
+    torch.testing.assert_close(half, (known[0] + anew) / 2)
+    assert torch.equal(drawn, anew) and apart(anew, known[0]) > 0.1
+
+
+NO_PAIR, NO_TEXT = {"has_example": [False] * 3}, {"texts": [""] * 3}
+
+
+@pytest.mark.parametrize(
+    "text, visual, absent, count",
+    [
+        (1, 1, {}, 1),
+        (2, 1, {}, 2),
+        (2, 2, {}, 2),
+        (1, 2, {}, 3),
+        (2, 1.5, {}, 3),
+        (2, 1.5, NO_PAIR, 2),
+        (2, 1.5, NO_TEXT, 2),
+        (2, 1, NO_TEXT, 1),
+        (2, 1.5, NO_PAIR | NO_TEXT, 1),
+        (2, 1.5, {"has_example": [False, True, False], "texts": ["", "", "add a hat"]}, 3),
+    ],
+)
+def test_guidance_leaves_out_the_branches_that_nobody_needs(
+    editor, edits, monkeypatch, text, visual, absent, count
+):
+    options = {"guidance_text": text, "guidance_visual": visual} | absent
+    assert branches(editor, edits, monkeypatch, **options) == count
+
+
+def test_guidance_is_the_formula(editor, edits):
+    """One DDIM step is linear in the prediction: so is x_0 in the three branches' x_0."""
+    # The first timestep is the noisiest, where x_0 depends most on the prediction.
+    scheduler = DDIMScheduler.from_config(editor.scheduler.config, timestep_spacing="trailing")
+    editor = InstructGIEPipeline(**editor.components | {"scheduler": scheduler}, panel=P)
+    editor.set_progress_bar_config(disable=True)
+    e00 = draw(editor, edits, **NO_PAIR, **NO_TEXT, guidance_text=1, steps=1)
+    e0v = draw(editor, edits, **NO_TEXT, guidance_text=1, steps=1)
+    etv = draw(editor, edits, guidance_text=1, steps=1)
+    assert min(apart(e00, e0v), apart(e0v, etv)) > 0.01
+    guided = draw(editor, edits, guidance_text=3.0, guidance_visual=2.0, steps=1)
+    torch.testing.assert_close(guided, e00 + 2 * (e0v - e00) + 3 * (etv - e0v), atol=1e-3, rtol=1e-5)
+
+
+def test_pair_and_instruction_each_have_a_say_and_an_absent_pair_has_none(editor, edits):
+    both = draw(editor, edits)
+    pair, words = draw(editor, edits, **NO_TEXT), draw(editor, edits, **NO_PAIR)
+    assert min(apart(both, pair), apart(both, words), apart(pair, words)) > 1e-3
+    examples, *rest = edits
+    assert torch.equal(words, draw(editor, (examples.flip(0), *rest), **NO_PAIR))
+
+
+def test_the_answer_is_the_lower_right_panel_decoded_alone(editor, edits):
+    latents = draw(editor, edits)
+    grids, answers = editor.decode_grids(latents), editor.decode_answers(latents)
+    assert grids.shape == (3, 3, 2 * P, 2 * P) and answers.abs().max() <= 1
+    assert torch.equal(split_grid(grids)[3], answers)
+    latents[..., :4, :] = 0  # another example row
+    assert torch.equal(editor.decode_answers(latents), answers)
+
+
+def test_wrong_calls_are_told_apart(editor, edits):
+    with pytest.raises(ValueError, match="differ in length"):
+        draw(editor, edits, texts=["add a hat"])
+    with pytest.raises(ValueError, match=r"1 … 1000, not 1001"):
+        draw(editor, edits, steps=1001)
+
+
+def test_bfloat16(folders, edits):
+    editor = load(folders / "editor", torch_dtype=torch.bfloat16)
+    latents = draw(editor, edits, steps=1)
+    assert latents.dtype == torch.float32 and editor.decode_answers(latents).isfinite().all()
+
+
+def test_unify_needs_a_language_model_only_where_training_had_one(editor, monkeypatch):
+    assert editor.unify(["Add  a hat"]) == ["Add  a hat"]
+    told = InstructGIEPipeline(**editor.components, panel=P)
+    told.llm, told.llm_tokenizer = editor.text_encoder, editor.tokenizer  # stand-ins
+    monkeypatch.setattr(liu, "InstructionUnifier", lambda model, tokenizer: Shout(model))
+    assert told.unify(["add"]) == ["ADD"] and told.unifier is told.unifier
+
+
+class Shout:
+    def __init__(self, model):
+        self.model = model
+
+    def unify(self, texts):
+        return [text.upper() for text in texts]
+
+
+def test_an_editor_of_another_unet_is_refused(folders, editor):
+    other = UNet2DConditionModel.from_config({**editor.unet.config, "cross_attention_dim": 16})
+    with pytest.raises(backbone.BackboneError, match="cross_attention_dim"):
+        parts = editor.components | {"rcldm": RCLDM.from_unet(other, prompt_encoder_depth=1)}
+        InstructGIEPipeline(**parts, panel=P)
+    with pytest.raises(backbone.BackboneError, match="panels of 36 pixels"):
+        InstructGIEPipeline(**editor.components, panel=36)
+
+
+# ------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 50), (50, 100), (20, 7), (1000, 1), (3, 3)])
+def test_a_picture_of_any_shape_fills_the_panel_and_comes_back(size):
+    image = Image.new("RGB", size, (10, 200, 30))
+    panel, box = fit_panel(image, P)
+    assert panel.shape == (3, P, P) and apart(panel, panel[:, :1, :1]) == 0  # its border is repeated
+    *_, height, width = unfit(panel, box).shape
+    assert max(height, width) == P
+    assert abs(width / height - size[0] / size[1]) <= size[0] / size[1] / min(width, height)
+
+
+# ------------------------------------------------------------------------------------- diffusers' own checks
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Example before and after, and two queries of other shapes."""
+    rng = np.random.default_rng(0)
+    sizes = (40, 40), (40, 40), (30, 60), (50, 20)
+    return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+@pytest.fixture
+def pipe(editor):
+    """Of its own, so that a test may change it."""
+    own = InstructGIEPipeline(**editor.components, panel=P, settings=editor.settings)
+    own.set_progress_bar_config(disable=True)
+    return own
+
+
+def call(pipe, pictures, prompt="add a hat", seed=0, **options):
+    before, after, query, _ = pictures
+    given = {"prompt": prompt, "image": query, "prompt_pair": (before, after), "output_type": "pt"}
+    given |= {"generator": seeded([seed])[0], "num_inference_steps": 2}
+    return pipe(**given | options)
+
+
+def answers(*args, **options):
+    return call(*args, **options).images
+
+
+def test_the_call_has_diffusers_names():
+    taken = inspect.signature(InstructGIEPipeline.__call__).parameters
+    names = "prompt image num_inference_steps guidance_scale eta num_images_per_prompt generator latents"
+    names += " output_type return_dict callback_on_step_end callback_on_step_end_tensor_inputs"
+    assert set(names.split()) <= set(taken)
+    assert (taken["output_type"].default, taken["return_dict"].default) == ("pil", True)
+
+
+def test_saved_and_loaded_it_edits_the_same(pipe, pictures, tmp_path):
+    wanted = answers(pipe, pictures)
+    pipe.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert torch.equal(answers(again, pictures), wanted)
+    assert (again.panel, again.settings, again.llm) == (P, pipe.settings, None)
+    assert "InstructGIE editor" in (tmp_path / "README.md").read_text()
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {
+        ".json",
+        ".safetensors",
+        ".txt",
+        ".md",
+    }
+
+
+def test_diffusers_finds_the_class_by_its_custom_pipeline(pipe, pictures, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    here = str(backbone.HERE)
+    again = DiffusionPipeline.from_pretrained(str(tmp_path), custom_pipeline=here, trust_remote_code=True)
+    again.set_progress_bar_config(disable=True)
+    assert type(again).__name__ == "InstructGIEPipeline"
+    assert torch.equal(answers(again, pictures), answers(pipe, pictures))
+
+
+def test_parts_can_be_given_and_left_out(folders, pipe, pictures, tmp_path):
+    given = load(folders / "editor", vae=pipe.vae, llm=None, llm_tokenizer=None)
+    assert given.vae is pipe.vae and given.llm is None
+    pipe.save_pretrained(tmp_path)
+    given = load(tmp_path, vae=pipe.vae)
+    assert given.vae is pipe.vae and torch.equal(answers(given, pictures), answers(pipe, pictures))
+
+
+def test_variants(pipe, pictures, tmp_path):
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    assert list((tmp_path / "rcldm").glob("*.fp16.safetensors"))
+    assert torch.equal(answers(load(tmp_path, variant="fp16"), pictures), answers(pipe, pictures))
+
+
+def test_made_of_anothers_parts(pipe, pictures):
+    parts = {k: pipe.components[k] for k in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    blind = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    other = diffusers.StableDiffusionPipeline(**parts, **blind)
+    made = InstructGIEPipeline.from_pipe(other, rcldm=pipe.rcldm, panel=P)
+    made.set_progress_bar_config(disable=True)
+    assert torch.equal(answers(made, pictures, eta=1.0), answers(pipe, pictures, eta=1.0))
+
+
+def test_batches_of_every_size(pipe, pictures):
+    words = ["hat", "add a very long hat to the dog that sits at night", "make it night"]
+    for size in (1, 2, 3):
+        found = answers(pipe, pictures, words[:size], generator=seeded(range(size)))
+        assert found.shape == (size, 3, P, P)
+
+
+def test_an_answer_is_the_same_alone_and_in_a_batch(pipe, pictures):
+    before, after, *queries = pictures
+    words, pairs = ["make it night", "add a hat"], [(before, after), None]
+    together = answers(pipe, pictures, words, image=queries, prompt_pair=pairs, generator=seeded([3, 4]))
+    for k in (0, 1):
+        alone = answers(pipe, pictures, words[k], image=queries[k], prompt_pair=pairs[k], seed=3 + k)
+        torch.testing.assert_close(alone[0], together[k], atol=1e-4, rtol=1e-4)
+
+
+def test_a_tuple_holds_what_the_output_holds(pipe, pictures):
+    output, plain = (call(pipe, pictures, return_dict=whole) for whole in (True, False))
+    assert torch.equal(output.images, plain[0]) and output.prompts == plain[1] == ["add a hat"]
+
+
+def test_output_types_agree(pipe, pictures):
+    pt, array, images, latents = (
+        answers(pipe, pictures, output_type=kind) for kind in ("pt", "np", "pil", "latent")
+    )
+    assert pt.min() >= 0 and pt.max() <= 1 and array.shape == (1, P, P, 3) and latents.shape == (1, 4, 8, 8)
+    assert np.array_equal(pt.permute(0, 2, 3, 1).numpy(), array)
+    assert images[0].size == (P, P // 2)  # the query's aspect ratio
+    _, box = fit_panel(pictures[2], P)
+    assert images[0].tobytes() == tensor_to_image(unfit(2 * pt[0] - 1, box)).tobytes()
+    torch.testing.assert_close(pipe.decode_answers(latents), 2 * pt - 1, atol=1e-6, rtol=1e-6)
+
+
+def test_pictures_of_every_kind_are_one_picture(pipe, pictures):
+    square = [picture.resize((P, P)) for picture in pictures]
+    wanted = answers(pipe, square)
+    bytes_ = [np.asarray(picture) for picture in square]
+    tensors = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in bytes_]
+    floats = [tensor / 255 for tensor in tensors]
+    for kind in (bytes_, tensors, floats, [f.permute(1, 2, 0).numpy() for f in floats]):
+        torch.testing.assert_close(answers(pipe, kind), wanted, atol=1e-5, rtol=1e-5)
+    before, after, *queries = floats
+    batch = answers(pipe, pictures, image=torch.stack(queries), prompt_pair=torch.stack([before, after]))
+    assert batch.shape == (2, 3, P, P)
+
+
+def test_several_answers_to_each_picture(pipe, pictures):
+    for words in ("add a hat", ["add a hat"] * 2):
+        count = 1 if isinstance(words, str) else 2
+        found = call(pipe, pictures, words, num_images_per_prompt=3)
+        assert found.images.shape == (3 * count, 3, P, P) and len(found.prompts) == 3 * count
+        assert apart(found.images[0], found.images[1]) > 1e-3
+
+
+def test_generators_decide(pipe, pictures):
+    first = answers(pipe, pictures)
+    assert torch.equal(first, answers(pipe, pictures)) and apart(first, answers(pipe, pictures, seed=1)) > 0
+    noise = torch.randn(1, 4, 8, 8, generator=seeded([0])[0])
+    given = answers(pipe, pictures, latents=noise, eta=0.0)
+    assert torch.equal(given, answers(pipe, pictures, eta=0.0))
+    torch.manual_seed(5)
+    free = answers(pipe, pictures, generator=None)
+    assert apart(free, answers(pipe, pictures, generator=None)) > 0
+
+
+def test_callbacks(pipe, pictures):
+    seen = []
+    names = InstructGIEPipeline._callback_tensor_inputs
+
+    def look(pipeline, i, t, tensors):
+        assert pipeline is pipe and set(tensors) == set(names)
+        assert tensors["latents"].shape == tensors["pred_original_sample"].shape == (1, 4, 8, 8)
+        seen.append((i, int(t)))
+        return tensors
+
+    wanted = answers(pipe, pictures)
+    watched = answers(pipe, pictures, callback_on_step_end=look, callback_on_step_end_tensor_inputs=names)
+    assert torch.equal(watched, wanted) and [i for i, _ in seen] == [0, 1] and pipe.num_timesteps == 2
+    assert seen == list(enumerate(pipe.scheduler.timesteps.tolist()))
+
+    def zero(pipeline, i, t, tensors):
+        return {"latents": torch.zeros_like(tensors["latents"])} if i == 1 else tensors
+
+    nothing = answers(pipe, pictures, callback_on_step_end=zero, output_type="latent")
+    assert nothing.abs().max() == 0
+    with pytest.raises(ValueError, match="noise"):
+        answers(pipe, pictures, callback_on_step_end=look, callback_on_step_end_tensor_inputs=["noise"])
+
+
+def test_a_callback_can_stop_it(pipe, pictures):
+    count = []
+
+    def stop(pipeline, i, t, tensors):
+        count.append(i)
+        pipeline._interrupt = True
+        return tensors
+
+    answers(pipe, pictures, num_inference_steps=5, callback_on_step_end=stop)
+    assert count == [0] and pipe.interrupt
+    answers(pipe, pictures)
+    assert not pipe.interrupt
+
+
+@pytest.mark.parametrize("scheduler", edit.SCHEDULERS.values())
+def test_schedulers_are_swapped_as_usual(pipe, pictures, scheduler):
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    found = answers(pipe, pictures, num_inference_steps=4)
+    assert found.isfinite().all() and pipe.config.scheduler == ("diffusers", scheduler)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(folders, pictures, dtype):
+    whole, half = load(folders / "editor"), load(folders / "editor", torch_dtype=dtype)
+    moved = load(folders / "editor").to(dtype)
+    assert {p.dtype for part in (half, moved) for p in part.rcldm.parameters()} == {dtype}
+    wanted, found, again = (answers(pipe, pictures) for pipe in (whole, half, moved))
+    assert (found - wanted).abs().mean() < 0.05 and (again - found).abs().mean() < 0.05
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("way", ["to", "enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_on_a_gpu_whole_and_offloaded(folders, pictures, way):
+    wanted = answers(load(folders / "editor"), pictures)
+    pipe = load(folders / "editor")
+    pipe.to("cuda") if way == "to" else getattr(pipe, way)()
+    for _ in range(2):
+        found = answers(pipe, pictures).cpu()
+        torch.testing.assert_close(found, wanted, atol=1e-2, rtol=1e-2)
+
+
+def test_offloading_draws_the_same(folders, pictures):
+    """The hooks at work, though from the CPU to itself; twice, as they have to be set again."""
+    pipe = load(folders / "editor")
+    wanted = answers(pipe, pictures)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert hasattr(pipe.vae, "_hf_hook") and not hasattr(pipe.rcldm, "_hf_hook")
+    for _ in range(2):
+        torch.testing.assert_close(answers(pipe, pictures), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_less_memory_draws_the_same(pipe, pictures):
+    wanted = answers(pipe, pictures)
+    pipe.enable_attention_slicing()
+    pipe.vae.enable_slicing()
+    torch.testing.assert_close(answers(pipe, pictures), wanted, atol=1e-4, rtol=1e-4)
+    pipe.disable_attention_slicing()
+    pipe.vae.disable_slicing()
+
+
+def test_freeu_reaches_the_unet(pipe, pictures):
+    wanted = answers(pipe, pictures)
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+    assert pipe.unet.up_blocks[0].b1 == 1.4
+    pipe.disable_freeu()
+    assert torch.equal(answers(pipe, pictures), wanted)
+
+
+def test_the_progress_bar_can_be_set(pipe, pictures, capsys):
+    pipe.set_progress_bar_config(disable=False, desc="editing")
+    answers(pipe, pictures)
+    assert "editing: 100%" in capsys.readouterr().err
+    pipe.set_progress_bar_config(disable=True)
+    answers(pipe, pictures)
+    assert capsys.readouterr().err == ""
+
+
+def test_prompts_are_encoded_alone(pipe):
+    (together, alone) = pipe.encode_prompt(["add a hat", "night"]), pipe.encode_prompt(["night"])
+    assert together.shape == (2, 16, 32)
+    torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_it_is_pushed_to_the_hub_with_its_card(pipe, monkeypatch):
+    pushed = {}
+
+    def upload(self, folder, repo_id, **options):
+        texts = (path for path in Path(folder).iterdir() if path.suffix in (".md", ".json"))
+        pushed[repo_id] = {path.name: path.read_text() for path in texts}
+
+    def absent(repo_id, **_):
+        raise EntryNotFoundError("no card")
+
+    monkeypatch.setattr(hub_utils.ModelCard, "load", absent)
+    monkeypatch.setattr(hub_utils, "create_repo", lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(hub_utils.PushToHubMixin, "_upload_folder", upload)
+    pipe.push_to_hub("someone/editor")
+    files = pushed["someone/editor"]
+    assert "InstructGIE editor" in files["README.md"]
+    assert json.loads(files["model_index.json"])["rcldm"] == ["rcldm", "RCLDM"]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"prompt": ["a", "b"], "image": [None] * 3}, "has 2 entries, where another argument has 3"),
+        ({"prompt": "", "prompt_pair": None}, "nothing says which edit"),
+        ({"prompt": [7]}, "a text, or a list of texts"),
+        ({"output_type": "jpg"}, "output_type"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ({"image": "x.png"}, "not str"),
+        ({"image": None}, "not NoneType"),
+        ({"image": np.zeros((8, 8))}, "not ndarray"),
+        ({"image": torch.zeros(1, 8, 8)}, r"\(3, H, W\)"),
+        ({"image": torch.full((3, 8, 8), float("nan"))}, "finite"),
+        ({"num_inference_steps": 0}, "1 … 1000"),
+        ({"eta": 2.0}, "eta"),
+        ({"generator": [torch.Generator()] * 2}, "differ in length"),
+        ({"latents": torch.zeros(1, 4, 4, 4)}, "latents must be"),
+    ],
+)
+def test_a_wrong_call_is_told(pipe, pictures, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        call(pipe, pictures, **wrong)
+
+
+def test_a_broken_folder_is_one_error(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "unet" / "config.json").write_text("{")
+    with pytest.raises(backbone.BackboneError, match="not an InstructGIE pipeline's folder"):
+        load(tmp_path)
+
+
+def test_the_card_tells_licence_settings_and_numbers():
+    settings = {"stable_diffusion": backbone.preset("sd15").stable_diffusion, "no_esm": True, "panel": 256}
+    card = model_card(settings, {"dm": 0.12345})
+    assert "license: creativeml-openrail-m" in card and "base_model: stable-diffusion-v1-5/" in card
+    assert "without ESM" in card and "| dm | 0.1235 |" in card and "| `no_esm` | true |" in card
+    toy = model_card({"stable_diffusion": backbone.preset("toy").stable_diffusion})
+    assert "license: mit" in toy and "base_model" not in toy and "Nothing." in toy
+
+
+@pytest.mark.slow
+def test_compiled_it_draws_the_same(folders, edits):
+    editor = load(folders / "editor")
+    plain = draw(editor, edits)
+    editor.unet.compile()
+    editor.rcldm.compile()
+    assert apart(draw(editor, edits), plain) < 1e-3
