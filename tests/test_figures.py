@@ -1,0 +1,155 @@
+"""docs/: the figures and the numbers beside them, the worked examples as they are quoted, and all links.
+
+python tests/test_figures.py        # moves the links to lines to where what they name is now
+"""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops, ImageStat
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from docs import figures
+from toy import world
+
+HERE = Path(__file__).resolve().parents[1]
+PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
+LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<target>[^)\s]+)\)")
+TO_LINE = re.compile(r"\[`(?P<name>[^`]+)`\]\((?P<path>[^)#\s]+)#L(?P<line>\d+)\)")
+
+
+def line_of(source: Path, name: str) -> int:
+    """The line of a file that defines a name, else the first that holds it, counted from 1; 0: none does."""
+    lines = source.read_text(encoding="utf-8").splitlines()
+    defines = re.compile(rf"\s*(?:def|class) {re.escape(name)}\b|{re.escape(name)}\b[^=]*=")
+    holds = [k for k, line in enumerate(lines, 1) if name in line]
+    return next((k for k in holds if defines.match(lines[k - 1])), next(iter(holds), 0))
+
+
+def to_lines_of_now(page: Path) -> str:
+    """A page with every link to a line at the line where it should be."""
+
+    def moved(link: re.Match) -> str:
+        line = line_of(page.parent / link["path"], link["name"])
+        return f"[`{link['name']}`]({link['path']}#L{line})"
+
+    return TO_LINE.sub(moved, page.read_text("utf-8"))
+
+
+def quoted(command: str) -> list[tuple[str, list[str]]]:
+    """All that the pages quote of a command: the page, and the lines that stand under it."""
+    block = re.compile(rf"```\n\$ {re.escape(command)}\n(.*?)```", re.DOTALL)
+    return [
+        (page.name, text.splitlines()) for page in PAGES for text in block.findall(page.read_text("utf-8"))
+    ]
+
+
+# --- Figures ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """The toy world's split that the figures are drawn from, as `toy/world.py` writes it."""
+    folder = tmp_path_factory.mktemp("toy")
+    world.write_split(folder / "seen", world.draw_split("seen", *world.SPLITS["seen"], seed=0))
+    return folder
+
+
+def without_numbers(line: str) -> tuple[str, list[float]]:
+    number = r"-?\d+(?:\.\d+)?"
+    return re.sub(number, "#", line), [float(one) for one in re.findall(number, line)]
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_figure_is_drawn_and_its_page_quotes_what_it_prints(name, data, tmp_path, capsys):
+    figures.main(["--only", name, "--output", str(tmp_path), "--data", str(data)])
+    drawn = tmp_path / f"{name}-figure.png"
+    shipped = HERE / "docs" / drawn.name
+    assert drawn.stat().st_size < 150_000 and shipped.stat().st_size < 150_000
+    pictures = (Image.open(path).convert("L") for path in (drawn, shipped))
+    assert ImageStat.Stat(ImageChops.difference(*pictures)).mean[0] < 8  # libraries may set text otherwise
+    printed = [without_numbers(line) for line in capsys.readouterr().out.splitlines()]
+    ((page, lines),) = quoted(f"python docs/figures.py --only {name}")
+    assert page == f"{name}.md"
+    assert [words for words, _ in map(without_numbers, lines)] == [words for words, _ in printed]
+    for line, (_, now) in zip(lines, printed):  # another processor may round otherwise
+        assert without_numbers(line)[1] == pytest.approx(now, rel=0.02, abs=0.011)
+
+
+def test_scans_go_where_they_say():
+    plain, interleaved = (figures.scan_orders(4, kind) for kind in (False, True))
+    assert plain[0].tolist() == list(range(16)) and plain[2].tolist() == list(range(15, -1, -1))
+    assert plain[1, :5].tolist() == [0, 4, 8, 12, 1]
+    assert interleaved[0, :4].tolist() == [0, 2, 1, 3]  # left panel, right panel, left, right
+    # Beside: half a row plain, one step interleaved; below: half the grid's rows, one row.
+    assert figures.twin_steps(4, False) == (2 + 8) / 2 and figures.twin_steps(4, True) == (1 + 4) / 2
+
+
+# --- Worked examples ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["rcldm", "esm", "liu", "sam_loss"])
+def test_a_worked_example_prints_what_its_page_quotes(module, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    runpy.run_path(str(HERE / f"{module}.py"), run_name="__main__")
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    ((page, lines),) = quoted(f"python {module}.py")
+    assert page == f"{module.removesuffix('_loss')}.md"
+    at = 0
+    for before, line in zip(["", *lines], lines):
+        if line != "…":
+            at = printed.index(line, at) if before == "…" else at
+            assert printed[at] == line
+            at += 1
+    assert at == len(printed)
+
+
+def test_what_pages_say_of_the_results_stands_there():
+    results = " ".join((HERE / "docs" / "results.md").read_text("utf-8").split())
+    quotes = {page.name: re.findall(r"^> (.+)$", page.read_text("utf-8"), re.MULTILINE) for page in PAGES}
+    for name in ("rcldm.md", "esm.md", "liu.md", "sam.md"):
+        (quote,) = quotes[name]
+        assert quote in results, f"docs/{name} quotes what docs/results.md no longer says: {quote}"
+
+
+# --- Links --------------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's names of a page's headings."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_headings_and_lines(page):
+    text = page.read_text("utf-8")
+    for link in LINK.finditer(text):
+        path, _, anchor = link["target"].partition("#")
+        if "://" in path:
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {link[0]} leads nowhere"
+        if target.suffix == ".md" and anchor:
+            assert anchor in anchors(target), f"{page.name}: {link[0]}: no such heading"
+    now = to_lines_of_now(page)
+    for link, moved in zip(TO_LINE.finditer(text), TO_LINE.finditer(now)):
+        assert link[0] == moved[0], f"{page.name}: a link to a line is to be moved; run {__file__}"
+        assert int(link["line"]) > 0, f"{page.name}: {link[0]}: nothing of that name"
+
+
+def test_a_line_is_found_where_a_name_is_defined(tmp_path):
+    source = tmp_path / "a.py"
+    source.write_text("import x  # f is below\n\nK: int = 1\nclass A:\n    def f(self): return K\n")
+    assert [line_of(source, name) for name in ("f", "A", "K", "return K", "g")] == [5, 4, 3, 5, 0]
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        if (moved := to_lines_of_now(page)) != text:
+            page.write_text(moved, "utf-8")
+            print(f"{page.relative_to(HERE)}: links moved")
