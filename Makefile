@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint format toy ablations clean
+.PHONY: demo test test-slow lint format docs docs-check toy ablations clean
 
 demo: $(VENV)/installed
 	$(RUN) edit.py --prompt-pair examples/before.png examples/after.png --input examples/input.png \
@@ -22,6 +22,14 @@ lint: $(VENV)/installed
 format: $(VENV)/installed
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+docs: $(VENV)/installed  ## every file with its comments beside its code, and all figures, under out/docs
+	$(RUN) -m pycco.main -p -i -d out/docs *.py toy/*.py
+	$(RUN) docs/figures.py --output out/docs/figures
+
+docs-check: $(VENV)/installed  ## runs every command that README and docs show, and follows every link
+	$(RUN) docs/check.py
+	$(RUN) -m pytest -m "slow or not slow" tests/test_docs.py tests/test_figures.py tests/test_notebook.py
 
 toy: $(VENV)/installed  ## trains what is under toy/weights anew; resumable
 	$(RUN) toy/pretrain.py
