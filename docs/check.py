@@ -4,8 +4,8 @@
     python docs/check.py README.md
 
 Each page's commands run in their order, in an empty folder that shows this repository by links. Each runs in
-small: `SMALLER` has the words that are changed and the options that are added. What is marked `bash` on a page
-is run as it stands, by tests/test_docs.py, and left out here.
+small: `SMALLER` has the words that are changed and the options that are added. What is marked `bash` on a
+page is run as it stands, by tests/test_docs.py, and left out here.
 """
 
 from __future__ import annotations
