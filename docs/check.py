@@ -59,6 +59,7 @@ SMALLER = {
     r"(bench/prompt_to_prompt\.py.*)": r"\1 --count 2 --steps 2 --batch 2",
     r"(receptive_field\.py.*)": r"\1 --count 2",
     r"(figures\.py.*)": r"\1 --output out",
+    r"^(pytest exercises(?!.*--answers).*)": r"\1 --answers",  # a student's to be solved first
     r"(app\.py.*)": r"\1 --help",  # it serves until it is stopped: tests/test_app.py starts it
 }
 

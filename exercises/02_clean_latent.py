@@ -1,0 +1,27 @@
+"""02 · What a noise prediction says of the picture                              warm-up, 20 minutes
+
+A training step draws no picture: it adds noise to the clean latent x_0 of the grid,
+
+    x_t = √ᾱ · x_0 + √(1 - ᾱ) · ε        ε ~ N(0, 1), 0 < ᾱ ≤ 1
+
+and asks the U-Net for ε. Editing-shift matching and selective-area matching both need a picture all the same.
+They take the x_0 that the prediction implies, x̂_0.
+
+Write it, and the factor by which an error of the prediction has grown when it arrives in x̂_0.
+Question: from which ᾱ on is that factor at most 2? Where is this number in esm.py?
+
+Read: `predict_x0` and `noise_weight` in esm.py, after you have tried. Mind the axes of ᾱ.
+Test: pytest exercises -k 02
+"""
+
+from torch import Tensor
+
+
+def predict_x0(noisy: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x̂_0 (B, C, H, W) of x_t and a prediction of ε, both (B, C, H, W); alpha_bar: (B,)."""
+    raise NotImplementedError
+
+
+def error_gain(alpha_bar: Tensor) -> Tensor:
+    """The size of an error in x̂_0 over that of the error in the predicted ε. (B,) → (B,), > 0."""
+    raise NotImplementedError

@@ -1,0 +1,28 @@
+"""03 · Guidance by words and by example                                         warm-up, 20 minutes
+
+An edit may be guided twice: away from what the U-Net would draw without the example pair, and away from what
+it would draw without the words. With a prediction e(text, pair), in which 0 stands for "left out",
+
+    e = e(0, 0) + s_visual · (e(0, pair) - e(0, 0)) + s_text · (e(text, pair) - e(0, pair))
+
+Every e costs a pass of the U-Net. Sorted by the e's it is a weighted sum, and an e of weight 0 need not be
+computed. Write the weights, and the sum.
+Question: what do the weights add up to, and why must they? Which scales need one pass, two, three?
+
+Read: InstructPix2Pix (Brooks et al., 2023), section 3.2.1, has the formula.
+Test: pytest exercises -k 03
+"""
+
+from torch import Tensor
+
+Branch = tuple[bool, bool]  # whether it is given the text, and the pair
+
+
+def branch_weights(s_text: float, s_visual: float) -> dict[Branch, float]:
+    """The weight of each branch, without those whose weight is 0."""
+    raise NotImplementedError
+
+
+def guide(weights: dict[Branch, float], predictions: dict[Branch, Tensor]) -> Tensor:
+    """The guided prediction. predictions: for each branch that has a weight, all of one shape."""
+    raise NotImplementedError

@@ -1,0 +1,37 @@
+"""09 · Is one command one form?                                                core, 60 minutes
+
+Language instruction unification lets a frozen language model U rewrite every wording of an instruction to one
+standard form, so that "maybe night view looks better" and "show it at night" become one condition, "make it
+night". How well it does so can be measured without knowing the right form: give U groups of wordings, each
+group of one edit, and see which forms agree.
+
+But a U that answers "make it night" to everything agrees best of all. Write three measures, such that a U
+that has 1 in all three deserves it:
+
+    consistency    the share of all wordings that U brings to the form that is commonest in their group
+    distinctness   the share of groups whose commonest form is the commonest of no other group
+    stability      the share of all wordings' forms that U leaves as they are when it is given them again
+
+Question: which of the three notices the identity? A constant? A U that begins every form with "please", and
+so the form of a form with two? What does the toy language model score on wordings that it was not trained on?
+
+Read: liu.py; `Family.held_out_sayings` in toy/world.py.
+Test: pytest exercises -k 09, and with -s to see what is measured
+"""
+
+from collections.abc import Callable
+
+Unify = Callable[[list[str]], list[str]]  # wordings → their forms, in the same order
+Groups = list[list[str]]  # wordings of one edit each
+
+
+def consistency(unify: Unify, groups: Groups) -> float:
+    raise NotImplementedError
+
+
+def distinctness(unify: Unify, groups: Groups) -> float:
+    raise NotImplementedError
+
+
+def stability(unify: Unify, groups: Groups) -> float:
+    raise NotImplementedError

@@ -1,0 +1,33 @@
+"""Consistency wants fewer forms and distinctness more, so no lazy U passes both: the constant has no
+distinctness, the identity as little consistency as there can be. Stability says that what has the standard
+form already stays as it is; one "please" more each time fails it.
+
+On 136 wordings of the 45 families, their canonical ones and those held out of its training, the toy language
+model scores 0.74, 0.96 and 0.85. So nearly every edit has a form of its own, and a quarter of the wordings
+miss it; for "the ring would look better in orange" it writes "remove everything but the ring"."""
+
+from collections import Counter
+from collections.abc import Callable
+
+Unify = Callable[[list[str]], list[str]]  # wordings → their forms, in the same order
+Groups = list[list[str]]  # wordings of one edit each
+
+
+def consistency(unify: Unify, groups: Groups) -> float:
+    forms = [unify(group) for group in groups]
+    agreeing = sum(one.count(commonest(one)) for one in forms)
+    return agreeing / sum(map(len, forms))
+
+
+def distinctness(unify: Unify, groups: Groups) -> float:
+    taken = Counter(commonest(unify(group)) for group in groups)
+    return sum(count == 1 for count in taken.values()) / len(groups)
+
+
+def stability(unify: Unify, groups: Groups) -> float:
+    forms = [form for group in groups for form in unify(group)]
+    return sum(form == again for form, again in zip(forms, unify(forms))) / len(forms)
+
+
+def commonest(forms: list[str]) -> str:
+    return Counter(forms).most_common(1)[0][0]

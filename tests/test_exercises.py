@@ -1,0 +1,221 @@
+"""exercises/: the answers pass, what is delivered is unwritten, and the likeliest mistakes are caught."""
+
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from exercises import test_all
+from exercises.conftest import load
+
+FOLDER = Path(__file__).resolve().parents[1] / "exercises"
+NUMBERS = [f"{k:02d}" for k in range(1, 13)]
+TESTS = {name: test for name, test in vars(test_all).items() if re.match(r"test_\d\d_", name)}
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_the_answer_passes(name):
+    TESTS[name](load(name[5:7], answers=True))
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_as_delivered_it_is_unwritten_and_nothing_else(name):
+    with pytest.raises(NotImplementedError):
+        TESTS[name](load(name[5:7], answers=False))
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_answer_has_what_the_exercise_asks_for(number):
+    asked, given = (
+        {
+            name: function.__annotations__
+            for name, function in vars(module).items()
+            if getattr(function, "__module__", "") == module.__name__
+        }
+        for module in (load(number, answers=False), load(number, answers=True))
+    )
+    assert asked and asked.items() <= given.items()
+
+
+def test_the_readme_lists_what_there_is():
+    row = r"^\| (\d\d) \| \[(.*)\]\((.*)\) \| (.*), (\d+) (min|h) \|"
+    rows = re.findall(row, (FOLDER / "README.md").read_text(), re.MULTILINE)
+    assert [number for number, *_ in rows] == NUMBERS
+    for folder in (FOLDER, FOLDER / "answers"):
+        assert {path.name for path in folder.glob("[0-9]*.py")} == {file for _, _, file, *_ in rows}
+    for number, title, file, level, time, unit in rows:
+        head = (FOLDER / file).read_text().splitlines()[0]
+        unit = {"min": "minutes", "h": "hours"}[unit]
+        assert re.fullmatch(rf'"""{number} · {re.escape(title)} +{level}, {time} {unit}', head)
+
+
+def test_one_command_tests_one_exercise():
+    twice = "import pytest; [pytest.main(['exercises', '-k', '04', *more]) for more in ([], ['--answers'])]"
+    done = subprocess.run([sys.executable, "-c", twice], cwd=FOLDER.parent, capture_output=True, text=True)
+    assert re.findall(r"^3 (failed|passed)", done.stdout, re.MULTILINE) == ["failed", "passed"], done.stdout
+
+
+# --- Wrong answers: each takes the right module, then what the function takes that it stands in for ---------
+
+
+def black_for_grey(m, before, after, query):
+    grid = m.condition(before, after, query)
+    m.answer(grid).fill_(-1)
+    return grid
+
+
+def alpha_along_the_columns(m, noisy, noise, alpha_bar):
+    return (noisy - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+
+
+def text_alone(m, s_text, s_visual):
+    return {(False, False): 1 - s_text, (True, True): s_text}
+
+
+def a_branch_for_nothing(m, s_text, s_visual):
+    return {(False, False): 1 - s_visual, (False, True): s_visual - s_text, (True, True): s_text}
+
+
+def rows_for_columns(m, x):
+    rows = x.flatten(2)
+    return torch.stack([rows, rows, rows.flip(-1), rows.flip(-1)], 1)
+
+
+def mean_for_sum(m, ys, height, width):
+    return m.cross_merge(ys, height, width) / 4
+
+
+def distance_for_steps(m, a, b, height, width):
+    return [abs(steps) for steps in m.steps(a, b, height, width)]
+
+
+def decay_by_euler(m, u, delta, A, B, C, D):
+    h, ys = u.new_zeros(len(u), *A.shape), []
+    for t in range(u.shape[-1]):
+        h = h + delta[..., t, None] * (A * h + u[..., t, None] * B[:, None, :, t])
+        ys.append((h * C[:, None, :, t]).sum(-1) + D * u[..., t])
+    return torch.stack(ys, -1)
+
+
+def input_without_its_step(m, u, delta, *rest):
+    return m.scan(u / delta, delta, *rest)
+
+
+def middle_forgotten(m, unet, rcldm, *inputs):
+    down, _ = rcldm(*inputs, return_dict=False)
+    residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": 0}
+    return unet(*inputs[:3], **residuals).sample
+
+
+def every_zero_broken(m, rcldm, deviation):
+    m.break_zero(rcldm, deviation)
+    torch.nn.init.normal_(rcldm.prompt_encoder.zero_proj.weight, std=deviation)
+
+
+def gradients_of_zero_too(m, rcldm):
+    return {name for name, parameter in rcldm.named_parameters() if parameter.grad is not None}
+
+
+def plain_distance(m, shift, true_shift, eps=1e-3):
+    return (shift - true_shift).square().sum(-1)
+
+
+def lengths_ignored(m, shift, true_shift, eps=1e-3):
+    return m.relative_loss(F.normalize(shift), F.normalize(true_shift), eps)
+
+
+def nearest_pixel(m, area, side):
+    return F.interpolate(area, (side, side))
+
+
+def mean_over_the_panel(m, predicted, target, area):
+    return (m.latent_area(area, predicted.shape[-1]) * (predicted - target).square()).mean()
+
+
+def mean_over_all_faces(m, predicted, target, area):
+    area = m.latent_area(area, predicted.shape[-1])
+    return (area * (predicted - target).square().mean(1, True)).sum() / area.sum().clamp_min(1e-6)
+
+
+def forms_counted(m, unify, groups):
+    return len({m.commonest(unify(group)) for group in groups}) / len(groups)
+
+
+def wordings_that_stay(m, unify, groups):
+    return np.mean([unify([wording]) == [wording] for group in groups for wording in group])
+
+
+def direct_path_forgotten(m, *inputs):
+    return m.scan_backward(*inputs[:-1], torch.zeros_like(inputs[-1]))
+
+
+def difference_that_wraps(m, before, after):
+    return np.abs(np.asarray(before) - np.asarray(after)).max(-1) > 8
+
+
+def mean_of_the_channels(m, before, after):
+    return np.abs(np.asarray(before, float) - np.asarray(after, float)).mean(-1) > 8
+
+
+def colours_swapped(m, scene, target, value):
+    changed = m.rule(scene, target, value)
+    return changed and changed.put(changed.find(value), colour=scene.find(target).colour)
+
+
+def pair_turned_round(m, pipe, *rest, **more):
+    return m.survey(lambda **k: pipe(**k | {"prompt_pair": k["prompt_pair"][::-1]}), *rest, **more)
+
+
+def query_for_example(m, pipe, example, queries, *rest, **more):
+    return m.survey(pipe, queries[0], queries, *rest, **more)
+
+
+def one_edit_at_most(m, answer, query, shown, told):
+    name, distance = m.verdict(answer, query, shown, told)
+    return "told" if name == "both" else name, distance
+
+
+WRONG = [
+    ("01", "condition", black_for_grey),
+    ("02", "predict_x0", alpha_along_the_columns),
+    ("03", "branch_weights", text_alone),
+    ("03", "branch_weights", a_branch_for_nothing),
+    ("04", "cross_scan", rows_for_columns),
+    ("04", "cross_merge", mean_for_sum),
+    ("04", "steps", distance_for_steps),
+    ("05", "scan", decay_by_euler),
+    ("05", "scan", input_without_its_step),
+    ("06", "steered", middle_forgotten),
+    ("06", "break_zero", every_zero_broken),
+    ("06", "learners", gradients_of_zero_too),
+    ("07", "relative_loss", plain_distance),
+    ("07", "relative_loss", lengths_ignored),
+    ("08", "latent_area", nearest_pixel),
+    ("08", "selective_area_loss", mean_over_the_panel),
+    ("08", "selective_area_loss", mean_over_all_faces),
+    ("09", "distinctness", forms_counted),
+    ("09", "stability", wordings_that_stay),
+    ("10", "scan_backward", direct_path_forgotten),
+    ("11", "changed", difference_that_wraps),
+    ("11", "changed", mean_of_the_channels),
+    ("11", "rule", colours_swapped),
+    ("12", "survey", pair_turned_round),
+    ("12", "survey", query_for_example),
+    ("12", "verdict", one_edit_at_most),
+]
+
+
+@pytest.mark.parametrize("number, function, wrong", WRONG)
+def test_wrong_answers_are_caught(number, function, wrong):
+    module = load(number, answers=True)
+    setattr(module, function, partial(wrong, load(number, answers=True)))
+    with pytest.raises(AssertionError):
+        for name, test in TESTS.items():
+            if name.startswith(f"test_{number}"):
+                test(module)
