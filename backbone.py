@@ -309,9 +309,12 @@ def clear_errors(source: object, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """What the user can mend, a ValueError or OSError, ends the program with one line and exit code 2."""
+    """What the user can mend, a ValueError or OSError, ends the program with one line and exit code 2; Ctrl-C
+    ends it without more words and with a shell's code for that, 130."""
     try:
         yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from (error if os.environ.get("DEBUG") else None)

@@ -282,7 +282,7 @@ def train(args: argparse.Namespace) -> None:
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
-            save_checkpoint(args.output, step + 1, modules, optimizer, keep=1)
+            save_checkpoint(args.output, step + 1, modules, optimizer, keep=2)
     average.module.save(sd, args.output / "pipeline")
     print(f"the baseline is in {args.output / 'pipeline'}")
 

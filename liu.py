@@ -141,7 +141,11 @@ class InstructionUnifier:
             replies = dict(zip(batch, self._generate(batch)))
             self._replies |= replies
             if self._cache:
-                self._cache.append(replies)
+                try:
+                    self._cache.append(replies)
+                except OSError as error:
+                    warnings.warn(f"replies are not kept: {error}", stacklevel=2)
+                    self._cache = None
         for text in distinct:
             reply = standard_form(self._replies[text])
             problem = fault(reply, text)

@@ -260,7 +260,7 @@ def finetune(
         optimizer.zero_grad(set_to_none=True)
         progress.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % each == 0:
-            save_checkpoint(checkpoints, step + 1, {"model": model}, optimizer, keep=1)
+            save_checkpoint(checkpoints, step + 1, {"model": model}, optimizer, keep=2)
     tokenizer.chat_template = OWN_TASK
     temporary = folder.with_name(f".{folder.name}")
     model.eval().requires_grad_(False).save_pretrained(temporary)

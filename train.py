@@ -21,11 +21,11 @@ import argparse
 import hashlib
 import json
 import math
-import os
-import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,18 @@ import backbone
 import esm
 import liu
 import sam_loss
-from checkpoint import averaged, load_checkpoint, save_checkpoint
+from checkpoint import (
+    Stop,
+    Watch,
+    averaged,
+    ignore_signals,
+    load_checkpoint,
+    other_settings,
+    save_checkpoint,
+    tried,
+    whole_folder,
+    write_whole,
+)
 from dataset import (
     DatasetError,
     VisualPromptDataset,
@@ -274,12 +285,16 @@ def observe_all(
                 if fact is not None:
                     columns[name].append(fact.half().cpu() if fact.is_floating_point() else fact.cpu())
         tensors = {name: torch.cat(column) for name, column in columns.items() if column}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
-    tensors = load_file(path, device=str(device) if in_memory else "cpu")
+        tried(f"the cache {path}", lambda: save_tensors(tensors, path))
+    else:
+        tensors = load_file(path)
+    tensors = {name: fact.to(device) if in_memory else fact for name, fact in tensors.items()}
     return Facts(*(tensors.get(name) for name in Facts._fields))
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: save_file(tensors, file))
 
 
 def load_batches(
@@ -287,7 +302,8 @@ def load_batches(
 ) -> DataLoader:
     """The items of each step in `order`, their pictures among them where they are not at hand already."""
     known = facts is not None and facts.pictures is not None
-    return DataLoader(Draws(data) if known else data, batch_sampler=order, num_workers=workers)
+    source = Draws(data) if known else data
+    return DataLoader(source, batch_sampler=order, num_workers=workers, worker_init_fn=ignore_signals)
 
 
 def look_up(
@@ -555,27 +571,16 @@ def _yes_or_no(logits: Tensor, truth: Tensor, asked: Tensor) -> Tensor:
     return (error * asked).sum() / asked.sum().clamp(min=1)
 
 
-def show(losses: dict[str, Tensor], smooth: dict[str, Tensor], progress: tqdm, step: int) -> None:
-    """Takes a step's losses into the moving averages `smooth`; shows these at the progress bar at times."""
-    for name, value in losses.items():
-        value = value.detach()
-        smooth[name] = torch.lerp(smooth.get(name, value), value, 0.05)
-    if step % 20 == 0:  # to read a number is to wait for the device
-        progress.set_postfix({name: f"{value:.4f}" for name, value in smooth.items()}, refresh=False)
-
-
-def check_finite(smooth: dict[str, Tensor], step: int) -> None:
-    """Raises ValueError where a loss has ceased to be a number: to be asked before anything is saved."""
-    if wrong := [name for name, value in smooth.items() if not value.isfinite()]:
-        way = "--resume goes on from the last checkpoint; try it with a lower --lr or with --precision no"
-        raise ValueError(f"not a number by step {step}: {', '.join(wrong)}; {way}")
-
-
 SCAN_PARAMETERS = ("A_logs", "Ds", "dt_projs_bias")  # no matrices, whatever their shape
 
 
 def teach_prompt_encoder(
-    model: RCLDM, losses_of: Losses, data: VisualPromptDataset, args: argparse.Namespace, is_main: bool
+    model: RCLDM,
+    losses_of: Losses,
+    data: VisualPromptDataset,
+    args: argparse.Namespace,
+    is_main: bool,
+    stop: Stop,
 ) -> None:
     """Before all else, the prompt encoder alone learns to tell the whole grid's latents from the condition.
 
@@ -590,7 +595,7 @@ def teach_prompt_encoder(
     """
     encoder, device = model.prompt_encoder, model.device
     channels = len(losses_of.grey)
-    modules: dict[str, nn.Module] = {"encoder": encoder}
+    modules: dict[str, Any] = {"encoder": encoder}
     auxiliary = classes = projection = None
     if isinstance(encoder, VisualPromptEncoder):
         if args.auxiliary_weight:
@@ -608,13 +613,14 @@ def teach_prompt_encoder(
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     folder = args.output / "prompt-encoder"
-    start = load_checkpoint(folder, modules, *optimizers) if args.resume else 0
+    watch = modules["watch"] = Watch()
+    start = saved = load_checkpoint(folder, modules, *optimizers) if args.resume else 0
     steps = range(start, args.encoder_steps)
     order = draw_order(len(data), args.encoder_batch or args.batch, args.seed + 1, steps, 0, 1)
     loader = load_batches(data, losses_of.facts, order, args.workers)
     total = args.encoder_steps
     progress = tqdm(loader, "prompt encoder", total, initial=start, mininterval=2, disable=not is_main)
-    smooth: dict[str, Tensor] = {}
+    stop.at_work = True
     for step, batch in zip(steps, progress):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / args.encoder_steps)
@@ -635,13 +641,24 @@ def teach_prompt_encoder(
             loss = loss + args.auxiliary_weight * sum(said.values())
             losses |= said
         loss.backward()
+        watch.see({"loss": loss, **losses})
+        norm = nn.utils.get_total_norm([p.grad for p in (*hidden, *rest) if p.grad is not None])
+        is_sound = watch.is_sound(norm)
         for optimizer in optimizers:
-            optimizer.step()
+            if is_sound:
+                optimizer.step()
             optimizer.zero_grad()
-        show(losses, smooth, progress, step)
-        if is_main and ((step + 1) % args.checkpoint_every == 0 or step + 1 == args.encoder_steps):
-            check_finite(smooth, step + 1)
-            save_checkpoint(folder, step + 1, modules, *optimizers, keep=1)
+        if step % 20 == 0 or not is_sound:
+            progress.set_postfix(watch.text(), refresh=False)
+        step += 1
+        stop.agree(losses_of.accelerator)
+        if step % args.checkpoint_every == 0 or step == args.encoder_steps or stop.asked or watch.is_over:
+            save = partial(save_checkpoint, folder, step, modules, *optimizers, keep=2)
+            if is_main and tried(f"{folder}/checkpoint-{step:07d}", save):
+                saved = step
+            watch.check()
+            if stop.asked:
+                stop.end(f"step {saved} of the prompt encoder's")
     for hook in auxiliary.hooks if auxiliary is not None else ():
         hook.remove()
     with torch.no_grad():
@@ -660,19 +677,41 @@ def teach_prompt_encoder(
 
 def save_editor(model: RCLDM, args: argparse.Namespace, step: int, measured: dict[str, float]) -> None:
     """The averaged weights, the settings and a model card, in the folder that `edit.py --model` takes."""
-    folder = args.output / "editor"
-    temporary = args.output / f".editor.{os.getpid()}"
-    model.save_pretrained(temporary)
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     record |= {"llm": None if args.no_liu else args.llm, "trained_steps": step} | SAMPLING
-    (temporary / "instructgie.json").write_text(json.dumps(record, indent=2) + "\n")
-    (temporary / "README.md").write_text(model_card(record, measured), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with whole_folder(args.output / "editor") as folder:
+        model.save_pretrained(folder)
+        (folder / "instructgie.json").write_text(json.dumps(record, indent=2) + "\n")
+        (folder / "README.md").write_text(model_card(record, measured), encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Validation pictures
+
+
+class Log:
+    """TensorBoard's file, as long as the disk takes it."""
+
+    def __init__(self, folder: Path) -> None:
+        # Its own thread would print a traceback of what `write` says in a line.
+        threading.excepthook = lambda error: error.exc_type is OSError or threading.__excepthook__(error)
+        self.writer: SummaryWriter | None = None
+        tried(str(folder), lambda: setattr(self, "writer", SummaryWriter(folder)))
+
+    def write(self, step: int, numbers: dict[str, Tensor | float], pictures: dict[str, Tensor] | None = None):
+        """numbers, pictures (3, H, W) in [-1, 1]: by their names."""
+        if self.writer is None:
+            return
+
+        def write() -> None:
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, step)
+            for name, picture in (pictures or {}).items():
+                self.writer.add_image(name, (picture + 1) / 2, step)
+            self.writer.flush()
+
+        if not tried("TensorBoard's file", write):
+            self.writer = None
 
 
 class Validation:
@@ -762,6 +801,20 @@ def new_adamw(name: str) -> Callable[..., torch.optim.Optimizer]:
     return AdamW8bit
 
 
+# Settings that may change when a run is resumed, and it still ends where it would have.
+INCIDENTAL = {"output", "resume", "device", "gradient_checkpointing", "workers", "cache", "checkpoint_every"}
+INCIDENTAL |= {"keep", "validate_every", "validation_split", "validation_pictures"}
+
+
+def note_settings(args: argparse.Namespace, processes: int) -> None:
+    """Keeps the settings beside the run; says which of those that matter are others than when it began."""
+    matter = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
+    path = args.output / "settings.json"
+    changed = other_settings(path, matter | {"processes": processes}, anew=not args.resume)
+    for name, (there, now) in changed.items():
+        print(f"--{name.replace('_', '-')} was {there} when this run began, and is {now}", flush=True)
+
+
 def validation_data(data: VisualPromptDataset, source: str, args: argparse.Namespace) -> VisualPromptDataset:
     try:
         return VisualPromptDataset(read_pairs(source, args.validation_split), args.panel, False, args.seed)
@@ -770,8 +823,13 @@ def validation_data(data: VisualPromptDataset, source: str, args: argparse.Names
         return data
 
 
+@backbone.one_line_errors("train.py")
 def main() -> None:
-    args = settings()
+    with Stop() as stop:
+        train(settings(), stop)
+
+
+def train(args: argparse.Namespace, stop: Stop) -> None:
     preset = backbone.preset(args.backbone)
     for setting in ("stable_diffusion", "clip", "segmenter", "llm", "panel", "data", "lr"):
         if getattr(args, setting) is None:
@@ -806,7 +864,6 @@ def main() -> None:
     device, is_main = accelerator.device, accelerator.is_main_process
     device = torch.device("cpu") if device.type == "cpu" else device  # not "cpu:0", which safetensors refuses
     torch.manual_seed(args.seed)
-
     with accelerator.main_process_first():  # the first process computes, the others find it cached
         source = backbone.data_folder(args.data)
         data = VisualPromptDataset(read_pairs(source, args.split), args.panel, args.flip, args.seed)
@@ -852,8 +909,10 @@ def main() -> None:
         except RuntimeError:
             option, folder = option.replace("_", "-"), folders[option]
             raise ValueError(f"--{option} {folder}: an editor of another architecture") from None
+    if is_main:
+        note_settings(args, accelerator.num_processes)
     if args.encoder_steps and not args.init and not begun:
-        teach_prompt_encoder(model, losses_of, data, args, is_main)
+        teach_prompt_encoder(model, losses_of, data, args, is_main, stop)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
         sd.unet.enable_gradient_checkpointing()
@@ -866,21 +925,32 @@ def main() -> None:
     model.prompt_encoder.requires_grad_(encoder_lr > 0)  # frozen, it needs no way back
     groups = parameter_groups(model, args.weight_decay, encoder_lr)
     optimizer = adamw(groups, lr=args.lr, betas=(0.9, 0.99))
-    start = (
-        load_checkpoint(args.output, {"model": model, "average": average}, optimizer) if args.resume else 0
-    )
+    modules = {"model": model, "average": average, "watch": (watch := Watch())}
+    start = saved = load_checkpoint(args.output, modules, optimizer) if args.resume else 0
     wrapped, optimizer = accelerator.prepare(model, optimizer)
 
     shares = accelerator.process_index, accelerator.num_processes
     steps = range(start * args.accumulate, args.steps * args.accumulate)
     order = draw_order(len(data), args.batch, args.seed, steps, *shares)
     loader = load_batches(data, facts, order, args.workers)
-    writer = SummaryWriter(args.output / "tensorboard") if is_main else None
+    log = Log(args.output / "tensorboard") if is_main else None
     progress = tqdm(total=args.steps, initial=start, desc="train", mininterval=2, disable=not is_main)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters to train, {len(data)} pairs")
 
+    def publish(step: int) -> None:
+        """The editor of this step, and what it makes of the validation queries."""
+        measured = {name: value.item() for name, value in watch.averages.items()}
+        if args.validation_pictures:
+            picture, measured["validation error"] = validation.picture(average.module, sd)
+            path = args.output / f"validation-{step:07d}.png"
+            tried(
+                str(path), lambda: write_whole(path, lambda file: tensor_to_image(picture).save(file, "PNG"))
+            )
+            log.write(step, {"validation error": measured["validation error"]}, {"validation": picture})
+        save_editor(average.module, args, step, measured)
+
     wrapped.train()
-    smooth: dict[str, Tensor] = {}
+    stop.at_work = True
     for micro, batch in zip(steps, loader):
         step = micro // args.accumulate
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + micro)
@@ -890,41 +960,46 @@ def main() -> None:
             with accelerator.autocast():
                 losses = losses_of(wrapped, batch, g)
             accelerator.backward(losses["loss"])
+            if losses_of.processes > 1:
+                losses = {name: accelerator.reduce(value.detach(), "mean") for name, value in losses.items()}
+            watch.see(losses)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), args.clip_norm)
-            optimizer.step()
+                norm = accelerator.clip_grad_norm_(model.parameters(), args.clip_norm)
+                if is_sound := watch.is_sound(norm):
+                    optimizer.step()
+                elif accelerator.scaler is not None:
+                    accelerator.scaler.update()  # fp16: a smaller scale may be all that it takes
             optimizer.zero_grad()
-        if losses_of.processes > 1:
-            losses = {name: accelerator.reduce(value.detach(), "mean") for name, value in losses.items()}
-        show(losses, smooth, progress, step)
         if not accelerator.sync_gradients:
             continue
-        average.update_parameters(model)
+        if is_sound:
+            average.update_parameters(model)
+        if step % 20 == 0 or not is_sound:
+            progress.set_postfix(watch.text(), refresh=False)
         step += 1
         progress.update()
-        if not is_main:
-            continue
-        if step % 20 == 0:
-            for name, value in smooth.items():
-                writer.add_scalar(f"loss/{name}", value, step)
-        if step % args.checkpoint_every == 0 or step % args.validate_every == 0 or step == args.steps:
-            check_finite(smooth, step)
-        if step % args.checkpoint_every == 0 or step == args.steps:
-            modules = {"model": model, "average": average}
-            save_checkpoint(args.output, step, modules, optimizer.optimizer, keep=args.keep)
-        if step % args.validate_every == 0 or step == args.steps:
-            measured = {name: value.item() for name, value in smooth.items()}
-            if args.validation_pictures:
-                picture, measured["validation error"] = validation.picture(average.module, sd)
-                writer.add_image("validation", (picture + 1) / 2, step)
-                writer.add_scalar("validation error", measured["validation error"], step)
-                tensor_to_image(picture).save(args.output / f"validation-{step:07d}.png")
-            save_editor(average.module, args, step, measured)
+        stop.agree(accelerator)
+        is_over = step == args.steps or stop.asked or watch.is_over
+        if is_main:
+            if step % 20 == 0:
+                log.write(step, {f"loss/{name}": value for name, value in watch.averages.items()})
+            if step % args.checkpoint_every == 0 or is_over:
+                save = partial(
+                    save_checkpoint, args.output, step, modules, optimizer.optimizer, keep=args.keep
+                )
+                if tried(f"{args.output}/checkpoint-{step:07d}", save):
+                    saved = step
+            if step % args.validate_every == 0 and not is_over:
+                tried(f"{args.output}/editor", partial(publish, step))
+        watch.check()
+        if stop.asked and step < args.steps:
+            stop.end(f"step {saved}")
     progress.refresh()
     progress.close()
+    if is_main:
+        publish(args.steps)
     print(f"the editor is in {args.output / 'editor'}")
 
 
 if __name__ == "__main__":
-    with backbone.one_line_errors("train.py"):
-        main()
+    main()

@@ -1,10 +1,24 @@
-"""A Stable Diffusion, and an editor for it, small enough to be made in a test."""
+"""Every pretrained part, an editor and a dataset, small enough to be made in a test."""
 
 import json
 
+import numpy as np
+import open_clip
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    SwinConfig,
+)
 
 from rcldm import RCLDM
 
@@ -66,3 +80,73 @@ def save_parts(root):
     save_editor(root / "editor", sd, unet)
     save_editor(root / "untrained", sd, unet, trained=False)
     return root
+
+
+def save_clip(folder):
+    vision = {"image_size": P, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16}
+    text = {"context_length": 16, "vocab_size": 64, "layers": 1, "width": 32, "heads": 2}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    folder.mkdir()
+    record = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(record))
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+
+
+def save_segmenter(folder):
+    stages = [f"stage{k}" for k in range(1, 5)]
+    sizes = dict(embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4, patch_size=4)
+    swin = SwinConfig(image_size=P, out_features=stages, **sizes)
+    labels = {0: "person", 1: "sky"}
+    sizes = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32)
+    sizes |= dict(
+        dim_feedforward=32, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=4
+    )
+    names = dict(id2label=labels, label2id={name: k for k, name in labels.items()})
+    config = Mask2FormerConfig(backbone_config=swin, **sizes, **names)
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    Mask2FormerImageProcessor(size={"height": P, "width": P}, ignore_index=255).save_pretrained(folder)
+
+
+def save_llm(folder):
+    tokenizer = CLIPTokenizer().train_new_from_iterator(["make it night", "remove the dog"], vocab_size=600)
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    tokenizer.save_pretrained(folder)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+
+
+def save_data(folder, instructions=("make it night", "remove the dog"), pairs=3):
+    rng = np.random.default_rng(0)
+    for split in ("train", "seen"):
+        (folder / split).mkdir(parents=True)
+        lines = []
+        for k, instruction in enumerate(i for i in instructions for _ in range(pairs)):
+            names = f"{k}_before.png", f"{k}_after.png"
+            for name in names:
+                pixels = rng.integers(0, 256, (P, P, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name)
+            keys = ("input_file_name", "output_file_name", "instruction")
+            lines.append(json.dumps(dict(zip(keys, (*names, instruction)))))
+        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def save_all(root):
+    """Every part that training takes, and a dataset, under `root`, which is returned."""
+    torch.manual_seed(0)
+    save_stable_diffusion(root / "sd")
+    save_clip(root / "clip")
+    save_segmenter(root / "segmenter")
+    save_llm(root / "llm")
+    save_data(root / "data")
+    return root
+
+
+def options(parts, output, **paths):
+    """Those of a tiny run of train.py; `paths` in the place of some of the parts."""
+    given = {name: name for name in ("clip", "segmenter", "llm", "data")} | {"stable_diffusion": "sd"}
+    sources = {name: paths.get(name, parts / folder) for name, folder in given.items()}
+    argv = [str(x) for name, source in sources.items() for x in (f"--{name.replace('_', '-')}", source)]
+    argv += ["--backbone", "sd15", "--panel", str(P), "--batch", "2", "--workers", "0", "--device", "cpu"]
+    argv += ["--cache", str(parts / "cache"), "--validation-pictures", "2", "--warmup", "1"]
+    return [*argv, "--encoder-steps", "2", "--output", str(output)]

@@ -94,7 +94,7 @@ def fit(
         if step % 20 == 0:
             progress.set_postfix({k: f"{v.item():.4f}" for k, v in losses.items()}, refresh=False)
         if time.monotonic() - saved > 60 or step + 1 == steps:
-            save_checkpoint(folder, step + 1, {"model": module, "average": average}, optimizer, keep=1)
+            save_checkpoint(folder, step + 1, {"model": module, "average": average}, optimizer, keep=2)
             saved = time.monotonic()
     module.load_state_dict(average.module.state_dict())
     module.eval()

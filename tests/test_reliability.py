@@ -1,0 +1,330 @@
+"""Nothing lost: kills, ends that are asked for, damaged checkpoints, full disks, and steps of no number."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import options
+from torch import nn
+
+import esm
+import train
+from checkpoint import Stop, Watch, load_checkpoint, save_checkpoint, verified, whole_folder
+
+TESTS = Path(__file__).parent
+QUICK = ("--no-esm", "--no-liu", "--no-sam", "--validation-pictures", "0")
+
+
+def state(folder):
+    (last,) = sorted(folder.glob("checkpoint-*"))[-1:]
+    return load_file(last / "state.safetensors")
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+# --- Kills --------------------------------------------------------------------------------------------------
+
+
+def killed(parts, folder, kills):
+    program = [sys.executable, str(TESTS / "killing.py"), str(parts), str(folder), "--kills", str(kills)]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, capture_output=True, text=True, env=alone)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_killed_run_resumes_to_the_same_bits(parts, tmp_path):
+    counted = killed(parts, tmp_path, 4)
+    assert counted["kills"] == 4 and counted["ends"] == counted["equal"] >= 1
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_instants_lose_nothing(parts, tmp_path):
+    counted = killed(parts, tmp_path, 50)
+    assert counted["kills"] == 50 and counted["ends"] == counted["equal"] >= 1
+    assert min(counted[way] for way in ("instant", "file", "tensors")) >= 5
+
+
+# --- Ends that are asked for --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["prompt encoder", "train"])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_asked_to_end_it_finishes_the_step_and_saves(run, tmp_path, monkeypatch, capsys, stage, number, code):
+    steps = (*QUICK, "--encoder-steps", "4", "--steps", "4", "--checkpoint-every", "9")
+    run(*steps, output=tmp_path / "whole")
+    draw, drawn = train.Losses.draw, []
+
+    def ask(self, *inputs):
+        drawn.append(None)
+        if len(drawn) == (2 if stage == "prompt encoder" else 6):
+            os.kill(os.getpid(), number)
+        return draw(self, *inputs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(train.Losses, "draw", ask)
+        run(*steps)
+    assert stopped.value.code == code
+    out = capsys.readouterr().out
+    assert f"{number.name}: ends after this step" in out and "--resume goes on after step 2" in out
+    kept = tmp_path / "run" / ("prompt-encoder" if stage == "prompt encoder" else ".")
+    assert (kept / "checkpoint-0000002").exists()
+    run(*steps, "--resume")
+    assert equal(state(tmp_path / "run"), state(tmp_path / "whole"))
+
+
+def test_asked_twice_or_before_the_first_step_it_ends_at_once():
+    with Stop() as stop:
+        with pytest.raises(SystemExit) as at_once:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert at_once.value.code == 143
+        stop.at_work = True
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked == signal.SIGINT
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_at_a_terminal_reaches_the_workers_too_and_does_no_harm(parts, tmp_path):
+    """As a program in a process group of its own, with a worker that decodes pictures; all get the signal."""
+    steps = (*QUICK, "--encoder-steps", "0", "--steps", "100000", "--flip")
+    command = [sys.executable, str(TESTS.parent / "train.py"), *options(parts, tmp_path / "run"), *steps]
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [*command, "--workers", "1"], stdout=file, stderr=file, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while "train:" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130, log.read_text()[-2000:]
+    text = log.read_text()
+    assert "--resume goes on after step" in text and "Traceback" not in text
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+
+
+# --- Checkpoints --------------------------------------------------------------------------------------------
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 8
+    path.write_bytes(data)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, os.remove])
+@pytest.mark.parametrize("name", ["state.safetensors", "step.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, capsys, damage, name):
+    layer = nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    for step in (1, 2, 3):
+        layer.weight.data.fill_(step)
+        save_checkpoint(tmp_path, step, {"layer": layer}, optimizer, keep=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-0000002", "checkpoint-0000003"]
+    damage(tmp_path / "checkpoint-0000003" / name)
+    if damage is flip_a_bit and name == "step.json":  # a flipped bit of it may still be JSON: of the digest
+        assert verified(tmp_path / "checkpoint-0000003") is None
+    assert load_checkpoint(tmp_path, {"layer": layer}, optimizer) == 2 and (layer.weight == 2).all()
+    assert "checkpoint-0000003 is damaged; the one before it is taken" in capsys.readouterr().out
+    damage(tmp_path / "checkpoint-0000002" / name)
+    with pytest.raises(ValueError, match="every checkpoint is damaged"):
+        load_checkpoint(tmp_path, {"layer": layer}, optimizer)
+
+
+def test_resumed_after_damage_it_ends_in_the_same_bits(run, tmp_path, capsys):
+    steps = (*QUICK, "--steps", "4", "--checkpoint-every", "1", "--keep", "9")
+    run(*steps, output=tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    flip_a_bit(tmp_path / "run" / "checkpoint-0000004" / "state.safetensors")
+    truncate(tmp_path / "run" / "checkpoint-0000003" / "state.safetensors")
+    run(*steps, "--resume")
+    assert capsys.readouterr().out.count("is damaged") == 2
+    assert equal(state(tmp_path / "run"), state(tmp_path / "whole"))
+
+
+def test_changed_settings_are_said(run, tmp_path, capsys):
+    run(*QUICK, "--steps", "1")
+    capsys.readouterr()
+    run(*QUICK, "--steps", "2", "--lr", "0.5", "--resume", "--keep", "5")
+    said = [line for line in capsys.readouterr().out.splitlines() if "when this run began" in line]
+    assert said == [
+        "--steps was 1 when this run began, and is 2",
+        "--lr was 1e-05 when this run began, and is 0.5",
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        run(*QUICK, "--steps", "2", "--no-rcldm", "--resume")
+    shown = capsys.readouterr()
+    assert stopped.value.code == 2 and "--no-rcldm was False" in shown.out
+    assert "of another architecture; resume with the settings it began with" in shown.err
+
+
+# --- Full disks ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_whole_or_as_it_was(tmp_path):
+    target = tmp_path / "editor"
+    with whole_folder(target) as new:
+        (new / "a").write_text("1")
+    with pytest.raises(OSError), whole_folder(target) as new:
+        (new / "a").write_text("2")
+        raise OSError("no space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["editor"] and (target / "a").read_text() == "1"
+    (tmp_path / ".editor.new").mkdir()  # as a killed process leaves it
+    with whole_folder(target) as new:
+        (new / "b").write_text("3")
+    assert [path.name for path in tmp_path.rglob("*")] == ["editor", "b"]
+
+
+def end_of(process):
+    out, err = process.communicate(timeout=300)
+    assert "Traceback" not in out + err, (out + err)[-3000:]
+    return process.returncode, out, err
+
+
+def start(parts, output, *more, limit=None):
+    """train.py as a program; limit: bytes that a file may have."""
+
+    def little():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [sys.executable, str(TESTS.parent / "train.py"), *options(parts, output), *QUICK, *more]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, preexec_fn=little if limit else None, **pipes)
+
+
+def test_files_that_may_not_grow_are_said_in_a_line_and_training_goes_on(parts, tmp_path):
+    """A quota, by the limit that a process may have: no checkpoint fits, nor the editor."""
+    code, _, err = end_of(start(parts, tmp_path / "first", "--steps", "1"))
+    assert code == 0, err  # and fills the caches
+    code, out, err = end_of(
+        start(parts, tmp_path / "run", "--steps", "3", "--checkpoint-every", "1", limit=2**17)
+    )
+    assert code == 2 and err.splitlines()[-1].startswith("train.py: error: ")
+    refused = [line for line in out.splitlines() if "could not be written" in line]
+    assert sum("run/checkpoint-" in line for line in refused) == 3
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".")]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 40 MiB; only an administrator can make one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_on_a_full_disk_the_last_good_checkpoint_stays_and_training_goes_on(parts, small_disk, tmp_path):
+    output = small_disk / "run"
+    steps = ("--steps", "4", "--checkpoint-every", "1", "--keep", "1")
+    code, _, err = end_of(start(parts, output, "--steps", "2", "--checkpoint-every", "1", "--keep", "1"))
+    assert code == 0, err
+    filler = small_disk / "filler"
+    with open(filler, "wb") as file, pytest.raises(OSError):
+        while True:
+            file.write(bytes(2**16))
+            file.flush()
+    code, out, err = end_of(start(parts, output, *steps, "--resume"))
+    assert code == 2 and "No space left on device" in err.splitlines()[-1]
+    assert out.count("No space left on device") >= 2  # each checkpoint
+    assert verified(output / "checkpoint-0000002") is not None
+    assert (output / "editor" / "config.json").read_bytes()  # the one of before
+    filler.unlink()
+    code, out, err = end_of(start(parts, output, *steps, "--resume"))
+    assert code == 0, err
+    code, _, err = end_of(start(parts, tmp_path / "whole", *steps))
+    assert code == 0 and len(state(output)) == len(state(tmp_path / "whole"))
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(run, tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    run("--no-esm", "--no-sam", "--steps", "1", "--cache", str(tmp_path / "cache"))
+    assert "the cache" in capsys.readouterr().out and (tmp_path / "run" / "editor").exists()
+
+
+# --- Steps that are no numbers ------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_no_number_is_not_learnt_from(run, tmp_path, monkeypatch, capsys):
+    loss, calls = esm.editing_shift_loss, []
+
+    def sometimes_nan(*inputs):
+        calls.append(None)
+        return loss(*inputs) * (float("nan") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(esm, "editing_shift_loss", sometimes_nan)
+    # Weak noise, lest a batch have nothing to decode.
+    quick = ("--no-liu", "--no-sam", "--noise-power", "0.05", "--checkpoint-every", "1", "--keep", "9")
+    run(*quick, "--steps", "4")
+    one, two, three = (
+        load_file(tmp_path / "run" / f"checkpoint-000000{k}" / "state.safetensors") for k in (1, 2, 3)
+    )
+    names = [name for name in one if name.startswith(("model/", "average/", "optimizer/"))]
+    assert all(torch.equal(one[name], two[name]) for name in names)
+    assert not all(torch.equal(two[name], three[name]) for name in names)
+    assert int(two["watch/skipped"]) == 1 and "skipped=1" in capsys.readouterr().err
+    assert all(value.isfinite().all() for value in state(tmp_path / "run").values())
+
+
+def test_too_many_in_a_row_are_the_end_and_the_last_good_state_is_saved(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "Watch", lambda: Watch(limit=3))
+    loss, calls = esm.editing_shift_loss, []
+
+    def nan_from_now_on(*inputs):
+        calls.append(None)
+        return loss(*inputs) * (float("nan") if len(calls) > 2 else 1)
+
+    monkeypatch.setattr(esm, "editing_shift_loss", nan_from_now_on)
+    with pytest.raises(SystemExit) as stopped:
+        run("--no-liu", "--no-sam", "--noise-power", "0.05", "--steps", "50")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "train.py: error: 3 steps in a row were no numbers" in error
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-0000005"]
+    assert all(value.isfinite().all() for value in state(tmp_path / "run").values())
+
+
+def test_a_step_that_explodes_is_told_from_a_hard_one():
+    watch, one = Watch(), torch.tensor(1.0)
+    watch.see({"loss": one})
+    assert watch.is_sound(one)
+    for loss, norm, wanted in (
+        (50.0, 1.0, True),
+        (1e4, 1.0, False),
+        (1.0, float("inf"), False),
+        (1.0, 9.0, True),
+    ):
+        watch.see({"loss": torch.tensor(loss)})
+        assert watch.is_sound(torch.tensor(norm)) == wanted
+    assert watch.skipped == 2 and watch.in_a_row == 0
+    again = Watch()
+    again.load_state_dict(watch.state_dict())
+    assert again.skipped == 2 and torch.equal(again.averages["loss"], watch.averages["loss"])
+    watch.see({"loss": one})
+    watch.see({"loss": torch.tensor(float("nan"))})  # a part of the same step
+    assert not watch.is_sound(one)
