@@ -244,7 +244,7 @@ def train(args: argparse.Namespace) -> None:
     data = read_pairs(backbone.data_folder(args.data), args.split)
     data = VisualPromptDataset(data, preset.panel, flip=False, seed=args.seed)
     sd = backbone.load_stable_diffusion(args.stable_diffusion or preset.stable_diffusion, device)
-    facts = observe_all(data, Frozen(sd.vae, None, None), args, device)
+    data, facts = observe_all(data, Frozen(sd.vae, None, None), args, device)
     texts, rows = read_instructions(data, sd, unifier=None)
     torch.manual_seed(args.seed)
     learner = Learner(args.method, sd).to(device)

@@ -46,7 +46,8 @@ def arguments() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the models")
     add("--grid", action="store_true", help="write the labelled grid beside each answer")
-    add("--batch", type=int, default=4, help="answers drawn at once")
+    # Choice: 1, whose answers are the same to the last bit whatever else is edited, and in which order.
+    add("--batch", type=int, default=1, help="answers drawn at once; more are faster, and equal to rounding")
     add("--compile", action="store_true", help="compile the U-Nets: slow to start, then faster")
     add("--offload", action="store_true", help="less GPU memory: parts wait in main memory till they work")
     return parser.parse_args()
@@ -201,6 +202,8 @@ def main() -> None:
         try:
             answers = pipe(unified, queries, pair, **sampling, generator=seeded(seeds), unify=False).images
         except RuntimeError as error:
+            if isinstance(error, NotImplementedError):  # not every sampler knows every kind of prediction
+                raise ValueError(f"--scheduler {args.scheduler}: {error}; take another") from error
             if not args.compile:
                 raise
             raise ValueError(f"--compile: {str(error).splitlines()[0]}; edit without it") from error

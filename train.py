@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -54,6 +55,7 @@ from checkpoint import (
 )
 from dataset import (
     DatasetError,
+    ImageError,
     VisualPromptDataset,
     answer_panel,
     compose_grid,
@@ -224,7 +226,7 @@ class Frozen(NamedTuple):
 
 class Pairs(Dataset):
     """The pictures of each edit pair, (2, 3, P, P), and if all pairs tell them the classes of its pixels,
-    (2, P, P); decoded on worker processes."""
+    (2, P, P); what is broken of them, in words, or "". Decoded on worker processes."""
 
     def __init__(self, data: VisualPromptDataset) -> None:
         self.data = data
@@ -233,9 +235,15 @@ class Pairs(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        item = {"panels": torch.stack(self.data.load_pair(i))}
-        return item | {"classes": self.data.load_classes(i)} if self.classes else item
+    def __getitem__(self, i: int) -> dict[str, Tensor | str]:
+        panels, side, broken = torch.zeros(2, 3, *[self.data.size] * 2), self.data.size, ""
+        classes = torch.zeros(2, side, side, dtype=torch.uint8)
+        try:
+            panels = torch.stack(self.data.load_pair(i))
+            classes = self.data.load_classes(i) if self.classes else classes
+        except ImageError as error:
+            broken = str(error)
+        return {"panels": panels, "broken": broken} | ({"classes": classes} if self.classes else {})
 
 
 class Draws(Dataset):
@@ -255,8 +263,9 @@ IN_MEMORY = 4 << 30  # bytes of pictures that are kept, on the device; more are 
 
 def observe_all(
     data: VisualPromptDataset, frozen: Frozen, args: argparse.Namespace, device: torch.device
-) -> Facts:
-    """Facts of every pair of the dataset, from the cache on disk where an earlier run has left them."""
+) -> tuple[VisualPromptDataset, Facts]:
+    """The dataset without the pairs that cannot be read, and facts of all others, from the cache on disk
+    where an earlier run has left them. Raises DatasetError where those are more than one in twenty."""
     side = data.size
     key = [
         str(args.data),
@@ -271,10 +280,9 @@ def observe_all(
     path = args.cache / f"facts-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
     in_memory = len(data) * 2 * 3 * side**2 <= IN_MEMORY
     if not path.is_file():
-        loader = DataLoader(Pairs(data), batch_size=max(1, 2**20 // side**2), num_workers=args.workers)
-        batches = tqdm(loader, desc="looking at the pictures, once", mininterval=2, unit="batch")
         columns: dict[str, list[Tensor]] = {name: [] for name in Facts._fields}
-        for batch in batches:
+        broken: dict[int, str] = {}
+        for batch in look_at_all(data, args, broken):
             facts = frozen.observe(batch["panels"].to(device), once=True)
             if "classes" in batch:
                 places = commonest_classes(batch["classes"].to(device), facts.latents.shape[-1])
@@ -285,16 +293,56 @@ def observe_all(
                 if fact is not None:
                     columns[name].append(fact.half().cpu() if fact.is_floating_point() else fact.cpu())
         tensors = {name: torch.cat(column) for name, column in columns.items() if column}
-        tried(f"the cache {path}", lambda: save_tensors(tensors, path))
+        tried(f"the cache {path}", lambda: save_tensors(tensors, path, broken))
     else:
-        tensors = load_file(path)
+        tensors, broken = load_tensors(path)
     tensors = {name: fact.to(device) if in_memory else fact for name, fact in tensors.items()}
-    return Facts(*(tensors.get(name) for name in Facts._fields))
+    facts = Facts(*(tensors.get(name) for name in Facts._fields))
+    if not broken:
+        return data, facts
+    whole, rows = without(data, broken)
+    return whole, Facts(*(None if fact is None else fact[rows.to(fact.device)] for fact in facts))
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def look_at_all(
+    data: VisualPromptDataset, args: argparse.Namespace, broken: dict[int, str]
+) -> Iterator[dict[str, Any]]:
+    """Every pair once, in batches; what cannot be read is noted in `broken`, by the pair's index."""
+    seen, batch_size = 0, max(1, 2**20 // data.size**2)
+    loader = DataLoader(Pairs(data), batch_size, num_workers=args.workers)
+    for batch in tqdm(loader, desc="looking at the pictures, once", mininterval=2, unit="batch"):
+        broken |= {seen + k: reason for k, reason in enumerate(batch["broken"]) if reason}
+        seen += len(batch["broken"])
+        yield batch
+
+
+def without(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[VisualPromptDataset, Tensor]:
+    """The dataset without some of its pairs, and which of them stay.
+
+    Each is named. Raises DatasetError where they are more than one in twenty. Choice: a picture in a thousand
+    that is broken is the web's; one in twenty is a fault of the copy.
+    """
+    for reason in broken.values():
+        print(f"left out: {reason}", flush=True)
+    said = f"{len(broken)} of {len(data)} pairs cannot be read"
+    if len(broken) > 0.05 * len(data):
+        raise DatasetError(f"{said}, more than one in twenty; the first: {next(iter(broken.values()))}")
+    print(said, flush=True)
+    row = {id(pair): k for k, pair in enumerate(data.pairs)}
+    whole = [pair for k, pair in enumerate(data.pairs) if k not in broken]
+    whole = VisualPromptDataset(whole, data.size, data.flip, data.seed)
+    return whole, torch.tensor([row[id(pair)] for pair in whole.pairs])
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, broken: dict[int, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: save_file(tensors, file))
+    write_whole(path, lambda file: save_file(tensors, file, {"broken": json.dumps(broken)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[int, str]]:
+    with safe_open(path, "pt") as file:
+        broken = json.loads((file.metadata() or {}).get("broken", "{}"))
+    return load_file(path), {int(k): reason for k, reason in broken.items()}
 
 
 def load_batches(
@@ -719,8 +767,14 @@ class Validation:
 
     def __init__(self, data: VisualPromptDataset, unifier: liu.InstructionUnifier | None, args) -> None:
         g = torch.Generator().manual_seed(args.seed)
-        chosen = torch.randperm(len(data), generator=g)[: args.validation_pictures].tolist()
-        items = [data[0, i] for i in chosen]
+        items: list[dict[str, Any]] = []
+        for i in torch.randperm(len(data), generator=g).tolist():
+            if len(items) == args.validation_pictures:
+                break
+            try:
+                items.append(data[0, i])
+            except ImageError as error:
+                print(f"left out: {error}", flush=True)
         self.panels = torch.stack([item["panels"] for item in items]) if items else None  # (N, 4, 3, P, P)
         self.texts = [item["instruction"] for item in items]
         if unifier:
@@ -878,7 +932,13 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
                 classes = sam_loss.propose_classes(*llm, segmenter.config.id2label.values())
             areas = sam_loss.SelectiveAreas(segmenter, processor, classes)
         frozen = Frozen(sd.vae, clip, areas)
-        facts = None if args.flip else observe_all(data, frozen, args, device)
+        if args.flip:  # encoded at every step; but what cannot be read is to be known now
+            facts, broken = None, {}
+            for _ in look_at_all(data, args, broken):
+                pass
+            data, _ = without(data, broken) if broken else (data, None)
+        else:
+            data, facts = observe_all(data, frozen, args, device)
         unifier = None
         if not args.no_liu:
             unifier = liu.InstructionUnifier(*backbone.load_llm(args.llm, device), cache=args.cache / "liu")

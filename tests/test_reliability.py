@@ -9,16 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from tiny import options
+from tiny import P, options, save_data, save_parts
 from torch import nn
 
+import backbone
 import esm
+import rcldm
 import train
 from checkpoint import Stop, Watch, load_checkpoint, save_checkpoint, verified, whole_folder
+from dataset import VisualPromptDataset, read_pairs
 
 TESTS = Path(__file__).parent
 QUICK = ("--no-esm", "--no-liu", "--no-sam", "--validation-pictures", "0")
@@ -328,3 +334,90 @@ def test_a_step_that_explodes_is_told_from_a_hard_one():
     watch.see({"loss": one})
     watch.see({"loss": torch.tensor(float("nan"))})  # a part of the same step
     assert not watch.is_sound(one)
+
+
+# --- Broken pictures ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flip", [(), ("--flip",)])
+def test_a_broken_picture_among_many_is_named_counted_and_left_out(run, tmp_path, capsys, flip):
+    data = save_data(tmp_path / "data", pairs=12)  # of each of two instructions
+    broken = data / "train" / "3_after.png"
+    truncate(broken)
+    empty(data / "seen" / "0_before.png")  # in the validation split
+    for _ in range(2):  # looked at, then from the cache
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        run(*QUICK[:3], "--steps", "1", "--validation-pictures", "24", *flip, data=data)
+        out = capsys.readouterr().out
+        assert out.count(f"left out: {broken}: corrupt") == 1 and "1 of 24 pairs cannot be read" in out
+        assert "left out: " + str(data / "seen" / "0_before.png") in out
+        assert "23 pairs" in out
+
+
+def test_the_others_facts_stay_with_them(parts, tmp_path):
+    data = save_data(tmp_path / "data", pairs=12)
+    args = SimpleNamespace(data="data", split="train", cache=tmp_path, workers=0)
+    vae = backbone.load_stable_diffusion(str(parts / "sd")).vae
+    frozen, device = train.Frozen(vae, None, None), torch.device("cpu")
+    _, all_facts = train.observe_all(VisualPromptDataset(read_pairs(data), P), frozen, args, device)
+    empty(data / "train" / "3_after.png")
+    args.cache = tmp_path / "again"
+    kept, facts = train.observe_all(VisualPromptDataset(read_pairs(data), P), frozen, args, device)
+    rows = [k for k in range(24) if k != 3]
+    assert [Path(pair.input).name for pair in kept.pairs] == [f"{k}_before.png" for k in rows]
+    assert torch.equal(facts.pictures, all_facts.pictures[rows])
+    assert torch.equal(facts.latents, all_facts.latents[rows])
+
+
+def test_more_than_one_in_twenty_stop_it(run, tmp_path, capsys):
+    data = save_data(tmp_path / "data", pairs=12)
+    for k in (3, 20):
+        empty(data / "train" / f"{k}_before.png")
+    with pytest.raises(SystemExit) as stopped:
+        run(*QUICK, "--steps", "1", data=data)
+    shown = capsys.readouterr()
+    assert stopped.value.code == 2 and shown.out.count("left out: ") == 2
+    assert "2 of 24 pairs cannot be read, more than one in twenty; the first: " in shown.err
+
+
+# --- Numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 4097, 65_536])
+@pytest.mark.parametrize("delta", [1e-6, 1.0, 1e2, None])
+def test_the_scan_stays_finite(length, delta):
+    """Of any length and at any step size; None: all sizes in turn, from 1e-6 to 1e2."""
+    g = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(-6, 2, 997)[torch.arange(length) % 997] if delta is None else torch.tensor(delta)
+    deltas = sizes.expand(1, 2, length).clone()
+    u, B, C = torch.randn(1, 2, length, generator=g), *torch.randn(2, 1, 1, 4, length, generator=g)
+    A = -torch.arange(1, 5).float().expand(2, 4)
+    inputs = [x.clone().requires_grad_() for x in (u, deltas, A, B, C)]
+    y = rcldm.selective_scan(*inputs, backend="chunked")
+    gradients = torch.autograd.grad(y.sum(), inputs)
+    assert y.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_the_gradient_of_an_edit_that_does_nothing_is_finite_and_not_zero(parts):
+    clip = backbone.load_clip(str(parts / "clip"))
+    g = torch.Generator().manual_seed(0)
+    before, after = torch.rand(2, 1, 3, P, P, generator=g) * 2 - 1
+    for truth in (after, before):  # the second: the true edit does nothing either
+        drawn = before.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(esm.editing_shift_loss(clip, before, drawn, truth), drawn)
+        assert gradient.isfinite().all() and (gradient.abs().max() > 1e-4) == (truth is after)
+
+
+def test_an_answer_is_the_same_to_the_last_bit_whatever_else_is_edited(parts, tmp_path):
+    folder = save_parts(tmp_path / "parts") / "editor"
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    program = [sys.executable, str(TESTS.parent / "edit.py"), "--model", str(folder), "--instruction", "hat"]
+    found = []
+    for names in ("abc", "ca", "b"):
+        out = tmp_path / names
+        inputs = [str(tmp_path / f"{name}.png") for name in names]
+        subprocess.run([*program, "--input", *inputs, "--output", f"{out}/"], check=True, capture_output=True)
+        found.append({name: Image.open(out / f"{name}.png").tobytes() for name in names})
+    assert found[0] == {**found[1], **found[2]}
