@@ -199,8 +199,8 @@ def load_checkpoint(folder: Path, modules: dict[str, Stateful], *optimizers: tor
 class Watch:
     """Moving averages of the losses, and whether a step is sound.
 
-    A step whose gradient is no number, or whose loss is above `explosion` times its average, is not learnt
-    from; so many in a row are the end. limit: that many.
+    Choice: a step whose gradient is no number, or whose loss is above `explosion` times its average, is not
+    learnt from; `limit` of them in a row are the end.
     """
 
     def __init__(self, limit: int = 20, explosion: float = 100.0) -> None:
