@@ -40,16 +40,8 @@ from tqdm import tqdm
 import backbone
 from checkpoint import averaged, load_checkpoint, save_checkpoint
 from dataset import VisualPromptDataset, read_pairs
-from train import (
-    Frozen,
-    draw_order,
-    dropout,
-    load_batches,
-    look_up,
-    observe_all,
-    prediction_target,
-    read_instructions,
-)
+from facts import Frozen, load_batches, look_up, observe_all, read_instructions
+from train import draw_order, dropout, prediction_target
 
 # --- Editing ------------------------------------------------------------------------------------------------
 

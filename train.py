@@ -12,28 +12,25 @@ One step, in the words of the paper's architecture figure:
     instruction l -> U -> l' -> text encoder        frozen U-Net(x_t, l', residuals) -> prediction, x̂_0
     L = L_dm + λ_es · L_es + λ_sam · L_sam
 
-The file reads from top to bottom: settings, what the frozen parts make of the data, the losses, the loop.
+The file reads from top to bottom: settings, the losses, the prompt encoder's own lessons, the loop. What the
+frozen parts make of the data, once, is in facts.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -45,7 +42,6 @@ from checkpoint import (
     Stop,
     Watch,
     averaged,
-    ignore_signals,
     load_checkpoint,
     other_settings,
     save_checkpoint,
@@ -60,12 +56,20 @@ from dataset import (
     answer_panel,
     compose_grid,
     drop_example,
-    from_bytes,
     mask_query,
     read_pairs,
     repeat_query,
     tensor_to_image,
-    to_bytes,
+)
+from facts import (
+    Facts,
+    Frozen,
+    load_batches,
+    look_at_all,
+    look_up,
+    observe_all,
+    read_instructions,
+    without,
 )
 from pipeline import SAMPLING, InstructGIEPipeline, model_card
 from rcldm import RCLDM, VisualPromptEncoder
@@ -159,247 +163,6 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validate-every", type=int, default=500, help="steps")
     add("--validation-pictures", type=int, default=6)
     return parser.parse_args(argv)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# What the frozen parts make of the data, computed once where pictures are not flipped
-
-
-class Facts(NamedTuple):
-    """What training needs to know of N edit pairs.
-
-    latents: (N, 2, C, p, p), of before and after. embeddings: (N, 2, E), CLIP's, or None without ESM.
-    areas: (N, 1, p, p) in [0, 1], the after picture's selected area on the latent's raster, or None.
-    classes: (N, 2, p, p) uint8, see `place_classes`, or None where the dataset does not tell them.
-    pictures: (N, 2, 3, P, P) uint8, or None where they are too many for the memory.
-    """
-
-    latents: Tensor
-    embeddings: Tensor | None = None
-    areas: Tensor | None = None
-    classes: Tensor | None = None
-    pictures: Tensor | None = None
-
-    def of(self, index: Tensor, device: torch.device) -> Facts:
-        """Those of some pairs, index (B,), on a device; all but the bytes as float32."""
-        index = index.to(self.latents.device)
-        rows = (None if fact is None else fact[index].to(device) for fact in self)
-        return Facts(*(row.float() if row is not None and row.dtype == torch.half else row for row in rows))
-
-
-class Frozen(NamedTuple):
-    """The frozen parts that look at pictures."""
-
-    vae: nn.Module
-    clip: nn.Module | None
-    areas: sam_loss.SelectiveAreas | None
-
-    @torch.no_grad()
-    def observe(self, panels: Tensor, once: bool = False) -> Facts:
-        """Latents, embeddings and areas of pairs of pictures (N, 2, 3, P, P) in [-1, 1].
-
-        once: they will not come again, and their areas need not be remembered.
-
-        Choice: each panel passes the VAE by itself, where the figure encodes the grid. The latents tile to
-        the same grid, panels do not leak into each other at their borders, and a picture is encoded once,
-        in whatever grid it appears.
-        """
-        flat = panels.flatten(0, 1)
-        latents = backbone.encode_images(self.vae, flat)
-        embeddings = areas = None
-        if self.clip is not None:
-            embeddings = esm.embed(self.clip, flat).unflatten(0, panels.shape[:2])
-        if self.areas is not None:
-            after = panels[:, 1]
-            areas = self.areas.segment(after)[:, None].float() if once else self.areas(after)
-            areas = F.interpolate(areas, latents.shape[-2:], mode="area")
-        return Facts(latents.unflatten(0, panels.shape[:2]), embeddings, areas)
-
-    def key(self) -> list[str]:
-        """What facts depend on besides the pictures: a sample of each part's weights, and the classes."""
-        models = [self.vae, self.clip, self.areas and self.areas.model]
-        weights = [
-            list(model.parameters())[-1].flatten()[:512].tolist() for model in models if model is not None
-        ]
-        return [repr(weights), repr(self.areas and self.areas.classes), repr(self.clip is None)]
-
-
-class Pairs(Dataset):
-    """The pictures of each edit pair, (2, 3, P, P), and if all pairs tell them the classes of its pixels,
-    (2, P, P); what is broken of them, in words, or "". Decoded on worker processes."""
-
-    def __init__(self, data: VisualPromptDataset) -> None:
-        self.data = data
-        self.classes = all(pair.classes is not None for pair in data.pairs)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, i: int) -> dict[str, Tensor | str]:
-        panels, side, broken = torch.zeros(2, 3, *[self.data.size] * 2), self.data.size, ""
-        classes = torch.zeros(2, side, side, dtype=torch.uint8)
-        try:
-            panels = torch.stack(self.data.load_pair(i))
-            classes = self.data.load_classes(i) if self.classes else classes
-        except ImageError as error:
-            broken = str(error)
-        return {"panels": panels, "broken": broken} | ({"classes": classes} if self.classes else {})
-
-
-class Draws(Dataset):
-    """The items of `data`, numbers of pairs alone, where their pictures are at hand."""
-
-    def __init__(self, data: VisualPromptDataset) -> None:
-        self.data = data
-
-    def __getitem__(self, item: tuple[int, int]) -> dict[str, int]:
-        epoch, i = item
-        query, example, _ = self.data.draw(i, epoch)
-        return {"index": query, "example_index": example}
-
-
-IN_MEMORY = 4 << 30  # bytes of pictures that are kept, on the device; more are decoded at every step
-
-
-def observe_all(
-    data: VisualPromptDataset, frozen: Frozen, args: argparse.Namespace, device: torch.device
-) -> tuple[VisualPromptDataset, Facts]:
-    """The dataset without the pairs that cannot be read, and facts of all others, from the cache on disk
-    where an earlier run has left them. Raises DatasetError where those are more than one in twenty."""
-    side = data.size
-    key = [
-        str(args.data),
-        args.split,
-        len(data),
-        side,
-        str(data.pairs[0]),
-        str(data.pairs[-1]),
-        frozen.key(),
-        Facts._fields,
-    ]
-    path = args.cache / f"facts-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
-    in_memory = len(data) * 2 * 3 * side**2 <= IN_MEMORY
-    if not path.is_file():
-        columns: dict[str, list[Tensor]] = {name: [] for name in Facts._fields}
-        broken: dict[int, str] = {}
-        for batch in look_at_all(data, args, broken):
-            facts = frozen.observe(batch["panels"].to(device), once=True)
-            if "classes" in batch:
-                places = commonest_classes(batch["classes"].to(device), facts.latents.shape[-1])
-                facts = facts._replace(classes=places)
-            if in_memory:
-                facts = facts._replace(pictures=to_bytes(batch["panels"]))
-            for name, fact in facts._asdict().items():
-                if fact is not None:
-                    columns[name].append(fact.half().cpu() if fact.is_floating_point() else fact.cpu())
-        tensors = {name: torch.cat(column) for name, column in columns.items() if column}
-        tried(f"the cache {path}", lambda: save_tensors(tensors, path, broken))
-    else:
-        tensors, broken = load_tensors(path)
-    tensors = {name: fact.to(device) if in_memory else fact for name, fact in tensors.items()}
-    facts = Facts(*(tensors.get(name) for name in Facts._fields))
-    if not broken:
-        return data, facts
-    whole, rows = without(data, broken)
-    return whole, Facts(*(None if fact is None else fact[rows.to(fact.device)] for fact in facts))
-
-
-def look_at_all(
-    data: VisualPromptDataset, args: argparse.Namespace, broken: dict[int, str]
-) -> Iterator[dict[str, Any]]:
-    """Every pair once, in batches; what cannot be read is noted in `broken`, by the pair's index."""
-    seen, batch_size = 0, max(1, 2**20 // data.size**2)
-    loader = DataLoader(Pairs(data), batch_size, num_workers=args.workers)
-    for batch in tqdm(loader, desc="looking at the pictures, once", mininterval=2, unit="batch"):
-        broken |= {seen + k: reason for k, reason in enumerate(batch["broken"]) if reason}
-        seen += len(batch["broken"])
-        yield batch
-
-
-def without(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[VisualPromptDataset, Tensor]:
-    """The dataset without some of its pairs, and which of them stay.
-
-    Each is named. Raises DatasetError where they are more than one in twenty. Choice: a picture in a thousand
-    that is broken is the web's; one in twenty is a fault of the copy.
-    """
-    for reason in broken.values():
-        print(f"left out: {reason}", flush=True)
-    said = f"{len(broken)} of {len(data)} pairs cannot be read"
-    if len(broken) > 0.05 * len(data):
-        raise DatasetError(f"{said}, more than one in twenty; the first: {next(iter(broken.values()))}")
-    print(said, flush=True)
-    row = {id(pair): k for k, pair in enumerate(data.pairs)}
-    whole = [pair for k, pair in enumerate(data.pairs) if k not in broken]
-    whole = VisualPromptDataset(whole, data.size, data.flip, data.seed)
-    return whole, torch.tensor([row[id(pair)] for pair in whole.pairs])
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path, broken: dict[int, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: save_file(tensors, file, {"broken": json.dumps(broken)}))
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[int, str]]:
-    with safe_open(path, "pt") as file:
-        broken = json.loads((file.metadata() or {}).get("broken", "{}"))
-    return load_file(path), {int(k): reason for k, reason in broken.items()}
-
-
-def load_batches(
-    data: VisualPromptDataset, facts: Facts | None, order: Iterable[list], workers: int
-) -> DataLoader:
-    """The items of each step in `order`, their pictures among them where they are not at hand already."""
-    known = facts is not None and facts.pictures is not None
-    source = Draws(data) if known else data
-    return DataLoader(source, batch_sampler=order, num_workers=workers, worker_init_fn=ignore_signals)
-
-
-def look_up(
-    batch: dict, facts: Facts | None, device: torch.device, frozen: Frozen | None = None
-) -> tuple[Tensor, Facts]:
-    """A batch's panels (B, 4, 3, P, P), and the facts (2B, …) of its example pairs, then query pairs.
-
-    facts: of all pairs, or None where the pictures are flipped at random: then `frozen` looks at them now.
-    """
-    if facts is None:
-        panels = batch["panels"].to(device)
-        return panels, frozen.observe(torch.cat(panels.chunk(2, 1)))
-    known = facts.of(torch.cat([batch["example_index"], batch["index"]]), device)
-    if known.pictures is None:
-        return batch["panels"].to(device), known
-    return from_bytes(torch.cat(known.pictures.chunk(2), 1)), known
-
-
-def commonest_classes(levels: Tensor, side: int) -> Tensor:
-    """What each of p × p places (p = `side`) shows: class of each pixel (B, 2, P, P) → (B, 2, p, p) uint8.
-
-    The commonest class but 0 where it fills three sixteenths of the place, so that small things count; else
-    0, nothing.
-    """
-    squares = levels.unflatten(3, (side, -1)).unflatten(2, (side, -1)).transpose(3, 4).flatten(4).long()
-    counts = squares.new_zeros(*squares.shape[:4], int(levels.max()) + 1)  # (B, 2, p, p, classes)
-    counts.scatter_add_(4, squares, torch.ones_like(squares))
-    counts[..., 0] = 3 * squares.shape[4] // 16 - 1
-    return counts.argmax(4).byte()
-
-
-@torch.no_grad()
-def read_instructions(
-    data: VisualPromptDataset, sd: backbone.StableDiffusion, unifier: liu.InstructionUnifier | None
-) -> tuple[Tensor, Tensor]:
-    """Every distinct instruction through U and the text encoder, once.
-
-    Returns the text embeddings (K + 1, T, D), the last of them of no text, and the row of each pair (N,).
-    """
-    instructions = list(dict.fromkeys(pair.instruction for pair in data.pairs))
-    row = {instruction: k for k, instruction in enumerate(instructions)}
-    texts = instructions
-    if unifier:
-        texts = unifier.unify(instructions)
-        print(f"{len(instructions)} instructions unified to {len(set(texts))} forms", flush=True)
-    states = [backbone.encode_text(sd, texts[k : k + 64]) for k in range(0, len(texts), 64)]
-    states.append(backbone.encode_text(sd, [""]))
-    return torch.cat(states), torch.tensor([row[pair.instruction] for pair in data.pairs])
 
 
 # ----------------------------------------------------------------------------------------------------------

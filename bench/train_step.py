@@ -32,6 +32,7 @@ from scan import apart, resident
 
 import backbone
 import train
+from facts import Facts, Frozen
 from rcldm import RCLDM
 
 MODELS = {
@@ -67,7 +68,7 @@ def random_facts(sd: backbone.StableDiffusion, clip: torch.nn.Module | None, bat
         width = clip.visual.output_dim
         embeddings = F.normalize(torch.randn(count, 2, width, device=device), dim=-1)
         areas = (torch.rand(count, 1, side, side, device=device) > 0.8).float()
-    return train.Facts(latents, embeddings, areas, None, pictures), backbone.encode_text(sd, ["wave", ""])
+    return Facts(latents, embeddings, areas, None, pictures), backbone.encode_text(sd, ["wave", ""])
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
@@ -79,7 +80,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     clip = None if settings.no_esm else backbone.load_clip(chosen.clip, device)
     facts, texts = random_facts(sd, clip, args.batch, settings.panel)
     rows = torch.zeros(2 * args.batch, dtype=torch.long)
-    losses_of = train.Losses(settings, sd, train.Frozen(sd.vae, clip, None), facts, texts, rows)
+    losses_of = train.Losses(settings, sd, Frozen(sd.vae, clip, None), facts, texts, rows)
     theirs = name == "ControlNetModel"
     if theirs:
         model = ControlNetModel.from_unet(sd.unet)

@@ -1,6 +1,6 @@
 """Kills a tiny run of train.py again and again, resumes it, and tells how often it ended in the same bits.
 
-    python tests/killing.py PARTS FOLDER --kills 50
+    python tests/killing.py FOLDER --kills 50
 
 A process of its own, which forks every run: PyTorch is loaded once. A run is killed by SIGKILL, in turn: at a
 random instant; at one of its steps into the file system, drawn at random; and in the middle of the file of a
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
-from tiny import options  # noqa: E402
+from tiny import options, save_all  # noqa: E402
 
 import checkpoint  # noqa: E402
 import train  # noqa: E402
@@ -81,15 +81,15 @@ def result(output: Path) -> dict[str, bytes]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", type=Path)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="an empty one, for the tiny parts and the runs")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rng = random.Random(args.seed)
-    assert run(args.parts, args.folder / "first")[0] == 0  # fills the caches
-    status, seconds = run(args.parts, args.folder / "whole")
+    rng, parts = random.Random(args.seed), args.folder / "parts"
+    save_all(parts)
+    assert run(parts, args.folder / "first")[0] == 0  # fills the caches
+    status, seconds = run(parts, args.folder / "whole")
     assert status == 0
     wanted = result(args.folder / "whole")
     kills, ends, equal, deaths = 0, 0, 0, {"instant": 0, "file": 0, "tensors": 0}
@@ -102,7 +102,7 @@ def main() -> None:
                 "file": rng.randint(1, 60),
                 "tensors": rng.randint(1, 8),
             }
-            status, _ = run(args.parts, output, die, at.get(die, 0))
+            status, _ = run(parts, output, die, at.get(die, 0))
             assert status in (0, -9), output.with_suffix(".log").read_text()[-3000:]
             if status == 0:
                 break

@@ -168,7 +168,7 @@ def test_a_stopped_run_goes_on_where_it_stood(data, tmp_path, editor):
     run(data, whole)
     editor.calls.clear()
     editor.stop_after = 2
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         run(data, stopped)
     file = stopped / "seen" / "both" / "answers.jsonl"
     assert len(lines(file.parent)) == 6
@@ -198,7 +198,7 @@ def test_answers_of_other_settings_are_refused(data, tmp_path, editor, capsys):
 
 def test_settings_without_an_answer_bind_nobody(data, tmp_path, editor):
     editor.stop_after = 0
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         run(data, tmp_path, "--count", "2", "--steps", "9")
     editor.stop_after = None
     run(data, tmp_path, "--count", "2")

@@ -25,6 +25,7 @@ import rcldm
 import train
 from checkpoint import Stop, Watch, load_checkpoint, save_checkpoint, verified, whole_folder
 from dataset import VisualPromptDataset, read_pairs
+from facts import Frozen, observe_all
 
 TESTS = Path(__file__).parent
 QUICK = ("--no-esm", "--no-liu", "--no-sam", "--validation-pictures", "0")
@@ -42,22 +43,22 @@ def equal(one, other):
 # --- Kills --------------------------------------------------------------------------------------------------
 
 
-def killed(parts, folder, kills):
-    program = [sys.executable, str(TESTS / "killing.py"), str(parts), str(folder), "--kills", str(kills)]
+def killed(folder, kills):
+    program = [sys.executable, str(TESTS / "killing.py"), str(folder), "--kills", str(kills)]
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(program, capture_output=True, text=True, env=alone)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_killed_run_resumes_to_the_same_bits(parts, tmp_path):
-    counted = killed(parts, tmp_path, 4)
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    counted = killed(tmp_path, 4)
     assert counted["kills"] == 4 and counted["ends"] == counted["equal"] >= 1
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_random_instants_lose_nothing(parts, tmp_path):
-    counted = killed(parts, tmp_path, 50)
+def test_fifty_kills_at_random_instants_lose_nothing(tmp_path):
+    counted = killed(tmp_path, 50)
     assert counted["kills"] == 50 and counted["ends"] == counted["equal"] >= 1
     assert min(counted[way] for way in ("instant", "file", "tensors")) >= 5
 
@@ -358,11 +359,11 @@ def test_the_others_facts_stay_with_them(parts, tmp_path):
     data = save_data(tmp_path / "data", pairs=12)
     args = SimpleNamespace(data="data", split="train", cache=tmp_path, workers=0)
     vae = backbone.load_stable_diffusion(str(parts / "sd")).vae
-    frozen, device = train.Frozen(vae, None, None), torch.device("cpu")
-    _, all_facts = train.observe_all(VisualPromptDataset(read_pairs(data), P), frozen, args, device)
+    frozen, device = Frozen(vae, None, None), torch.device("cpu")
+    _, all_facts = observe_all(VisualPromptDataset(read_pairs(data), P), frozen, args, device)
     empty(data / "train" / "3_after.png")
     args.cache = tmp_path / "again"
-    kept, facts = train.observe_all(VisualPromptDataset(read_pairs(data), P), frozen, args, device)
+    kept, facts = observe_all(VisualPromptDataset(read_pairs(data), P), frozen, args, device)
     rows = [k for k in range(24) if k != 3]
     assert [Path(pair.input).name for pair in kept.pairs] == [f"{k}_before.png" for k in rows]
     assert torch.equal(facts.pictures, all_facts.pictures[rows])

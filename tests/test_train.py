@@ -20,6 +20,7 @@ import esm
 import train
 from checkpoint import load_checkpoint, save_checkpoint
 from dataset import VisualPromptDataset, read_pairs
+from facts import Facts, Frozen, Pairs, commonest_classes, look_up, observe_all
 from pipeline import InstructGIEPipeline
 from rcldm import VisualPromptEncoder
 
@@ -149,15 +150,15 @@ def save_classes(folder):
 
 
 def test_the_classes_of_the_places(parts, tmp_path):
-    untold = train.Pairs(VisualPromptDataset(read_pairs(parts / "data"), P))
+    untold = Pairs(VisualPromptDataset(read_pairs(parts / "data"), P))
     assert set(untold[0]) == {"panels", "broken"}
     shutil.copytree(parts / "data", tmp_path / "data")
-    told = train.Pairs(VisualPromptDataset(read_pairs(save_classes(tmp_path / "told")), P))
+    told = Pairs(VisualPromptDataset(read_pairs(save_classes(tmp_path / "told")), P))
     levels = torch.stack([told[i]["classes"] for i in range(6)])
-    places = train.commonest_classes(levels, 4)  # of 8 × 8 pixels, a quarter of the first is 2
+    places = commonest_classes(levels, 4)  # of 8 × 8 pixels, a quarter of the first is 2
     assert places.shape == (6, 2, 4, 4) and places[0, 1, 0, 0] == 2 and places.sum() == 2 * 12
     places[3] = 5
-    facts = train.Facts(torch.zeros(6), classes=places).of(torch.tensor([1, 3, 2, 0]), torch.device("cpu"))
+    facts = Facts(torch.zeros(6), classes=places).of(torch.tensor([1, 3, 2, 0]), torch.device("cpu"))
     grids = train.place_classes(facts)
     assert grids.shape == (2, 8, 8) and (grids[1, :4] == 5).all()
     assert grids[0, 0].tolist() == [2, 0, 0, 0] * 2 and grids[1, 4].tolist() == [2, 0, 0, 0] * 2
@@ -167,15 +168,15 @@ def test_pictures_in_memory_are_those_on_disk(parts, tmp_path):
     data = VisualPromptDataset(read_pairs(parts / "data"), P, flip=False)
     args = argparse.Namespace(data="data", split="train", cache=tmp_path, workers=0)
     vae = backbone.load_stable_diffusion(str(parts / "sd")).vae
-    frozen, device = train.Frozen(vae, None, None), torch.device("cpu")
-    (_, fresh), (_, cached) = (train.observe_all(data, frozen, args, device) for _ in range(2))
+    frozen, device = Frozen(vae, None, None), torch.device("cpu")
+    (_, fresh), (_, cached) = (observe_all(data, frozen, args, device) for _ in range(2))
     for facts in (fresh, cached):
         assert (
             facts.embeddings is facts.areas is facts.classes is None and facts.pictures.dtype == torch.uint8
         )
         items = [data[3, i] for i in range(len(data))]
         batch = {key: torch.tensor([item[key] for item in items]) for key in ("index", "example_index")}
-        panels, of_batch = train.look_up(batch, facts, device)
+        panels, of_batch = look_up(batch, facts, device)
         assert torch.equal(panels, torch.stack([item["panels"] for item in items]))
         assert of_batch.latents.shape == (12, 2, *facts.latents.shape[2:])
 
@@ -185,7 +186,7 @@ def test_the_changes_of_the_places():
     latents[0, 1, :, 1, 2] = 0.3
     latents[2, 0, :, 3, 0] = 0.3
     latents[3, 1, :, 0, 0] = 0.2  # of square 0.04: as good as nothing
-    changes = train.place_changes(train.Facts(latents, None, None))
+    changes = train.place_changes(Facts(latents, None, None))
     assert changes.shape == (2, 8, 8)
     assert changes[0].nonzero().tolist() == [[1, 2], [1, 6], [7, 0], [7, 4]] and not changes[1].any()
 
