@@ -9,6 +9,33 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HERE))
+from docs import check  # noqa: E402
+
+BUILT = {"train.py": {"--stable-diffusion", "--clip", "--segmenter", "--llm"}}  # not spelt out there
+
+
+@pytest.mark.parametrize("page", check.PAGES, ids=lambda page: page.name)
+def test_commands_name_programs_and_options_that_are_there(page):
+    """`make docs-check` runs them all; this finds at once what was renamed."""
+    for command in check.commands(page):
+        words = check.smaller(command).split(";")[-1].split()
+        program = next((word for word in words if word.endswith(".py")), None)
+        if program is None:
+            continue
+        source = (HERE / program).read_text(encoding="utf-8")
+        options = {word.split("=")[0] for word in words[words.index(program) :] if word.startswith("--")}
+        known = {option for option in options if f'"{option}"' in source} | BUILT.get(program, set())
+        assert options <= known | {"--help"}, f"{page.name}: {command}"
+
+
+def test_what_is_shown_at_paper_size_is_run_at_the_toys():
+    shown = (
+        "accelerate launch --num_processes 8 train.py --backbone sd15 --data FOLDER --precision bf16  # eight"
+    )
+    run = check.smaller(shown)
+    assert "sd15" not in run and "FOLDER" not in run and "#" not in run and "--data tiny --steps 2" in run
+    assert run.startswith("rm -rf runs; accelerate launch --cpu --num_processes 1 train.py")
 
 
 @pytest.fixture
