@@ -31,6 +31,7 @@ SMALLER = {
     r"\s+#.*$": "",
     r" …$": "",
     r"--backbone sd15": "",  # the toy parts go the same way
+    r"killing\.py FOLDER.*": "killing.py killed --kills 1",
     r"FOLDER": "tiny",
     r"data/visual-prompts": "made",
     r"SPLIT": "seen",
