@@ -92,6 +92,7 @@ def test_asked_to_end_it_finishes_the_step_and_saves(run, tmp_path, monkeypatch,
 
 
 def test_asked_twice_or_before_the_first_step_it_ends_at_once():
+    before = signal.getsignal(signal.SIGINT)
     with Stop() as stop:
         with pytest.raises(SystemExit) as at_once:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -101,7 +102,7 @@ def test_asked_twice_or_before_the_first_step_it_ends_at_once():
         assert stop.asked == signal.SIGINT
         with pytest.raises(SystemExit):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_at_a_terminal_reaches_the_workers_too_and_does_no_harm(parts, tmp_path):
