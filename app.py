@@ -62,7 +62,6 @@ CSS = """
 .grid-wrap { padding-top: 2.25rem !important }
 .gallery-container:has(.preview) { min-height: 26rem }
 """
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of Pillow's; EPS, say, would start Ghostscript
 
 # --- An edit ------------------------------------------------------------------------------------------------
 
@@ -303,8 +302,6 @@ def main() -> None:
     model, device = args.model or backbone.PRESETS["toy"].editor, backbone.pick_device(args.device)
     pipe = InstructGIEPipeline.from_pretrained(model).to(device)
     pipe.set_progress_bar_config(disable=True)
-    Image.init()
-    Image.ID[:] = FORMATS
     Image.MAX_IMAGE_PIXELS = args.max_pixels  # which `load_image` compares with the file's header
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the folder goes
     with tempfile.TemporaryDirectory(prefix="instructgie-") as name:

@@ -10,8 +10,8 @@ Weights are read from safetensors alone, and no code that comes with them is run
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,13 +20,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from dataset import read_json
 
 HERE = Path(__file__).resolve().parent
 
 
 class BackboneError(ValueError):
     """A part that cannot be loaded. The message is one line: which, why, and what to do."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(" ".join(line.split()))
 
 
 @dataclass(frozen=True)
@@ -108,11 +115,13 @@ def data_folder(source: str) -> str:
 
 def pick_device(name: str = "auto") -> torch.device:
     """`auto`: CUDA, else MPS, else the CPU. Raises BackboneError for a device that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        return torch.device(next(device for device, is_there in there.items() if is_there))
-    if not there.get(name.split(":")[0], False):
-        raise BackboneError(f"--device {name}: no such device here; use --device auto or cpu")
+        return torch.device(next(device for device, count in there.items() if count))
+    kind = name.split(":")[0]
+    count = there.get(kind, 0)
+    if not count or name not in (kind, *(f"{kind}:{k}" for k in range(count))):
+        raise BackboneError(f"--device {name[:80]}: no such device here; use --device auto or cpu")
     return torch.device(name)
 
 
@@ -138,7 +147,7 @@ def load_stable_diffusion(
 
     parts = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
     folder = find_folder(source, [f"{part}/*" for part in parts])
-    with clear_errors(source, "a Stable Diffusion folder in diffusers' layout"):
+    with clear_errors(source, "a Stable Diffusion folder in diffusers' layout", folder):
         vae, unet = (
             kind.from_pretrained(folder / part, torch_dtype=dtype, use_safetensors=True)
             for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
@@ -149,8 +158,16 @@ def load_stable_diffusion(
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         # Whatever sampler the folder names, its noise schedule is what training needs.
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-    models = (_freeze(model, device) for model in (vae, unet, text_encoder))
+        check_tokenizer(tokenizer, text_encoder)
+        models = [_freeze(model, device) for model in (vae, unet, text_encoder)]
     return StableDiffusion(*models, tokenizer, scheduler)
+
+
+def check_tokenizer(tokenizer: Any, text_encoder: nn.Module) -> None:
+    """Raises ValueError for a tokenizer whose texts are longer than this encoder reads, or of other words."""
+    config, longest = text_encoder.config, tokenizer.model_max_length
+    if len(tokenizer) > config.vocab_size or not 0 < longest <= config.max_position_embeddings:
+        raise ValueError("its tokenizer does not fit its text encoder")
 
 
 @torch.no_grad()
@@ -194,12 +211,12 @@ def load_tiny_decoder(source: str, vae: nn.Module, device: torch.device | str = 
     from diffusers import AutoencoderTiny
 
     folder = find_folder(source, ["*"])
-    with clear_errors(source, "an AutoencoderTiny's folder in diffusers' layout"):
-        decoder = AutoencoderTiny.from_pretrained(folder, use_safetensors=True)
+    with clear_errors(source, "an AutoencoderTiny's folder in diffusers' layout", folder):
+        decoder = _freeze(AutoencoderTiny.from_pretrained(folder, use_safetensors=True), device)
     if decoder.config.latent_channels != vae.config.latent_channels:
         mine, theirs = decoder.config.latent_channels, vae.config.latent_channels
         raise BackboneError(f"{source}: decodes latents of {mine} channels; this VAE's have {theirs}")
-    return _freeze(decoder, device)
+    return decoder
 
 
 def load_clip(
@@ -209,19 +226,28 @@ def load_clip(
     import open_clip
 
     folder = find_folder(source, ["open_clip*"])
-    with clear_errors(source, "an open_clip folder"):
+    with clear_errors(source, "an open_clip folder", folder):
         if not (folder / "open_clip_model.safetensors").is_file():
             raise FileNotFoundError("open_clip_model.safetensors is missing")
-        clip = open_clip.create_model(f"local-dir:{folder}")
-    return _freeze(clip.to(dtype), device)
+        return _freeze(open_clip.create_model(f"local-dir:{folder}").to(dtype), device)
 
 
 def load_clip_tokenizer(source: str) -> Any:
     """The tokenizer of an open_clip model: texts (list of str) → token ids (B, context length)."""
     import open_clip
 
-    with clear_errors(source, "an open_clip folder"):
-        return open_clip.get_tokenizer(f"local-dir:{find_folder(source, ['*'])}")
+    folder = find_folder(source, ["*"])
+    with clear_errors(source, "an open_clip folder", folder):
+        config = read_json(folder / "open_clip_config.json")["model_cfg"]["text_cfg"]
+        # What is given here stands above the config's own, which could ask for the folder's code to be run.
+        own = config.get("hf_tokenizer_name")
+        options = {"trust_remote_code": False} if own else {}
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}", **options)
+        words = len(tokenizer.tokenizer) if own else tokenizer.vocab_size
+        if words > config.get("vocab_size", words):
+            raise ValueError("its tokenizer has more words than it")
+        tokenizer([""])
+    return tokenizer
 
 
 def load_segmenter(source: str, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
@@ -229,11 +255,11 @@ def load_segmenter(source: str, device: torch.device | str = "cpu") -> tuple[nn.
     from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
     folder = find_folder(source)
-    with clear_errors(source, "a Mask2Former folder"):
+    with clear_errors(source, "a Mask2Former folder", folder):
         options = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
         model = Mask2FormerForUniversalSegmentation.from_pretrained(folder, **options)
         processor = Mask2FormerImageProcessor.from_pretrained(folder, local_files_only=True)
-    return _freeze(model, device), processor
+        return _freeze(model, device), processor
 
 
 def load_llm(
@@ -244,11 +270,13 @@ def load_llm(
 
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     folder = find_folder(source)
-    with clear_errors(source, "a causal language model's folder"):
+    with clear_errors(source, "a causal language model's folder", folder):
         options = {"local_files_only": True, "trust_remote_code": False}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    return _freeze(model, device), tokenizer
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise ValueError("its tokenizer has more words than it")
+        return _freeze(model, device), tokenizer
 
 
 def load_editor(
@@ -258,13 +286,22 @@ def load_editor(
     from rcldm import RCLDM
 
     source, folder = folder, find_folder(folder)
-    with clear_errors(source, "an editor's folder as train.py saves it"):
-        settings = json.loads((folder / "instructgie.json").read_text(encoding="utf-8"))
+    with clear_errors(source, "an editor's folder as train.py saves it", folder):
+        settings = read_json(folder / "instructgie.json")
+        if not isinstance(settings, dict):
+            raise ValueError("instructgie.json holds no settings")
         model = RCLDM.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-    return _freeze(model, device), settings
+        return _freeze(model, device), settings
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises ValueError where the files have not held all of them."""
+    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"its weights lack {missing[0]}")
 
 
 def _freeze(model: nn.Module, device: torch.device | str) -> nn.Module:
+    check_weights(model)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -296,15 +333,95 @@ def find_folder(source: str | Path, patterns: list[str] | None = None) -> Path:
 
 
 @contextlib.contextmanager
-def clear_errors(source: object, what: str) -> Iterator[None]:
-    """Whatever a library makes of a broken model folder becomes one line."""
+def clear_errors(source: object, what: str, folder: Path) -> Iterator[None]:
+    """Whatever a library makes of a broken model folder becomes one line; it is kept from hostile ones."""
     try:
-        yield
+        _check_files(folder)
+        with _no_larger_than(folder):
+            yield
     except BackboneError:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
         raise BackboneError(f"{source}: not {what} ({reason})") from None
+
+
+# Bytes of a config.json, through which the libraries go several times, of an index, or another config, and of
+# any text: the largest tokenizer.json has 33 million.
+_LONGEST_CONFIG, _LONGEST_INDEX, _LONGEST_TEXT = 1 << 18, 1 << 21, 1 << 25
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ValueError for what a stranger may have put into a model's folder, two levels deep: a pipe or a
+    device in a file's place, texts that fill the memory, and configs that ask too much."""
+    for path in [*folder.glob("*"), *folder.glob("*/*")]:
+        name = path.relative_to(folder)
+        if not path.is_file() and not path.is_dir():
+            raise ValueError(f"{name} is not a file")
+        if path.suffix in (".json", ".txt", ".model", ".jinja") and path.stat().st_size > _LONGEST_TEXT:
+            raise ValueError(f"{name} is longer than any text of a model's")
+        if path.is_file() and path.name.endswith(("config.json", "index.json")):
+            try:
+                is_config = path.name == "config.json"
+                _check_config(read_json(path, _LONGEST_CONFIG if is_config else _LONGEST_INDEX))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+
+def _check_config(value: Any, key: str = "") -> None:
+    """Raises ValueError for counts that a library would go through before it looks at the weights; shards
+    that are no safetensors, and so would be read as pickles; attention that is code from the hub."""
+    if isinstance(value, dict | list):
+        for k, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
+            _check_config(inner, k)
+    most = 1 << 16 if key == "num_labels" else 1 << 20
+    if isinstance(value, int) and value > most and not re.search("position|theta|model_max_length", key):
+        raise ValueError(f"{key} of {value:.0e} is too large")
+    if key == "weight_map" and isinstance(value, dict):
+        for name in value.values():
+            if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):
+                raise ValueError(f"{str(name)[:80]!r} is no safetensors file of the folder")
+    if key.endswith("_implementation") and "/" in str(value):
+        raise ValueError(f"{key} {str(value)[:80]!r} is code from elsewhere")
+
+
+def check_parts(folder: Path) -> None:
+    """Raises ValueError where a pipeline's `model_index.json` names a class of its own, or of a library that
+    has no business there: to import one is to run it."""
+    for name, part in read_json(folder / "model_index.json").items():
+        if isinstance(part, list):
+            library, kind = part
+            known = library in (None, "diffusers", "transformers", "rcldm")
+            automatic = library == "transformers" and str(kind).startswith("Auto")  # as a config has it
+            if not known or automatic or (folder / name / f"{library}.py").exists():
+                raise ValueError(f"{name} would be code from elsewhere, {str(part)[:80]}")
+
+
+@contextlib.contextmanager
+def _no_larger_than(folder: Path) -> Iterator[None]:
+    """No module that is made meanwhile may have more parameters, or numbers in them, than the folder's
+    weights: a config may claim any size, and a model is made of it before its weights are looked at."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
+    numbers = 2 * sum(file.stat().st_size for file in files)  # of half a byte each, or more
+    tensors = 0
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            tensors += len(weights.keys())
+    seen: dict[tuple[int, str], int] = {}
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal numbers
+        if parameter is not None:
+            numbers -= parameter.numel() - seen.get((id(module), name), 0)
+            seen[id(module), name] = parameter.numel()
+            if numbers < 0 or len(seen) > 2 * tensors + 99:
+                raise ValueError("its config makes more of it than its weights are")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

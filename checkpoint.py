@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from dataset import read_json
+
 # --- Files --------------------------------------------------------------------------------------------------
 
 
@@ -77,12 +79,15 @@ def tried(what: str, write: Callable[[], Any]) -> bool:
 
 def other_settings(path: Path, settings: dict[str, Any], anew: bool = False) -> dict[str, tuple[Any, Any]]:
     """Notes settings beside the work they are of, unless some are there (`anew`: even then); returns those
-    that differ from what is there, as name → (there, now)."""
+    that differ from what is there, as name → (there, now). Raises ValueError where that holds no settings."""
     settings = json.loads(json.dumps(settings))
     if anew or not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: file.write_text(json.dumps(settings, indent=2) + "\n"))
-    there = json.loads(path.read_bytes())
+    try:
+        there = dict(read_json(path))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: holds no settings ({error}); remove its folder, or give another") from None
     pairs = {name: (there.get(name), settings.get(name)) for name in {**settings, **there}}
     return {name: (one, other) for name, (one, other) in pairs.items() if one != other}
 
@@ -145,8 +150,9 @@ def _digest(path: Path) -> str:
 def verified(checkpoint: Path) -> tuple[int, dict[str, Tensor]] | None:
     """The step and the tensors of a checkpoint; None for one that is cut, damaged or empty."""
     try:
-        record = json.loads((checkpoint / "step.json").read_text())
-        path = checkpoint / "state.safetensors"
+        record, path = read_json(checkpoint / "step.json"), checkpoint / "state.safetensors"
+        if not path.is_file():  # nor a pipe, which could keep one waiting
+            return None
         if record.get("sha256", "not noted yet") not in (_digest(path), "not noted yet"):
             return None
         return int(record["step"]), load_file(path)

@@ -115,6 +115,9 @@ def _panel_size(grid: Tensor) -> int:
 class DatasetError(ValueError):
     """A dataset that cannot be used. The message is one line: where, what, and what to do."""
 
+    def __init__(self, line: str) -> None:
+        super().__init__(" ".join(line.split()))
+
 
 @dataclass(slots=True)
 class EditPair:
@@ -275,28 +278,59 @@ class TableImage(NamedTuple):
         return f"column {self.column.column_names[0]}, row {self.row}"
 
 
-def load_image(source: str | Path | TableImage) -> Image.Image:
-    """Any picture that Pillow reads, as upright 8-bit RGB (EXIF orientation applied; first frame of several).
+# Of Pillow's. Of the others EPS, say, would start Ghostscript, and JPEG 2000 takes several times its pixels.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
-    Raises ImageError, one line naming the file, for a missing, corrupt or truncated picture, and for more
-    pixels than Pillow's `Image.MAX_IMAGE_PIXELS` (89 million), where Pillow alone would only warn.
+
+def load_image(source: str | Path | TableImage) -> Image.Image:
+    """A picture in one of `FORMATS` as upright 8-bit RGB (EXIF orientation applied; first frame of several).
+
+    Raises ImageError, one line naming the file, for a missing, corrupt or truncated picture; for more pixels
+    than Pillow's `Image.MAX_IMAGE_PIXELS` (89 million), where Pillow alone would only warn; and for one whose
+    many parts or scans would take long to go through.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _Parts(_image_file(source)) as file:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(_image_file(source)) as image:
+            with Image.open(file, formats=FORMATS) as image:
+                if image.format in ("JPEG", "MPO") and file.scans() > 100:  # libtiff's limit, too
+                    raise ImageError(source, "more than 100 scans")
                 return _to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(source, "not a picture in a format that Pillow reads") from None
+        raise ImageError(source, f"not a picture that is read here ({', '.join(FORMATS)})") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageError(source, f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
         raise ImageError(source, f"corrupt or truncated picture ({error})") from None
 
 
-def _image_file(source: str | Path | TableImage) -> str | Path | io.BytesIO:
+class _Parts(io.BufferedReader):
+    """A picture's file that can be read a limited number of times.
+
+    Pillow reads every part by itself, and what follows is sometimes copied for each: 5 MB of comments in a
+    GIF took it 22 s.
+    """
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        super().__init__(raw)
+        self.left = 2**14 + self.seek(0, io.SEEK_END) // 2**10
+        self.seek(0)
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("too many parts for its size")
+        return super().read(size)
+
+    def scans(self) -> int:
+        """How often a JPEG goes through all its pixels; 560 kB of nothing but scans took 15 s."""
+        self.seek(0)
+        return self.read().count(b"\xff\xda")  # which compressed data cannot hold
+
+
+def _image_file(source: str | Path | TableImage) -> io.RawIOBase:
     if isinstance(source, TableImage):
         (cell,) = source.column[source.row].values()
         if not (cell and cell["bytes"]):  # a mere path is not followed: a stranger's table may name any file
@@ -304,7 +338,7 @@ def _image_file(source: str | Path | TableImage) -> str | Path | io.BytesIO:
         return io.BytesIO(cell["bytes"])
     if not os.path.isfile(source):  # nor is a folder, a pipe or a device a picture
         raise ImageError(source, "no such file")
-    return source
+    return io.FileIO(source)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -312,7 +346,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = _to_8_bits(image)
     if image.has_transparency_data:  # Choice: it shows white, as a page would
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        page = Image.new("RGB", image.size, "white")
+        page.paste(image, mask=image)
+        return page
     return image.convert("RGB")
 
 
@@ -375,17 +411,22 @@ def read_pairs(source: str | Path, split: str = "train") -> list[EditPair]:
       `make_dataset.py` writes; or `source/metadata.jsonl` (a folder that is itself a split, whatever `split`
       says);
     - `read_instruct_pix2pix`: `source/seeds.json`;
-    - `read_table`: a folder of `Dataset.save_to_disk`, one with Parquet or Arrow files, or a hub id
-      `owner/name`.
+    - `read_table`: a folder of `Dataset.save_to_disk`, one with Parquet or Arrow files, whose names tell
+      their splits, or a hub id `owner/name`.
 
-    Raises DatasetError, one line, for a dataset that is missing, malformed or empty.
+    Raises DatasetError, one line, for a dataset that is missing, malformed or empty, or leads out of its
+    folder: it may come from a stranger.
     """
     root = Path(source)
     # A mistyped path must not be looked up on the hub: without a network that takes half a minute.
     if not root.is_dir() and (root.parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))):
         raise DatasetError(f"{source}: no such folder; give a dataset's folder or its hub id, owner/name")
-    if (root / split / "metadata.jsonl").is_file() or any(root.glob(f"{split}/*/metadata.jsonl")):
-        pairs = read_folder(root / split)
+    try:
+        folder = Path(_Inside(root).path(split))
+    except ValueError as error:
+        raise DatasetError(f"{source}: split {error}") from None
+    if (folder / "metadata.jsonl").is_file() or any(folder.glob("*/metadata.jsonl")):
+        pairs = read_folder(folder)
     elif (root / "metadata.jsonl").is_file():
         pairs = read_folder(root)
     elif (root / "seeds.json").is_file():
@@ -406,6 +447,7 @@ _CLASSES = ("input_classes_file_name", "output_classes_file_name")
 
 def read_folder(folder: str | Path) -> list[EditPair]:
     """One split in the ImageFolder convention: `metadata.jsonl` has one JSON object a line, an edit pair.
+    Of a key that is there twice the last counts. A line has less than 1 MiB.
 
     Where the folder has no such file, its subfolders are shards, each with its own, read in the order of
     their names. The keys are `input_file_name` and `output_file_name` (relative, inside the folder that holds
@@ -425,19 +467,16 @@ def _read_metadata(root: Path, shard: str) -> Iterator[EditPair]:
     try:
         _Inside(root).path(f"{shard}/metadata.jsonl".lstrip("/"))
         inside = _Inside(root / shard)
-        with open(metadata, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), start=1):
-                where = f"{metadata}:{number}"
-                if len(line) == _LONGEST_LINE:
-                    raise ValueError(f"a line of {_LONGEST_LINE:,} bytes or more")
-                if line.strip():
-                    row = _json_object(line, *_KEYS[:3])
-                    files = inside.path(row["input_file_name"]), inside.path(row["output_file_name"])
-                    captions = _caption(row.get("input_caption")), _caption(row.get("output_caption"))
-                    extra = {key: value for key, value in row.items() if key not in (*_KEYS, *_CLASSES)}
-                    told = all(row.get(key) for key in _CLASSES)
-                    classes = tuple(inside.path(row[key]) for key in _CLASSES) if told else None
-                    yield EditPair(*files, _instruction(row["instruction"]), *captions, extra, classes)
+        for where, line in lines_of(metadata):  # noqa: B007  # what stumbles names it
+            row = _object(parse_json(line), *_KEYS[:3])
+            files = inside.path(row["input_file_name"]), inside.path(row["output_file_name"])
+            captions = _caption(row.get("input_caption")), _caption(row.get("output_caption"))
+            extra = {key: value for key, value in row.items() if key not in (*_KEYS, *_CLASSES)}
+            told = all(row.get(key) for key in _CLASSES)
+            classes = tuple(inside.path(row[key]) for key in _CLASSES) if told else None
+            yield EditPair(*files, _instruction(row["instruction"]), *captions, extra, classes)
+    except DatasetError:
+        raise
     except (OSError, ValueError) as error:
         raise DatasetError(f"{where}: {_reason(error)}") from None
 
@@ -456,7 +495,7 @@ def read_instruct_pix2pix(root: str | Path, split: str = "train") -> list[EditPa
         raise DatasetError(f"{root}: no split {split!r}; this layout has train, val and test")
     inside, pairs, where = _Inside(root), [], Path(root) / "seeds.json"
     try:
-        listing = _json(where.read_bytes())
+        listing = read_json(where, _LONGEST_FILE)
         if not isinstance(listing, list):
             raise ValueError("not a list of [folder, [seed, …]]")
         begin, end = (round(cut * len(listing)) for cut in cuts[split])
@@ -467,7 +506,7 @@ def read_instruct_pix2pix(root: str | Path, split: str = "train") -> list[EditPa
                     where = Path(inside.path(f"{folder}/prompt.json"))
                 case _:
                     raise ValueError(f"{str(entry)[:80]} is not [folder, [seed, …]]")
-            prompt = _json_object(where.read_bytes(), "edit")
+            prompt = _object(read_json(where), "edit")
             captions = _caption(prompt.get("input")), _caption(prompt.get("output"))
             for seed in seeds:
                 files = (inside.path(f"{folder}/{seed}_{k}.jpg") for k in (0, 1))
@@ -525,19 +564,76 @@ def _load_table(source: str | Path, split: str) -> Any:
     import datasets
 
     root = Path(source)
-    if root.is_dir() and not any(root.rglob("*.parquet")) and not any(root.rglob("*.arrow")):
-        raise DatasetError(f"has neither {split}/metadata.jsonl nor seeds.json, Parquet or Arrow files")
     try:
+        if not root.is_dir():
+            return datasets.load_dataset(str(source), split=split)
+        files = _table_files(root)
         if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
-            table = datasets.load_from_disk(str(root))
-        else:
-            table = datasets.load_dataset(str(source), split=split)
+            return _load_saved(root, split)
+        if not files:
+            raise DatasetError(f"has neither {split}/metadata.jsonl nor seeds.json, Parquet or Arrow files")
+        # Told its files, the library reads neither a card, which may name others, nor another format.
+        kind, files = files[0].suffix[1:], [file for file in files if file.suffix == files[0].suffix]
+        files = [str(file) for file in _of_split(files, root, split)]
+        if kind == "parquet" and any(_is_bomb(file) for file in files):
+            raise DatasetError("more rows than pictures can lie in the files")
+        return datasets.load_dataset(kind, data_files={split: files}, split=split)
+    except DatasetError:
+        raise
     except Exception as error:  # the classes of the hub's client, of pyarrow and of datasets
         raise DatasetError(f"cannot load split {split!r} ({_reason(error)})") from None
-    if isinstance(table, datasets.DatasetDict):
-        if split not in table:
-            raise DatasetError(f"no split {split!r}, only {', '.join(table)}")
-        table = table[split]
+
+
+def _table_files(root: Path) -> list[Path]:
+    """The Parquet files, then the Arrow files of a folder, three levels deep. Raises DatasetError where
+    something is no file, or lies outside."""
+    paths = [path for depth in ("*", "*/*", "*/*/*") for path in sorted(root.glob(depth))]
+    tables = [path for kind in (".parquet", ".arrow") for path in paths if path.suffix == kind]
+    for path in paths if tables else ():
+        is_one = path.is_file() or path.is_dir()
+        if not is_one or not path.resolve().is_relative_to(root.resolve()):
+            raise DatasetError(f"{path.relative_to(root)} is no file inside the folder")
+    return tables
+
+
+def _of_split(files: list[Path], root: Path, split: str) -> list[Path]:
+    """Those with the split's name in theirs, as a word; `train` has all where no name tells another split."""
+
+    def named(words: str) -> list[Path]:
+        word = re.compile(rf"(?<![^\W_])({words})(?![^\W_])")
+        return [file for file in files if word.search(str(file.relative_to(root)))]
+
+    chosen = named(re.escape(split))
+    if not chosen and split == "train" and not named("val|valid|validation|dev|test|testing|eval|evaluation"):
+        chosen = files
+    if not chosen:
+        raise DatasetError(f"no file of split {split!r}")
+    if strange := [file.name for file in chosen if re.search(r"[*?\[\]:]", str(file.relative_to(root)))]:
+        raise DatasetError(f"{strange[0]}: a name that could mean other files")
+    return chosen
+
+
+def _is_bomb(file: str) -> bool:
+    """Whether a Parquet file claims more rows, of two pictures each, than its bytes can hold."""
+    from pyarrow import parquet
+
+    return parquet.read_metadata(file).num_rows * 64 > os.path.getsize(file)
+
+
+def _load_saved(root: Path, split: str) -> Any:
+    """What `save_to_disk` has written, by names that lead out of no folder."""
+    import datasets
+
+    if (root / "dataset_dict.json").is_file():
+        splits = _object(read_json(root / "dataset_dict.json"), "splits")["splits"]
+        if split not in splits:
+            raise DatasetError(f"no split {split!r}, only {', '.join(splits)}")
+        root = Path(_Inside(root).path(split))
+    state, _ = (read_json(root / name) for name in ("state.json", "dataset_info.json"))
+    for file in _object(state, "_data_files")["_data_files"]:
+        _Inside(root).path(file["filename"])
+    table = datasets.load_from_disk(str(root))
+    table.data.validate(full=True)  # a damaged file could have it read anywhere in memory
     return table
 
 
@@ -579,10 +675,42 @@ class _Inside:
         return path
 
 
-_LONGEST_LINE = 1 << 20  # bytes: real lines have some hundred, and a hostile one must not fill the memory
+# Bytes of a line of JSON, and of a file: real lines have some hundred, InstructPix2Pix's seeds.json has some
+# ten million. What a hostile one says can take twenty times as much memory.
+_LONGEST, _LONGEST_FILE = 1 << 20, 1 << 26
 
 
-def _json(text: bytes) -> Any:
+def lines_of(path: str | Path) -> Iterator[tuple[str, bytes]]:
+    """Where each line of a file is, `path:number`, and its bytes; blank ones are left out.
+
+    Raises OSError, and DatasetError for a line of 1 MiB or more and for what is no file.
+    """
+    with _open(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
+            if len(line) == _LONGEST:
+                raise DatasetError(f"{path}:{number}: a line of {_LONGEST:,} bytes or more")
+            if not line.isspace():
+                yield f"{path}:{number}", line
+
+
+def read_json(path: str | Path, most: int = _LONGEST) -> Any:
+    """What a file says in JSON. Raises OSError, and ValueError for a file of `most` bytes or more too."""
+    with _open(path) as file:
+        text = file.read(most)
+    if len(text) == most:
+        raise ValueError(f"{most:,} bytes or more")
+    return parse_json(text)
+
+
+def _open(path: str | Path) -> io.BufferedReader:
+    """A file: no pipe, which could keep one waiting, and no device, which could have no end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DatasetError(f"{path}: not a file")
+    return open(path, "rb")
+
+
+def parse_json(text: bytes) -> Any:
+    """What a text says in JSON. Raises ValueError, whose message is one line, for whatever it may be."""
     try:
         return json.loads(text.removeprefix(b"\xef\xbb\xbf").decode())  # without a byte order mark
     except UnicodeDecodeError:
@@ -593,12 +721,14 @@ def _json(text: bytes) -> Any:
         raise ValueError("JSON nested too deeply") from None
 
 
-def _json_object(text: bytes, *needed: str) -> dict[str, Any]:
-    row = _json(text)
+def _object(value: Any, *needed: str) -> dict[str, Any]:
     for key in needed:
-        if not isinstance(row, dict) or key not in row:
+        if not isinstance(value, dict) or key not in value:
             raise ValueError(f"not a JSON object with the key {key!r}")
-    return row
+    return value
+
+
+LONGEST_INSTRUCTION = 2000  # a language model's time and memory grow with the square of it
 
 
 def _instruction(text: object) -> str:
@@ -606,12 +736,16 @@ def _instruction(text: object) -> str:
     words = text.split() if isinstance(text, str) else []
     if not words:
         raise ValueError("the instruction is empty or not a text")
+    if len(text) > LONGEST_INSTRUCTION:
+        raise ValueError(f"an instruction of more than {LONGEST_INSTRUCTION} letters")
+    text.encode()  # raises ValueError for half a surrogate pair, which no tokenizer reads
     return sys.intern(" ".join(words))  # all pairs of an instruction hold one and the same string
 
 
 def _caption(text: object) -> str | None:
     if text is not None and not isinstance(text, str):
         raise ValueError(f"a caption is a text, not {str(text)[:80]}")
+    (text or "").encode()  # as an instruction
     return text
 
 

@@ -27,6 +27,8 @@ SCHEDULERS = {  # diffusers' names
     "unipc": "UniPCMultistepScheduler",
 }
 
+MOST_ANSWERS = 10_000  # to each input
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Edit pictures by example, by instruction, or by both.")
@@ -63,7 +65,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 import backbone
-from dataset import load_image
+from dataset import LONGEST_INSTRUCTION, load_image
 from pipeline import SAMPLING, InstructGIEPipeline, seeded
 
 # --- What is written ----------------------------------------------------------------------------------------
@@ -155,6 +157,8 @@ def main() -> None:
     args = arguments()
     instruction = " ".join(args.instruction.split())
     instruction.encode()  # raises a ValueError for bytes that are no text
+    if len(instruction) > LONGEST_INSTRUCTION:
+        raise ValueError(f"--instruction must have at most {LONGEST_INSTRUCTION} letters")
     if not args.prompt_pair and not instruction:
         raise ValueError("nothing says which edit to make: give --prompt-pair, --instruction or both")
     for name, value in vars(args).items():
@@ -163,6 +167,8 @@ def main() -> None:
             raise ValueError(f"{option} must be at least 1, not {value}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{option} must be a finite number, not {value}")
+    if args.num_images > MOST_ANSWERS:
+        raise ValueError(f"--num-images must be at most {MOST_ANSWERS}, not {args.num_images}")
     if not 0 <= args.seed < 2**63 - args.num_images:
         raise ValueError(f"--seed must be a whole number from 0 to 2^63 - 1, not {args.seed}")
     inputs = pictures(args.input)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from tqdm import tqdm
 import backbone
 from baselines import InstructPix2Pix, PromptDiffusion, SDEdit
 from checkpoint import other_settings, write_whole
-from dataset import VisualPromptDataset, load_image, read_pairs, tensor_to_image
+from dataset import VisualPromptDataset, lines_of, load_image, parse_json, read_pairs, tensor_to_image
 from pipeline import InstructGIEPipeline
 
 # What the editor is given besides the query. "other-pair" is a pair of another instruction, and no words: who
@@ -116,14 +117,16 @@ def describe(data: VisualPromptDataset, query: Query) -> dict[str, Any]:
 
 def finished(answers: Path) -> set[str]:
     """Names of the answers that have a line; a last line cut by a killed run is taken off the file."""
-    text = answers.read_bytes() if answers.exists() else b""
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        os.truncate(answers, len(whole))
+    names = set()
     try:
-        return {json.loads(line)["answer"] for line in whole.splitlines()}
+        for _, line in lines_of(answers) if answers.exists() else ():
+            if line.endswith(b"\n"):
+                names.add(parse_json(line)["answer"])
+            else:
+                os.truncate(answers, answers.stat().st_size - len(line))
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{answers}: damaged; remove its folder and start again") from None
+    return names
 
 
 def read_answers(folder: Path, keys: set[str]) -> list[dict[str, Any]]:
@@ -133,15 +136,18 @@ def read_answers(folder: Path, keys: set[str]) -> list[dict[str, Any]]:
     """
     path = folder / "answers.jsonl"
     records = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    for where, line in lines_of(path):
         if line.endswith(b"\n"):
             try:
-                records.append(json.loads(line))
+                records.append(parse_json(line))
                 missing = keys - records[-1].keys()
             except (ValueError, AttributeError):
-                raise ValueError(f"{path}:{number}: not a JSON object") from None
+                raise ValueError(f"{where}: not a JSON object") from None
             if missing:
-                raise ValueError(f"{path}:{number}: has no {min(missing)!r}; answers need it for this metric")
+                raise ValueError(f"{where}: has no {min(missing)!r}; answers need it for this metric")
+            name = records[-1].get("answer")
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ValueError(f"{where}: {str(name)[:80]!r} is no file of the folder")
     if not records:
         raise ValueError(f"{path}: holds no answers")
     return records
@@ -292,6 +298,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("count", "batch"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: give 1 or more")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give a finite number")
+    if not 0 <= args.seed < 2**62:
+        raise ValueError(f"--seed {args.seed}: give a whole number from 0 to 2^62 - 1")
     return args
 
 

@@ -105,7 +105,7 @@ class InstructionUnifier:
     most. batch_size: instructions per generation.
 
     An instruction can steer no wording but its own: each is a conversation for itself, and a template's
-    control tokens, written into it, are read as plain text.
+    control tokens, written into it, are left out.
     """
 
     def __init__(
@@ -158,6 +158,7 @@ class InstructionUnifier:
     @torch.no_grad()
     def _generate(self, instructions: list[str]) -> list[str]:
         """The raw replies to one batch. Padding is on the left: every prompt ends where its reply begins."""
+        instructions = [self._without_control_tokens(text) for text in instructions]
         if self.tokenizer.chat_template:
             inputs = self.tokenizer.apply_chat_template(
                 [chat_prompt(text) for text in instructions],
@@ -184,6 +185,17 @@ class InstructionUnifier:
         if self.tokenizer.chat_template:
             return replies
         return [reply.strip().split("\n")[0] for reply in replies]  # a bare model goes on to invent examples
+
+    def _without_control_tokens(self, text: str) -> str:
+        """A tokenizer would read them as such, and a chat template refuse them."""
+        added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        tokens = [
+            token for token in dict.fromkeys([*added, *self.tokenizer.all_special_tokens]) if token.strip()
+        ]
+        while found := [token for token in tokens if token in text]:  # what is left may make another
+            for token in found:
+                text = text.replace(token, " ")
+        return text
 
 
 class ReplyCache:

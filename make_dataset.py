@@ -29,8 +29,10 @@ Symbols: B pairs drawn at a time; H, W a picture's pixels; C, h, w its latent's.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+import math
 import random
 import re
 import sys
@@ -51,7 +53,7 @@ from tqdm import tqdm
 import backbone
 import esm
 from checkpoint import load_checkpoint, other_settings, save_checkpoint, write_whole
-from dataset import ImageError, load_image, read_pairs, tensor_to_image
+from dataset import ImageError, lines_of, load_image, parse_json, read_pairs, tensor_to_image
 from prompt_to_prompt import PromptToPrompt, align
 
 # --- Texts: the form of what the language model writes ------------------------------------------------------
@@ -151,9 +153,9 @@ def _plain(text: str) -> str:
 def read_texts(path: Path) -> list[dict]:
     """The lines of texts.jsonl, or of a file of examples. Raises ValueError, which names the line."""
     records = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for where, line in lines_of(path):
         try:
-            match json.loads(line):
+            match parse_json(line):
                 case {"instruction": str(instruction), "pairs": [[str(_), str(_)], *_] as pairs}:
                     if not all(isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in pairs):
                         raise ValueError
@@ -162,7 +164,7 @@ def read_texts(path: Path) -> list[dict]:
                     raise ValueError
         except ValueError:
             form = '{"instruction": "…", "pairs": [["caption", "edited caption"], …]}'
-            raise ValueError(f"{path}:{number}: not an object of the form {form}") from None
+            raise ValueError(f"{where}: not an object of the form {form}") from None
     if not records:
         raise ValueError(f"{path}: is empty")
     return records
@@ -321,7 +323,7 @@ def texts(args: argparse.Namespace) -> None:
 def read_seeds(path: Path) -> list[str]:
     """The captions of a text file, one a line, each once. Raises ValueError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [line.decode() for _, line in lines_of(path)]
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8; give a text file, one caption a line") from None
     captions = list(dict.fromkeys(filter(None, (" ".join(line.split()) for line in lines))))
@@ -334,7 +336,7 @@ def read_replies(out: Path) -> dict[str, list[str]]:
     """All replies to each caption, of all processes that ever wrote."""
     replies = defaultdict(list)
     for path in sorted((out / "replies").glob("*.jsonl")):
-        for line in read_lines(path):
+        for line in read_lines(path, "caption", "reply"):
             replies[line["caption"]].append(line["reply"])
     return replies
 
@@ -468,7 +470,7 @@ def images(args: argparse.Namespace) -> None:
     with tqdm(total=total, desc="images", unit="pair") as progress:
         for shard in mine:
             ledger, folder = args.out / "ledger" / f"{shard}.jsonl", args.out / args.split / shard
-            done = {line["name"]: line for line in read_lines(ledger)}
+            done = {line["name"]: line for line in read_lines(ledger, "name")}
 
             def draw(name: str, pair: list[str], done=done, ledger=ledger, folder=folder) -> None:
                 done[name] = draw_and_filter(name, pair, folder, sd, clip, tokenizer, args)
@@ -601,14 +603,13 @@ def append(path: Path, rows: Iterable[dict]) -> None:
         file.write(b"\n" + _as_lines(rows))
 
 
-def read_lines(path: Path) -> Iterator[dict]:
-    """The whole lines that `append` has written."""
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            if line:
-                yield json.loads(line)
-        except ValueError:  # cut short; it will be made again
-            continue
+def read_lines(path: Path, *texts: str) -> Iterator[dict]:
+    """The whole lines that `append` has written, which have a text by each of these names."""
+    for _, line in lines_of(path) if path.exists() else ():
+        with contextlib.suppress(ValueError):  # cut short; it will be made again
+            row = parse_json(line)
+            if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in texts):
+                yield row
 
 
 def same_settings(path: Path, settings: dict, state: PartialState) -> None:
@@ -641,6 +642,9 @@ def processes(name: str) -> tuple[PartialState, torch.device]:
 def check(args: argparse.Namespace) -> None:
     """Prints what a split holds; exits with 1 where something should be mended."""
     pairs = read_pairs(args.data, args.split)
+    read = {str(file) for pair in pairs for file in (pair.input, pair.output)}
+    if args.sheet and str(args.sheet.resolve()) in read:
+        raise ValueError(f"--sheet {args.sheet}: would overwrite a picture that is read")
     with ThreadPoolExecutor() as pool:
         looks = pool.map(_look, pairs)
         looks = list(tqdm(looks, total=len(pairs), desc="check", unit="pair", mininterval=1))
@@ -777,18 +781,29 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--thin", type=int, default=2, help="an instruction of fewer good pairs is too thin")
     add("--sheet", type=Path, help="write a contact sheet, PNG")
     args = parser.parse_args(argv)
-    for name in ("further", "tries", "batch", "epochs", "finetune_batch", "samples", "keep", "steps", "thin"):
-        if getattr(args, name, 1) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
+    for name, value in vars(args).items():
+        if isinstance(value, int) and name != "seed" and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    if not 0 <= getattr(args, "seed", 0) < 2**62:
+        raise ValueError(f"--seed {args.seed}: give a whole number from 0 to 2^62 - 1")
     if args.stage == "texts" and not args.temperature > 0:
         raise ValueError(f"--temperature {args.temperature}: give more than 0")
     if args.stage == "images":
-        for name, top in (("guidance", float("inf")), ("injection", 1)):
+        if Path(args.split).name != args.split or args.split in ("", ".."):
+            raise ValueError(f"--split {args.split}: give a folder's name; it lies below --out")
+        if (args.size or 0) > 4096:
+            raise ValueError(f"--size {args.size}: give 4096 at most")
+        for name, top in (("guidance", 1e6), ("injection", 1)):
             low, high = getattr(args, name)
             if not 0 <= low <= high <= top:
                 raise ValueError(f"--{name} {low} {high}: give two numbers, the smaller first")
         if not 0 <= args.cross <= 1:
             raise ValueError(f"--cross {args.cross}: give a part of the steps, 0 … 1")
+    if args.stage == "check" and args.sheet and args.sheet.suffix.lower() != ".png":
+        raise ValueError(f"--sheet {args.sheet}: give a name that ends in .png")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give a finite number")
     return args
 
 

@@ -38,6 +38,7 @@ from dataset import image_to_tensor, load_image
 from evaluate import read_answers
 
 FEATURES = ("clip", "inception")
+TEXTS = ("input", "output", "input_caption", "output_caption")  # of a line of answers.jsonl
 
 
 # --- The metrics --------------------------------------------------------------------------------------------
@@ -136,9 +137,11 @@ def embed_all(records: list[dict], folder: Path, clip, tokenizer, features, devi
 @torch.no_grad()
 def measure(folder: Path, clip, tokenizer, features, device: torch.device, batch: int) -> dict[str, Any]:
     """The metrics of one folder of answers, each with its interval, and those of the truth."""
-    records = read_answers(folder, {"answer", "input", "output", "input_caption", "output_caption"})
+    records = read_answers(folder, {"answer", *TEXTS})
     if any(not row["input_caption"] or not row["output_caption"] for row in records):
         raise ValueError(f"{folder}: directional similarity needs both captions of every query")
+    if any(not isinstance(row[name], str) for row in records for name in TEXTS):
+        raise ValueError(f"{folder}: {', '.join(TEXTS)} must be texts")
     if any(row.get("mode") == "other-pair" for row in records):
         raise ValueError(f"{folder}: mode other-pair has no true outputs to measure against")
     found = embed_all(records, folder, clip, tokenizer, features, device, batch)
@@ -200,6 +203,9 @@ def main(argv: list[str] | None = None) -> None:
     with backbone.one_line_errors("metrics.py"):
         if args.batch < 1:
             raise ValueError(f"--batch {args.batch}: give 1 or more")
+        for path in filter(None, (args.json, args.markdown)):
+            if path.is_dir() or path.name == "answers.jsonl":  # before the time is spent
+                raise ValueError(f"{path}: no place for a table")
         device = backbone.pick_device(args.device)
         clip, tokenizer = backbone.load_clip(args.clip, device), backbone.load_clip_tokenizer(args.clip)
         features = inception(device) if args.features == "inception" else None

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,18 +120,21 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
         """
         folder = backbone.find_folder(source)
         if (folder / "model_index.json").is_file():
-            with backbone.clear_errors(source, "an InstructGIE pipeline's folder"):
-                return super().from_pretrained(folder, **{"use_safetensors": True, **options})
+            with backbone.clear_errors(source, "an InstructGIE pipeline's folder", folder):
+                backbone.check_parts(folder)
+                pipe = super().from_pretrained(folder, **{"use_safetensors": True, **options})
+                backbone.check_tokenizer(pipe.tokenizer, pipe.text_encoder)
+                for part in pipe.components.values():
+                    if isinstance(part, nn.Module):
+                        backbone.check_weights(part)
+            _check_settings(f"{source}: model_index.json", {**pipe.settings, "panel": pipe.panel})
+            return pipe
         dtype = options.pop("torch_dtype", None) or options.pop("dtype", None) or torch.float32
         rcldm, settings = backbone.load_editor(folder, dtype=dtype)
         missing = {"stable_diffusion", "llm", "panel"} - set(settings)
         if missing:
             raise backbone.BackboneError(f"{source}: instructgie.json lacks {', '.join(sorted(missing))}")
-        kinds = {"panel": int, "steps": int}
-        kinds |= dict.fromkeys(("eta", "guidance_text", "guidance_visual"), int | float)
-        for name, kind in ({"stable_diffusion": str, "llm": str | None} | kinds).items():
-            if name in settings and not isinstance(settings[name], kind):
-                raise backbone.BackboneError(f"{source}: instructgie.json has {name} {settings[name]!r}")
+        _check_settings(f"{source}: instructgie.json", settings)
         parts = {"rcldm": rcldm, "llm": None, "llm_tokenizer": None}
         parts |= backbone.load_stable_diffusion(settings["stable_diffusion"], dtype=dtype)._asdict()
         if settings["llm"] and "llm" not in options:
@@ -433,6 +437,17 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
         empty = torch.zeros_like(answer_panel(latents))
         grids = [compose_grid(empty, empty, empty, panel) for panel in split_grid(latents)]
         return compose_grid(*map(self.decode_answers, grids))
+
+
+def _check_settings(where: str, settings: dict[str, Any]) -> None:
+    """Raises BackboneError for an editor's settings that nothing can be drawn with."""
+    kinds = {"stable_diffusion": str, "llm": str | None, "panel": int, "steps": int}
+    kinds |= dict.fromkeys(("eta", "guidance_text", "guidance_visual"), int | float)
+    for name in kinds.keys() & settings.keys():
+        value = settings[name]
+        endless = isinstance(value, float) and not math.isfinite(value)
+        if not isinstance(value, kinds[name]) or endless or (name == "panel" and not 0 < value <= 4096):
+            raise backbone.BackboneError(f"{where} has {name} {repr(value)[:80]}")
 
 
 def seeded(seeds: Iterable[int]) -> list[torch.Generator]:

@@ -161,7 +161,7 @@ def error(editor, **changes):
         ({"eta": 2.0}, "eta must be 0 … 1, not 2"),
         ({"steps": 2000}, "the number of steps must be 1 … 1000, not 2000"),
         ({"inputs": [(INPUT, None), ("BROKEN", None)]}, "broken.png: corrupt or truncated picture"),
-        ({"before": "TEXT"}, "text.png: not a picture in a format that Pillow reads"),
+        ({"before": "TEXT"}, "text.png: not a picture that is read here (PNG, JPEG, WEBP, GIF, BMP, TIFF)"),
         ({"after": "LARGE"}, "large.png: more than 1,000,000 pixels"),
         ({"after": "MISSING"}, "missing.png: no such file"),
     ],
@@ -338,7 +338,7 @@ def test_by_gradio_client(server, tmp_path):
     Image.new("RGB", (60, 60)).save(tmp_path / "programme.eps")
     for name, message in (
         ("large.png", "large.png: more than 1,000,000 pixels"),
-        ("programme.eps", "programme.eps: not a picture in a format that Pillow reads"),
+        ("programme.eps", "programme.eps: not a picture that is read here (PNG, JPEG, WEBP, GIF, BMP, TIFF)"),
     ):
         with pytest.raises(AppError) as raised:
             ask(handle_file(tmp_path / name), handle_file(AFTER), INPUT)
