@@ -287,9 +287,7 @@ class Stop:
         if self.asked or not self.at_work:
             raise SystemExit(128 + number)
         self.asked = number
-        print(
-            f"\n{signal.Signals(number).name}: ends after this step; again, and it ends at once", flush=True
-        )
+        _say(f"\n{signal.Signals(number).name}: ends after this step; again, and it ends at once")
 
     def agree(self, accelerator: Any) -> None:
         """What one of several processes is asked, all are: no one may wait for another that has gone."""
@@ -299,8 +297,13 @@ class Stop:
 
     def end(self, saved: str) -> None:
         """saved: after what the run can be taken up again."""
-        print(f"stopped; --resume goes on after {saved}", flush=True)
+        _say(f"stopped; --resume goes on after {saved}")
         raise SystemExit(128 + self.asked)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # whoever listened may be gone
+        print(line, flush=True)
 
 
 def ignore_signals(worker: int) -> None:

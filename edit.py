@@ -121,9 +121,9 @@ def pictures(sources: list[Path]) -> list[Path]:
     return paths
 
 
-def output_paths(output: Path, inputs: list[Path], count: int, read: set[Path]) -> list[list[Path]]:
+def output_paths(output: Path, inputs: list[Path], count: int, read: set[str]) -> list[list[Path]]:
     """Where the `count` answers to each input go. Raises ValueError where `output` cannot take them, and
-    where an answer, or its grid, would overwrite a picture of `read`."""
+    where an answer, or its grid, would overwrite a picture of `read`, which are full paths."""
     is_file = output.suffix.lower() in Image.registered_extensions() and not output.is_dir()
     if is_file and (output.suffix.lower() != ".png" or len(inputs) * count > 1):
         raise ValueError(f"--output {output}: one answer goes to a .png file, several go to a folder")
@@ -134,7 +134,7 @@ def output_paths(output: Path, inputs: list[Path], count: int, read: set[Path]) 
         for again in ("", *(f"-{n + 2}" for n in range(len(inputs)))):  # two pictures may have one stem
             stems = [path.stem + again] if count == 1 else [f"{path.stem}{again}_{k}" for k in range(count)]
             paths = [output] if is_file else [output / f"{stem}.png" for stem in stems]
-            written = {p.resolve() for p in (*paths, *map(grid_path, paths))}
+            written = set(map(os.path.realpath, (*paths, *map(grid_path, paths))))
             if written & read:
                 raise ValueError(f"--output {output}: an answer would overwrite a picture that is read")
             if not written & taken:
@@ -172,7 +172,7 @@ def main() -> None:
     if not 0 <= args.seed < 2**63 - args.num_images:
         raise ValueError(f"--seed must be a whole number from 0 to 2^63 - 1, not {args.seed}")
     inputs = pictures(args.input)
-    read = {path.resolve() for path in [*inputs, *(args.prompt_pair or [])]}
+    read = set(map(os.path.realpath, [*inputs, *(args.prompt_pair or [])]))
     targets = output_paths(args.output, inputs, args.num_images, read)
     for path in [*(args.prompt_pair or []), *inputs]:
         load_image(path)  # a broken picture should show before models are loaded

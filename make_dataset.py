@@ -33,6 +33,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -643,7 +644,7 @@ def check(args: argparse.Namespace) -> None:
     """Prints what a split holds; exits with 1 where something should be mended."""
     pairs = read_pairs(args.data, args.split)
     read = {str(file) for pair in pairs for file in (pair.input, pair.output)}
-    if args.sheet and str(args.sheet.resolve()) in read:
+    if args.sheet and os.path.realpath(args.sheet) in read:
         raise ValueError(f"--sheet {args.sheet}: would overwrite a picture that is read")
     with ThreadPoolExecutor() as pool:
         looks = pool.map(_look, pairs)

@@ -125,6 +125,7 @@ def damage_json(text: bytes, rng: random.Random) -> bytes:
     """Still JSON, mostly: values of other kinds and sizes, keys that are gone, there twice or new."""
     try:
         value = [json.loads(text)]
+        list(places(value))
     except (ValueError, RecursionError):  # it is damaged already
         return damage(text, rng)
     for _ in range(rng.choice([1, 1, 2, 4])):
@@ -408,8 +409,8 @@ def dataset_case(rng: random.Random, folder: Path, seeds: SimpleNamespace) -> tu
         pairs = ds.read_pairs(root, split)
         for pair in pairs:
             for source in (pair.input, pair.output, *(pair.classes or ())):
-                inside = not isinstance(source, str) or Path(source).resolve().is_relative_to(root.resolve())
-                assert inside, f"{source} lies outside"
+                file = os.path.realpath(source if isinstance(source, str) else root)
+                assert Path(file).is_relative_to(root.resolve()), f"{source} lies outside"
         data = ds.VisualPromptDataset(pairs, 8)
         for i in range(min(2, len(data))):
             assert data[i]["panels"].isfinite().all()
@@ -525,7 +526,7 @@ COMMANDS = (
     "--min-direction 0 --batch 2 --seed 0 --device cpu",
 )
 MAINS = {"edit.py": edit, "evaluate.py": evaluate, "metrics.py": metrics, "train.py": train}
-PATHS = ["/dev/zero", "/dev/null", "pipe", "..", ".", "/", "a/b", "nowhere", "data", "x.png"]
+PATHS = ["/dev/zero", "/dev/null", "pipe", "..", ".", "/", "a/b", "nowhere", "data", "loop.png"]
 PATHS += ["run/settings.json", "\udcff", "cpu:x", "cpu:9", "cuda:0", "x" * 300, "/tmp/../x", "**", "../data"]
 
 
@@ -538,6 +539,7 @@ def command_case(rng: random.Random, folder: Path, seeds: SimpleNamespace) -> tu
     for name in ("before", "after", "x"):
         shutil.copy(folder / "data/train/0_after.png", folder / f"{name}.png")
     os.mkfifo(folder / "pipe")
+    os.symlink("loop.png", folder / "loop.png")
     program, *words = rng.choice(COMMANDS).split()
     for _ in range(rng.choice([1, 1, 2])):
         k = rng.randrange(len(words))

@@ -519,6 +519,7 @@ def test_replies_of_another_form_are_left_out(copy):
     [
         (edit, "--input x.png --output out --instruction hat --num-images 1000000000", "10000"),
         (edit, f"--input x.png --output out --instruction {'a' * 5000}", "2000 letters"),
+        (edit, "--input loop.png --output out --instruction hat", "loop.png: no such file"),
         (evaluate, "editor --data folder --split ../folder/train --device cpu", "split '../folder/train'"),
         (evaluate, "editor --data folder --seed -1", "--seed -1"),
         (evaluate, "editor --data folder --guidance-text nan", "--guidance-text nan"),
@@ -538,6 +539,7 @@ def test_a_command_that_asks_for_the_impossible(copy, tmp_path, monkeypatch, cap
         copy(name)
     monkeypatch.chdir(tmp_path)
     shutil.copy(tmp_path / "folder/train/0_before.png", "x.png")
+    os.symlink("loop.png", "loop.png")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", [program.__name__, *words.split()])
     with pytest.raises(SystemExit) as exit:

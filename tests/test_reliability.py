@@ -423,3 +423,14 @@ def test_an_answer_is_the_same_to_the_last_bit_whatever_else_is_edited(parts, tm
         subprocess.run([*program, "--input", *inputs, "--output", f"{out}/"], check=True, capture_output=True)
         found.append({name: Image.open(out / f"{name}.png").tobytes() for name in names})
     assert found[0] == {**found[1], **found[2]}
+
+
+def test_it_saves_though_nobody_listens_any_more(parts, tmp_path):
+    process = start(parts, tmp_path / "run", "--encoder-steps", "0", "--steps", "100000")
+    lines = iter(process.stdout.readline, "")
+    assert any("parameters to train" in line for line in lines)
+    process.stdout.close()
+    time.sleep(2)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) >= 1
