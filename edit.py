@@ -48,8 +48,6 @@ def arguments() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the models")
     add("--grid", action="store_true", help="write the labelled grid beside each answer")
-    # Choice: 1, whose answers are the same to the last bit whatever else is edited, and in which order.
-    add("--batch", type=int, default=1, help="answers drawn at once; more are faster, and equal to rounding")
     add("--compile", action="store_true", help="compile the U-Nets: slow to start, then faster")
     add("--offload", action="store_true", help="less GPU memory: parts wait in main memory till they work")
     return parser.parse_args()
@@ -163,7 +161,7 @@ def main() -> None:
         raise ValueError("nothing says which edit to make: give --prompt-pair, --instruction or both")
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
-        if name in ("num_images", "batch", "steps") and value is not None and value < 1:
+        if name in ("num_images", "steps") and value is not None and value < 1:
             raise ValueError(f"{option} must be at least 1, not {value}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{option} must be a finite number, not {value}")
@@ -201,29 +199,28 @@ def main() -> None:
     if instruction:
         print(f'instruction: "{instruction}" -> "{unified}"', flush=True)
 
+    # Choice: one answer at a time. Together they would take less, but round otherwise; so each is the same to
+    # the last bit, whatever else is edited.
     jobs = [(i, k) for i in range(len(inputs)) for k in range(args.num_images)]
-    for start in range(0, len(jobs), args.batch):
-        batch = jobs[start : start + args.batch]
-        queries, seeds = [load_image(inputs[i]) for i, _ in batch], [args.seed + k for _, k in batch]
+    for i, k in jobs:
+        query, seed, path = load_image(inputs[i]), args.seed + k, targets[i][k]
         try:
-            answers = pipe(unified, queries, pair, **sampling, generator=seeded(seeds), unify=False).images
+            (answer,) = pipe(unified, query, pair, **sampling, generator=seeded([seed]), unify=False).images
         except RuntimeError as error:
             if isinstance(error, NotImplementedError):  # not every sampler knows every kind of prediction
                 raise ValueError(f"--scheduler {args.scheduler}: {error}; take another") from error
             if not args.compile:
                 raise
             raise ValueError(f"--compile: {str(error).splitlines()[0]}; edit without it") from error
-        for (i, k), seed, query, answer in zip(batch, seeds, queries, answers):
-            record = {"instruction": instruction, "unified": unified, "input": str(inputs[i]), "seed": seed}
-            record |= {"prompt_pair": [str(path) for path in args.prompt_pair or []], **used}
-            record |= {"scheduler": args.scheduler, "model": str(model), "dtype": args.dtype}
-            record |= {"device": str(device)}
-            path = targets[i][k]
-            save_png(answer, path, record)
-            if args.grid:
-                shown = [*(pair or [Image.new("RGB", (pipe.panel, pipe.panel), "grey")] * 2), query, answer]
-                save_png(labelled_grid(shown, instruction, pipe.panel), grid_path(path), record)
-            print(path, flush=True)
+        record = {"instruction": instruction, "unified": unified, "input": str(inputs[i]), "seed": seed}
+        record |= {"prompt_pair": [str(path) for path in args.prompt_pair or []], **used}
+        record |= {"scheduler": args.scheduler, "model": str(model), "dtype": args.dtype}
+        record |= {"device": str(device)}
+        save_png(answer, path, record)
+        if args.grid:
+            shown = [*(pair or [Image.new("RGB", (pipe.panel, pipe.panel), "grey")] * 2), query, answer]
+            save_png(labelled_grid(shown, instruction, pipe.panel), grid_path(path), record)
+        print(path, flush=True)
 
 
 if __name__ == "__main__":

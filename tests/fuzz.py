@@ -124,9 +124,10 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 def damage_json(text: bytes, rng: random.Random) -> bytes:
     """Still JSON, mostly: values of other kinds and sizes, keys that are gone, there twice or new."""
     try:
+        if b"[" * 99 in text:
+            raise ValueError("too deep to walk through")
         value = [json.loads(text)]
-        list(places(value))
-    except (ValueError, RecursionError):  # it is damaged already
+    except ValueError:  # it is damaged already
         return damage(text, rng)
     for _ in range(rng.choice([1, 1, 2, 4])):
         container, key = rng.choice(list(places(value)))

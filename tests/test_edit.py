@@ -91,7 +91,7 @@ def test_folders_clashing_stems_several_images_and_grids(command, here):
         (here / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (20, 30), "red").save(here / name)
     (here / "photos" / "notes.txt").write_text("not a picture")
-    many = "--num-images", "2", "--grid", "--batch", "3", "--steps", "1"
+    many = "--num-images", "2", "--grid", "--steps", "1"
     command(*PAIR, "--input", "photos", "other/a.bmp", *many, "--output", "out")
     stems = [f"{stem}_{k}" for stem in ("a", "b", "a-2") for k in (0, 1)]
     wanted = {f"{stem}{end}.png" for stem in stems for end in ("", "_grid")}
@@ -102,7 +102,7 @@ def test_folders_clashing_stems_several_images_and_grids(command, here):
     assert Path("out/a_0.png").read_bytes() != Path("out/a_1.png").read_bytes()
     command(*PAIR, "--input", "photos/a.png", "--seed", "1", "--steps", "1", "--output", "one.png")
     alone, together = (np.asarray(Image.open(name)).astype(int) for name in ("one.png", "out/a_1.png"))
-    assert abs(alone - together).max() <= 1
+    assert np.array_equal(alone, together)
 
 
 def test_orientation_and_modes(command, here):
@@ -137,7 +137,6 @@ INPUT, OUTPUT = ("--input", "x.png"), ("--output", "out")
         ((*PAIR, *INPUT, *OUTPUT, "--steps", "0"), "--steps must be at least 1"),
         ((*PAIR, *INPUT, *OUTPUT, "--steps", "1001"), "1 … 1000, not 1001"),
         ((*PAIR, *INPUT, *OUTPUT, "--num-images", "0"), "--num-images must be at least 1"),
-        ((*PAIR, *INPUT, *OUTPUT, "--batch", "-1"), "--batch must be at least 1"),
         ((*PAIR, *INPUT, *OUTPUT, "--guidance-text", "nan"), "--guidance-text must be a finite number"),
         ((*PAIR, *INPUT, *OUTPUT, "--guidance-visual", "inf"), "--guidance-visual must be a finite number"),
         ((*PAIR, *INPUT, *OUTPUT, "--eta", "1.5"), "eta must be 0 … 1"),
