@@ -508,7 +508,7 @@ def checkpoint_case(rng: random.Random, folder: Path, seeds: SimpleNamespace) ->
 COMMANDS = (
     "edit.py --prompt-pair before.png after.png --input x.png --output out --instruction hat --model editor "
     "--num-images 1 --seed 0 --steps 1 --eta 1 --guidance-text 1 --guidance-visual 1 --scheduler ddim "
-    "--device cpu --dtype float32 --grid --batch 2",
+    "--device cpu --dtype float32 --grid",
     "evaluate.py editor --data data --split train --output out --mode pair --told instruction --count 2 "
     "--batch 2 --steps 1 --eta 1 --guidance-text 1 --guidance-visual 1 --seed 0 --device cpu --sheet 1",
     "metrics.py run --clip clip --features clip --device cpu --batch 2 --json out/a --markdown out/b",
