@@ -10,6 +10,7 @@ Weights are read from safetensors alone, and no code that comes with them is run
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 import subprocess
@@ -294,14 +295,22 @@ def load_editor(
         return _freeze(model, device), settings
 
 
-def check_weights(model: nn.Module) -> None:
-    """Raises ValueError where the files have not held all of them."""
+def check_model(model: nn.Module) -> None:
+    """Raises ValueError where the files have not held all of its weights, or a text where its config has a
+    number: diffusers hands on whatever is there, to stumble over it when it draws."""
+    from diffusers import ConfigMixin
+
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(f"its weights lack {missing[0]}")
+    for part in filter(lambda part: isinstance(part, ConfigMixin), model.modules()):
+        for name, usual in inspect.signature(type(part).__init__).parameters.items():
+            value = part.config.get(name)
+            if isinstance(usual.default, int | float) and isinstance(value, str | dict):
+                raise ValueError(f"its config has {name} {repr(value)[:80]}")
 
 
 def _freeze(model: nn.Module, device: torch.device | str) -> nn.Module:
-    check_weights(model)
+    check_model(model)
     return model.to(device).eval().requires_grad_(False)
 
 

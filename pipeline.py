@@ -126,7 +126,7 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
                 backbone.check_tokenizer(pipe.tokenizer, pipe.text_encoder)
                 for part in pipe.components.values():
                     if isinstance(part, nn.Module):
-                        backbone.check_weights(part)
+                        backbone.check_model(part)
             _check_settings(f"{source}: model_index.json", {**pipe.settings, "panel": pipe.panel})
             return pipe
         dtype = options.pop("torch_dtype", None) or options.pop("dtype", None) or torch.float32

@@ -431,6 +431,7 @@ def test_a_clip_cannot_ask_that_its_tokenizer_be_trusted(copy, trap):
         ("sd", "tokenizer/tokenizer_config.json", {"model_max_length": 10**30}, "tokenizer does not fit"),
         ("segmenter", "config.json", {"num_queries": 10**6}, "more of it than its weights"),
         ("editor", "config.json", {"prompt_encoder_depth": 10**6}, "more of it than its weights"),
+        ("taesd", "config.json", {"scaling_factor": "x"}, "its config has scaling_factor 'x'"),
         ("editor", "instructgie.json", {"panel": -32}, "instructgie.json has panel -32"),
         ("editor", "instructgie.json", {"panel": 32 * 10**6}, "instructgie.json has panel 32000000"),
         ("editor", "instructgie.json", {"eta": float("nan")}, "instructgie.json has eta nan"),
