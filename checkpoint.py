@@ -156,7 +156,7 @@ def verified(checkpoint: Path) -> tuple[int, dict[str, Tensor]] | None:
         if record.get("sha256", "not noted yet") not in (_digest(path), "not noted yet"):
             return None
         return int(record["step"]), load_file(path)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, SafetensorError):
         return None
 
 
