@@ -51,7 +51,7 @@ from torchvision.utils import make_grid
 import backbone
 from dataset import ImageError, load_image, tensor_to_image
 from edit import SCHEDULERS, labelled_grid, save_png
-from pipeline import SAMPLING, InstructGIEPipeline, seeded, unfit
+from pipeline import SAMPLING, InstructGIEPipeline, call_options, seeded, unfit
 from toy import world
 
 MOST_INPUTS, MOST_ANSWERS = 8, 4  # of an edit, and to each input
@@ -175,10 +175,7 @@ class Edit:
                 self.unified,
                 query,
                 pair,
-                num_inference_steps=settings["steps"],
-                eta=settings["eta"],
-                guidance_scale=settings["guidance_text"],
-                visual_guidance_scale=settings["guidance_visual"],
+                **call_options(settings),
                 num_images_per_prompt=len(seeds),
                 generator=seeded(seeds),
                 unify=False,
@@ -190,9 +187,8 @@ class Edit:
             for seed, answer in zip(seeds, answers):
                 made = made_with | {"input": name, "seed": seed}
                 path, grid = (self.folder / f"{Path(name).stem}_{seed}{end}.png" for end in ("", "_grid"))
-                shown = [*(pair or [Image.new("RGB", (pipe.panel, pipe.panel), "grey")] * 2), query, answer]
                 save_png(answer, path, made)
-                save_png(labelled_grid(shown, instruction, pipe.panel), grid, made)
+                save_png(labelled_grid(pair, query, answer, instruction, pipe.panel), grid, made)
                 self.answers.append((str(path), f"seed {seed}"))
                 self.grids.append(str(grid))
             self.show()

@@ -25,8 +25,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,7 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import backbone
-from checkpoint import averaged, load_checkpoint, save_checkpoint
+from checkpoint import averaged, load_checkpoint, save_checkpoint, whole_folder
 from dataset import VisualPromptDataset, read_pairs
 from facts import Frozen, load_batches, look_up, observe_all, read_instructions
 from train import draw_order, dropout, prediction_target
@@ -216,14 +214,12 @@ class Learner(nn.Module):
     def save(self, sd: backbone.StableDiffusion, folder: Path) -> None:
         """As a pipeline's folder that `evaluate.py --method` takes, whole or not at all."""
         sd = sd._replace(unet=self.unet)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        if self.method == "instruct-pix2pix":
-            InstructPix2Pix(sd, 0).pipeline.save_pretrained(temporary)
-        else:
-            PromptDiffusion(sd, 0, controlnet=self.control).pipeline.save_pretrained(temporary)
-            save_file(renamed(self.control.state_dict(), EMBEDDINGS), temporary / "controlnet" / WEIGHTS)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        with whole_folder(folder) as new:
+            if self.method == "instruct-pix2pix":
+                InstructPix2Pix(sd, 0).pipeline.save_pretrained(new)
+            else:
+                PromptDiffusion(sd, 0, controlnet=self.control).pipeline.save_pretrained(new)
+                save_file(renamed(self.control.state_dict(), EMBEDDINGS), new / "controlnet" / WEIGHTS)
 
 
 def train(args: argparse.Namespace) -> None:

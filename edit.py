@@ -63,21 +63,30 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 import backbone
+from checkpoint import write_whole
 from dataset import LONGEST_INSTRUCTION, load_image
-from pipeline import SAMPLING, InstructGIEPipeline, seeded
+from pipeline import SAMPLING, InstructGIEPipeline, call_options, seeded
 
 # --- What is written ----------------------------------------------------------------------------------------
 
 
-def labelled_grid(pictures: list[Image.Image], instruction: str, panel: int) -> Image.Image:
+def labelled_grid(
+    pair: tuple[Image.Image, Image.Image] | None,
+    query: Image.Image,
+    answer: Image.Image,
+    instruction: str,
+    panel: int,
+) -> Image.Image:
     """Example before and after, input and answer, as the model has them, but enlarged and labelled.
 
-    panel: P; shown are squares of a multiple of it, of 192 pixels or more, each picture as large as fits.
+    pair: None is grey, as the model has that, too. panel: P; shown are squares of a multiple of it, of 192
+    pixels or more, each picture as large as fits.
     """
     side, line, font = panel * math.ceil(192 / panel), 20, ImageFont.load_default(14)
     words = textwrap.wrap(instruction, width=side // 4)  # a letter is about 7 pixels wide
     sheet = Image.new("RGB", (2 * side, 2 * (side + line) + len(words) * line), "white")
     draw = ImageDraw.Draw(sheet)
+    pictures = *(pair or [Image.new("RGB", (panel, panel), "grey")] * 2), query, answer
     for i, label in enumerate(("example before", "example after", "input", "answer")):
         x, y = i % 2 * side, i // 2 * (side + line)
         draw.text((x + 4, y + 2), label, "black", font)
@@ -94,12 +103,7 @@ def save_png(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
     info = PngInfo()
     info.add_text("instructgie", json.dumps(record))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        image.save(temporary, format="PNG", pnginfo=info)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, lambda file: image.save(file, format="PNG", pnginfo=info))
 
 
 # --- The command --------------------------------------------------------------------------------------------
@@ -191,8 +195,6 @@ def main() -> None:
     pipe.set_progress_bar_config(desc="edit", unit="step", leave=False)
     given = {name: getattr(args, name) for name in SAMPLING}
     used = {name: pipe.settings[name] if value is None else value for name, value in given.items()}
-    sampling = {"num_inference_steps": used["steps"], "eta": used["eta"]}
-    sampling |= {"guidance_scale": used["guidance_text"], "visual_guidance_scale": used["guidance_visual"]}
 
     pair = tuple(map(load_image, args.prompt_pair or [])) or None
     (unified,) = pipe.unify([instruction])
@@ -201,26 +203,27 @@ def main() -> None:
 
     # Choice: one answer at a time. Together they would take less, but round otherwise; so each is the same to
     # the last bit, whatever else is edited.
-    jobs = [(i, k) for i in range(len(inputs)) for k in range(args.num_images)]
-    for i, k in jobs:
-        query, seed, path = load_image(inputs[i]), args.seed + k, targets[i][k]
-        try:
-            (answer,) = pipe(unified, query, pair, **sampling, generator=seeded([seed]), unify=False).images
-        except RuntimeError as error:
-            if isinstance(error, NotImplementedError):  # not every sampler knows every kind of prediction
-                raise ValueError(f"--scheduler {args.scheduler}: {error}; take another") from error
-            if not args.compile:
-                raise
-            raise ValueError(f"--compile: {str(error).splitlines()[0]}; edit without it") from error
-        record = {"instruction": instruction, "unified": unified, "input": str(inputs[i]), "seed": seed}
-        record |= {"prompt_pair": [str(path) for path in args.prompt_pair or []], **used}
-        record |= {"scheduler": args.scheduler, "model": str(model), "dtype": args.dtype}
-        record |= {"device": str(device)}
-        save_png(answer, path, record)
-        if args.grid:
-            shown = [*(pair or [Image.new("RGB", (pipe.panel, pipe.panel), "grey")] * 2), query, answer]
-            save_png(labelled_grid(shown, instruction, pipe.panel), grid_path(path), record)
-        print(path, flush=True)
+    for source, paths in zip(inputs, targets):
+        query = load_image(source)
+        for seed, path in enumerate(paths, start=args.seed):
+            options = {**call_options(used), "generator": seeded([seed]), "unify": False}
+            try:
+                (answer,) = pipe(unified, query, pair, **options).images
+            except RuntimeError as error:
+                if isinstance(error, NotImplementedError):  # not every sampler knows every kind of prediction
+                    raise ValueError(f"--scheduler {args.scheduler}: {error}; take another") from error
+                if not args.compile:
+                    raise
+                raise ValueError(f"--compile: {str(error).splitlines()[0]}; edit without it") from error
+            record = {"instruction": instruction, "unified": unified, "input": str(source), "seed": seed}
+            record |= {"prompt_pair": [str(file) for file in args.prompt_pair or []], **used}
+            record |= {"scheduler": args.scheduler, "model": str(model), "dtype": args.dtype}
+            record |= {"device": str(device)}
+            save_png(answer, path, record)
+            if args.grid:
+                grid = labelled_grid(pair, query, answer, instruction, pipe.panel)
+                save_png(grid, grid_path(path), record)
+            print(path, flush=True)
 
 
 if __name__ == "__main__":

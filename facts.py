@@ -179,6 +179,14 @@ def look_at_all(
         yield batch
 
 
+def readable(data: VisualPromptDataset, args: argparse.Namespace) -> VisualPromptDataset:
+    """The dataset without the pairs that cannot be read, where no facts of them are wanted."""
+    broken: dict[int, str] = {}
+    for _ in look_at_all(data, args, broken):
+        pass
+    return without(data, broken)[0] if broken else data
+
+
 def without(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[VisualPromptDataset, Tensor]:
     """The dataset without some of its pairs, and which of them stay.
 

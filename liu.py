@@ -14,6 +14,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable
+from functools import cached_property
 from itertools import cycle
 from pathlib import Path
 
@@ -186,13 +187,16 @@ class InstructionUnifier:
             return replies
         return [reply.strip().split("\n")[0] for reply in replies]  # a bare model goes on to invent examples
 
+    @cached_property
+    def _control_tokens(self) -> list[str]:
+        added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return list(filter(str.strip, dict.fromkeys([*added, *self.tokenizer.all_special_tokens])))
+
     def _without_control_tokens(self, text: str) -> str:
         """A tokenizer would read them as such, and a chat template refuse them."""
-        added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        tokens = [
-            token for token in dict.fromkeys([*added, *self.tokenizer.all_special_tokens]) if token.strip()
-        ]
-        while found := [token for token in tokens if token in text]:  # what is left may make another
+        while found := [
+            token for token in self._control_tokens if token in text
+        ]:  # the rest may make another
             for token in found:
                 text = text.replace(token, " ")
         return text

@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 import backbone
 import esm
-from checkpoint import load_checkpoint, other_settings, save_checkpoint, write_whole
+from checkpoint import load_checkpoint, other_settings, save_checkpoint, whole_folder, write_whole
 from dataset import ImageError, lines_of, load_image, parse_json, read_pairs, tensor_to_image
 from prompt_to_prompt import PromptToPrompt, align
 
@@ -265,10 +265,9 @@ def finetune(
         if (step + 1) % each == 0:
             save_checkpoint(checkpoints, step + 1, {"model": model}, optimizer, keep=2)
     tokenizer.chat_template = OWN_TASK
-    temporary = folder.with_name(f".{folder.name}")
-    model.eval().requires_grad_(False).save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    temporary.rename(folder)
+    with whole_folder(folder) as new:
+        model.eval().requires_grad_(False).save_pretrained(new)
+        tokenizer.save_pretrained(new)
 
 
 # --- Texts: the program -------------------------------------------------------------------------------------

@@ -450,6 +450,13 @@ def _check_settings(where: str, settings: dict[str, Any]) -> None:
             raise backbone.BackboneError(f"{where} has {name} {repr(value)[:80]}")
 
 
+def call_options(sampling: dict[str, Any]) -> dict[str, Any]:
+    """What `SAMPLING` names, by the names that a call of the pipeline gives it."""
+    names = {"steps": "num_inference_steps", "eta": "eta"}
+    names |= {"guidance_text": "guidance_scale", "guidance_visual": "visual_guidance_scale"}
+    return {name: sampling[ours] for ours, name in names.items()}
+
+
 def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
     """A generator for each seed; on the CPU, so that a seed means the same noise on every device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -65,11 +65,10 @@ from facts import (
     Facts,
     Frozen,
     load_batches,
-    look_at_all,
     look_up,
     observe_all,
     read_instructions,
-    without,
+    readable,
 )
 from pipeline import SAMPLING, InstructGIEPipeline, model_card
 from rcldm import RCLDM, VisualPromptEncoder
@@ -696,10 +695,7 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
             areas = sam_loss.SelectiveAreas(segmenter, processor, classes)
         frozen = Frozen(sd.vae, clip, areas)
         if args.flip:  # encoded at every step; but what cannot be read is to be known now
-            facts, broken = None, {}
-            for _ in look_at_all(data, args, broken):
-                pass
-            data, _ = without(data, broken) if broken else (data, None)
+            data, facts = readable(data, args), None
         else:
             data, facts = observe_all(data, frozen, args, device)
         unifier = None

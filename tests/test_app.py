@@ -92,7 +92,7 @@ def test_steps_come_first_then_answers_that_tell_how_they_were_made(editor, pipe
     again = pipe("make it night", query, pictures[:2], generator=noise, num_inference_steps=4, unify=False)
     answer = load_image(files[3])
     assert abs(np.asarray(again.images[0]).astype(int) - np.asarray(answer)).max() <= 1
-    sheet = labelled_grid([*pictures, answer], record["instruction"], 64)
+    sheet = labelled_grid(tuple(pictures[:2]), pictures[2], answer, record["instruction"], 64)
     assert np.array_equal(np.asarray(load_image(grids[3])), np.asarray(sheet))
 
 

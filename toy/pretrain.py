@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import shutil
 import subprocess
@@ -42,7 +41,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from backbone import encode_images
-from checkpoint import averaged, load_checkpoint, save_checkpoint
+from checkpoint import averaged, load_checkpoint, save_checkpoint, whole_folder
 from dataset import from_bytes
 from make_dataset import OWN_TASK, as_prompt, as_reply, writing_loss
 from toy import world
@@ -657,11 +656,8 @@ def train_writer(args: argparse.Namespace) -> None:
 
 def save(write: Callable[..., object], folder: Path) -> None:
     """Writes a model folder in one piece: a killed run leaves the old one or the new one."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    write(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with whole_folder(folder) as new:
+        write(new)
 
 
 # ----------------------------------------------------------------------------------------------------------
