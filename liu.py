@@ -194,9 +194,8 @@ class InstructionUnifier:
 
     def _without_control_tokens(self, text: str) -> str:
         """A tokenizer would read them as such, and a chat template refuse them."""
-        while found := [
-            token for token in self._control_tokens if token in text
-        ]:  # the rest may make another
+        # What is left may make another.
+        while found := [token for token in self._control_tokens if token in text]:
             for token in found:
                 text = text.replace(token, " ")
         return text
