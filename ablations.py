@@ -79,6 +79,8 @@ ARMS = {
     "no-esm": Arm("without ESM", ("--no-esm",), taught_as="full", paper=(9.23, 0.15)),
     "no-liu": Arm("without LIU", ("--no-liu",), paper=(10.37, None)),
     "no-sam": Arm("without SAM", ("--no-sam",), taught_as="full", paper=(11.31, None)),
+    "es-10x": Arm("ESM, ten times the weight", ("--es-weight", "0.5"), taught_as="full"),
+    "sam-10x": Arm("SAM, ten times the weight", ("--sam-weight", "1"), taught_as="full"),
     "sdedit": Arm(
         "SDEdit", method="sdedit", sampling=("--guidance-text", "4"), trained=False, paper=(21.67, 0.11)
     ),
@@ -103,9 +105,9 @@ COMPARED = {
 }
 TAKEN_AWAY = {
     "example": ("full", "no-rcldm", "vit"),
-    "seen": ("full", "no-esm", "no-rcldm", "vit", "no-liu", "no-sam"),
+    "seen": ("full", "no-esm", "es-10x", "no-rcldm", "vit", "no-liu", "no-sam", "sam-10x"),
     "paraphrase": ("full", "no-liu"),
-    "faces": ("full", "no-sam"),
+    "faces": ("full", "no-sam", "sam-10x"),
 }
 TABLES = (*COMPARED.items(), *TAKEN_AWAY.items())
 TITLES = {

@@ -154,6 +154,9 @@ class Edit:
         numbers = [wish.seed, wish.answers, *settings.values()]
         if any(number is None or not math.isfinite(number) for number in numbers):
             raise ValueError("every setting must be a finite number")
+        if any(number != int(number) for number in (wish.seed, wish.answers, wish.steps)):
+            raise ValueError("seed, answers and steps must be whole numbers")
+        settings["steps"] = int(wish.steps)
         pair = tuple(map(picture, filter(None, example))) or None
         for file in files:
             picture(file)  # a broken one should show before the others are edited
@@ -161,7 +164,7 @@ class Edit:
         (self.unified,) = pipe.unify([instruction])
         pipe.scheduler = getattr(diffusers, SCHEDULERS[wish.scheduler]).from_config(self.editor.schedule)
         folder = Path(tempfile.mkdtemp(dir=self.editor.folder))
-        seeds = range(wish.seed, wish.seed + wish.answers)
+        seeds = range(int(wish.seed), int(wish.seed + wish.answers))
         made_with = {"instruction": instruction, "unified": self.unified, **settings}
         made_with |= {"prompt_pair": [Path(file).name for file in example if file]}
         made_with |= {"scheduler": wish.scheduler, "model": self.editor.model, "dtype": "float32"}
@@ -290,9 +293,7 @@ def toy_examples(folder: Path) -> list[list]:
 @backbone.one_line_errors("app.py")
 def main() -> None:
     args = arguments()
-    for name in ("port", "max_pixels", "max_upload", "queue"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    backbone.check_numbers(args, {(1, math.inf): "max_pixels max_upload queue", (1, 65535): "port"})
     transformers.logging.disable_progress_bar()  # of every part's loading
     diffusers.utils.logging.disable_progress_bar()
     model, device = args.model or backbone.PRESETS["toy"].editor, backbone.pick_device(args.device)

@@ -9,17 +9,21 @@ Weights are read from safetensors alone, and no code that comes with them is run
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import inspect
+import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -153,9 +157,7 @@ def load_stable_diffusion(
             kind.from_pretrained(folder / part, torch_dtype=dtype, use_safetensors=True)
             for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
         )
-        text_encoder = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True
-        )
+        text_encoder = _transformer(CLIPTextModel, folder / "text_encoder", dtype)
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         # Whatever sampler the folder names, its noise schedule is what training needs.
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
@@ -167,8 +169,14 @@ def load_stable_diffusion(
 def check_tokenizer(tokenizer: Any, text_encoder: nn.Module) -> None:
     """Raises ValueError for a tokenizer whose texts are longer than this encoder reads, or of other words."""
     config, longest = text_encoder.config, tokenizer.model_max_length
-    if len(tokenizer) > config.vocab_size or not 0 < longest <= config.max_position_embeddings:
+    if words_of(tokenizer) > config.vocab_size or not 0 < longest <= config.max_position_embeddings:
         raise ValueError("its tokenizer does not fit its text encoder")
+
+
+def words_of(tokenizer: Any) -> int:
+    """How many words a model must know to read what this tokenizer of transformers writes: its ids may have
+    gaps, and those that it puts around a text be of no word."""
+    return 1 + max(*tokenizer.get_vocab().values(), *tokenizer("a cat")["input_ids"])
 
 
 @torch.no_grad()
@@ -200,8 +208,14 @@ def decode_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
 
 
 def vae_factor(vae: nn.Module) -> int:
-    """Pixels along the side of a latent pixel."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    """Pixels along the side of a latent pixel. Raises BackboneError where its two halves do not agree."""
+    down = sum(block.downsamplers is not None for block in vae.encoder.down_blocks)
+    up = sum(block.upsamplers is not None for block in vae.decoder.up_blocks)
+    if down != up:
+        raise BackboneError(
+            f"the autoencoder makes pictures {2**down} times smaller and {2**up} times larger"
+        )
+    return 2**down
 
 
 def load_tiny_decoder(source: str, vae: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
@@ -244,7 +258,7 @@ def load_clip_tokenizer(source: str) -> Any:
         own = config.get("hf_tokenizer_name")
         options = {"trust_remote_code": False} if own else {}
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}", **options)
-        words = len(tokenizer.tokenizer) if own else tokenizer.vocab_size
+        words = words_of(tokenizer.tokenizer) if own else tokenizer.vocab_size
         if words > config.get("vocab_size", words):
             raise ValueError("its tokenizer has more words than it")
         tokenizer([""])
@@ -257,8 +271,7 @@ def load_segmenter(source: str, device: torch.device | str = "cpu") -> tuple[nn.
 
     folder = find_folder(source)
     with clear_errors(source, "a Mask2Former folder", folder):
-        options = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
-        model = Mask2FormerForUniversalSegmentation.from_pretrained(folder, **options)
+        model = _transformer(Mask2FormerForUniversalSegmentation, folder, torch.float32)
         processor = Mask2FormerImageProcessor.from_pretrained(folder, local_files_only=True)
         return _freeze(model, device), processor
 
@@ -272,10 +285,10 @@ def load_llm(
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     folder = find_folder(source)
     with clear_errors(source, "a causal language model's folder", folder):
-        options = {"local_files_only": True, "trust_remote_code": False}
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model = _transformer(AutoModelForCausalLM, folder, dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        check_template(tokenizer)
+        if words_of(tokenizer) > model.get_input_embeddings().num_embeddings:
             raise ValueError("its tokenizer has more words than it")
         return _freeze(model, device), tokenizer
 
@@ -293,6 +306,36 @@ def load_editor(
             raise ValueError("instructgie.json holds no settings")
         model = RCLDM.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
         return _freeze(model, device), settings
+
+
+def _transformer(kind: Any, folder: Path, dtype: torch.dtype, **options: Any) -> nn.Module:
+    """A model of transformers. Raises ValueError where its files lack a weight, which would be made up."""
+    options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    model, found = kind.from_pretrained(folder, dtype=dtype, **options)
+    if lacking := sorted(set(found["missing_keys"]) & {name for name, _ in model.named_parameters()}):
+        raise ValueError(f"its weights lack {lacking[0]}")
+    return model
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raises ValueError for a chat template that a short talk leads to no end, or deep into the memory: it is
+    a program, which transformers keeps from files and the network, but not from going on for ever."""
+    end, process = time.monotonic() + 2, psutil.Process()
+    most = process.memory_info().rss + 2**28
+
+    def look(*_: Any) -> Callable:
+        if time.monotonic() > end or process.memory_info().rss > most:
+            raise ValueError("its chat template comes to no end")
+        return look
+
+    talk = [{"role": role, "content": "a cat"} for role in ("user", "assistant") * 12]
+    before = sys.gettrace()
+    sys.settrace(look if tokenizer.chat_template else before)
+    try:
+        if tokenizer.chat_template:
+            tokenizer.apply_chat_template(talk[:-1], add_generation_prompt=True, tokenize=False)
+    finally:
+        sys.settrace(before)
 
 
 def check_model(model: nn.Module) -> None:
@@ -433,14 +476,38 @@ def _no_larger_than(folder: Path) -> Iterator[None]:
         handle.remove()
 
 
+# --- The programs -------------------------------------------------------------------------------------------
+
+
+def check_numbers(args: argparse.Namespace, bounds: dict[tuple[float, float], str]) -> None:
+    """Raises ValueError for an option that is no finite number, or beyond its bounds.
+
+    bounds: (least, most) → the names of the options that they hold for, with spaces between.
+    """
+    of = {name: pair for pair, names in bounds.items() for name in names.split()}
+    for name, value in vars(args).items():
+        if isinstance(value, float | int):
+            option, (least, most) = f"--{name.replace('_', '-')}", of.get(name, (-math.inf, math.inf))
+            wanted = f"{least} … {most}" if most < math.inf else f"at least {least}"
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{option} must be a finite number, not {value}")
+            if not least <= value <= most:
+                raise ValueError(f"{option} must be {wanted}, not {str(value)[:40]}")
+
+
 @contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """What the user can mend, a ValueError or OSError, ends the program with one line and exit code 2; Ctrl-C
-    ends it without more words and with a shell's code for that, 130."""
+    """What the user can mend, a ValueError or OSError or too little memory, ends the program with one line
+    and exit code 2; Ctrl-C ends it without more words and with a shell's code for that, 130."""
     try:
         yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (ValueError, OSError) as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        line = " ".join(str(error).split())
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in line:
+            line = f"the memory does not suffice ({line[-200:]}); ask for less at a time, or smaller pictures"
+        elif isinstance(error, RuntimeError):
+            raise
+        print(f"{program}: error: {line}", file=sys.stderr)
         raise SystemExit(2) from (error if os.environ.get("DEBUG") else None)

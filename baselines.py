@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -299,9 +300,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--checkpoint-every", type=int, default=250, help="steps")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("baselines.py"):
-        for name in ("steps", "batch", "checkpoint_every"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
+        bounds = {(1, math.inf): "steps checkpoint_every", (1, 4096): "batch", (0, 1): "lr ema"}
+        backbone.check_numbers(args, bounds | {(0, 256): "workers", (0, 2**32): "seed"})
         train(args)
 
 

@@ -285,7 +285,7 @@ class Stop:
 
     def note(self, number: int, _: object) -> None:
         if self.asked or not self.at_work:
-            raise SystemExit(128 + number)
+            os._exit(128 + number)  # an exception may get lost: it is raised wherever the program just is
         self.asked = number
         _say(f"\n{signal.Signals(number).name}: ends after this step; again, and it ends at once")
 

@@ -27,6 +27,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -278,6 +279,8 @@ class TableImage(NamedTuple):
         return f"column {self.column.column_names[0]}, row {self.row}"
 
 
+_one_at_a_time = threading.Lock()
+
 # Of Pillow's. Of the others EPS, say, would start Ghostscript, and JPEG 2000 takes several times its pixels.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -290,9 +293,11 @@ def load_image(source: str | Path | TableImage) -> Image.Image:
     many parts or scans would take long to go through.
     """
     try:
-        with warnings.catch_warnings(), _Parts(_image_file(source)) as file:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
+        with _Parts(_image_file(source)) as file:
+            with _one_at_a_time, warnings.catch_warnings():  # which threads would spoil for each other
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(file, formats=FORMATS)  # looks at the header alone
+            with image:
                 if image.format in ("JPEG", "MPO") and file.scans() > 100:  # libtiff's limit, too
                     raise ImageError(source, "more than 100 scans")
                 return _to_rgb(ImageOps.exif_transpose(image))
@@ -575,8 +580,8 @@ def _load_table(source: str | Path, split: str) -> Any:
         # Told its files, the library reads neither a card, which may name others, nor another format.
         kind, files = files[0].suffix[1:], [file for file in files if file.suffix == files[0].suffix]
         files = [str(file) for file in _of_split(files, root, split)]
-        if kind == "parquet" and any(_is_bomb(file) for file in files):
-            raise DatasetError("more rows than pictures can lie in the files")
+        for file in files:
+            _check_table(file)
         return datasets.load_dataset(kind, data_files={split: files}, split=split)
     except DatasetError:
         raise
@@ -613,11 +618,50 @@ def _of_split(files: list[Path], root: Path, split: str) -> list[Path]:
     return chosen
 
 
-def _is_bomb(file: str) -> bool:
-    """Whether a Parquet file claims more rows, of two pictures each, than its bytes can hold."""
-    from pyarrow import parquet
+def _check_table(file: str | Path) -> None:
+    """Raises ValueError for a Parquet or Arrow file that would fill memory or disk. Small ones can: pages are
+    compressed, one value of a dictionary stands in any number of rows, a class label is a list of names."""
+    from pyarrow import ipc, parquet
 
-    return parquet.read_metadata(file).num_rows * 64 > os.path.getsize(file)
+    size, most = os.path.getsize(file), 2**20 + 100 * os.path.getsize(file)
+    if Path(file).suffix != ".parquet":
+        with open(file, "rb") as opened:
+            schema = (ipc.open_file if opened.read(6) == b"ARROW1" else ipc.open_stream)(file).schema
+    else:
+        table = parquet.ParquetFile(file)
+        schema, about = table.schema_arrow, table.metadata
+        if about.num_rows * 64 > size:
+            raise ValueError("more rows than pictures can lie in the files")
+        groups = [about.row_group(k) for k in range(about.num_row_groups)]
+        columns = [group.column(k) for group in groups for k in range(group.num_columns)]
+        unpacked = sum(column.total_uncompressed_size for column in columns)
+        repeated = sum(column.num_values * _dictionary(column) for column in columns)
+        if repeated > most:  # it may be less by far: so it is looked at
+            repeated = 0
+            for batch in table.iter_batches(16):
+                repeated += batch.nbytes
+                if repeated > most:
+                    break
+        if max(unpacked, repeated) > most:
+            raise ValueError(f"{Path(file).name} would unpack to more than a hundred times its size")
+    _check_features(parse_json((schema.metadata or {}).get(b"huggingface", b"null")))
+
+
+def _dictionary(column: Any) -> int:
+    """Bytes of a Parquet column's dictionary, unpacked, at most."""
+    if not column.has_dictionary_page:
+        return 0
+    pages = column.total_compressed_size - (column.data_page_offset - column.dictionary_page_offset)
+    return max(0, column.total_uncompressed_size - pages)
+
+
+def _check_features(value: Any) -> None:
+    """Raises ValueError for a class label of very many names, of which the library makes a list."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if isinstance(value, dict) and isinstance(value.get("num_classes"), int) and value["num_classes"] > 2**16:
+        raise ValueError(f"num_classes of {value['num_classes']:.0e} is too large")
+    for each in inner:
+        _check_features(each)
 
 
 def _load_saved(root: Path, split: str) -> Any:
@@ -629,9 +673,10 @@ def _load_saved(root: Path, split: str) -> Any:
         if split not in splits:
             raise DatasetError(f"no split {split!r}, only {', '.join(splits)}")
         root = Path(_Inside(root).path(split))
-    state, _ = (read_json(root / name) for name in ("state.json", "dataset_info.json"))
+    state, info = (read_json(root / name) for name in ("state.json", "dataset_info.json"))
+    _check_features(info)
     for file in _object(state, "_data_files")["_data_files"]:
-        _Inside(root).path(file["filename"])
+        _check_table(_Inside(root).path(file["filename"]))
     table = datasets.load_from_disk(str(root))
     table.data.validate(full=True)  # a damaged file could have it read anywhere in memory
     return table

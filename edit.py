@@ -163,16 +163,8 @@ def main() -> None:
         raise ValueError(f"--instruction must have at most {LONGEST_INSTRUCTION} letters")
     if not args.prompt_pair and not instruction:
         raise ValueError("nothing says which edit to make: give --prompt-pair, --instruction or both")
-    for name, value in vars(args).items():
-        option = f"--{name.replace('_', '-')}"
-        if name in ("num_images", "steps") and value is not None and value < 1:
-            raise ValueError(f"{option} must be at least 1, not {value}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{option} must be a finite number, not {value}")
-    if args.num_images > MOST_ANSWERS:
-        raise ValueError(f"--num-images must be at most {MOST_ANSWERS}, not {args.num_images}")
-    if not 0 <= args.seed < 2**63 - args.num_images:
-        raise ValueError(f"--seed must be a whole number from 0 to 2^63 - 1, not {args.seed}")
+    bounds = {(1, MOST_ANSWERS): "num_images", (1, math.inf): "steps", (0, 2**62): "seed"}
+    backbone.check_numbers(args, bounds)
     inputs = pictures(args.input)
     read = set(map(os.path.realpath, [*inputs, *(args.prompt_pair or [])]))
     targets = output_paths(args.output, inputs, args.num_images, read)

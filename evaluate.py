@@ -295,14 +295,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--sheet", type=int, default=0, metavar="N", help="write sheet.png, with the first N queries")
     args = parser.parse_args(argv)
-    for name in ("count", "batch"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: give 1 or more")
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give a finite number")
-    if not 0 <= args.seed < 2**62:
-        raise ValueError(f"--seed {args.seed}: give a whole number from 0 to 2^62 - 1")
+    backbone.check_numbers(args, {(1, math.inf): "count batch", (0, math.inf): "sheet", (0, 2**62): "seed"})
     return args
 
 

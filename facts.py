@@ -172,7 +172,7 @@ def look_at_all(
 ) -> Iterator[dict[str, Any]]:
     """Every pair once, in batches; what cannot be read is noted in `broken`, by the pair's index."""
     seen, batch_size = 0, max(1, 2**20 // data.size**2)
-    loader = DataLoader(Pairs(data), batch_size, num_workers=args.workers)
+    loader = DataLoader(Pairs(data), batch_size, num_workers=args.workers, worker_init_fn=ignore_signals)
     for batch in tqdm(loader, desc="looking at the pictures, once", mininterval=2, unit="batch"):
         broken |= {seen + k: reason for k, reason in enumerate(batch["broken"]) if reason}
         seen += len(batch["broken"])

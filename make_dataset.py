@@ -690,12 +690,17 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _look(pair) -> tuple[tuple[int, int], str, str] | ImageError:
-    """Size and digests of the pixels of a pair of pictures."""
+    """Size and digests of the pixels of a pair of pictures, of which one at a time is in memory."""
     try:
-        pictures = [load_image(pair.input), load_image(pair.output)]
+        (size, before), (_, after) = map(_digest, (pair.input, pair.output))
     except ImageError as error:
         return error
-    return pictures[0].size, *(hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures)
+    return size, before, after
+
+
+def _digest(source) -> tuple[tuple[int, int], str]:
+    picture = load_image(source)
+    return picture.size, hashlib.sha256(picture.tobytes()).hexdigest()
 
 
 def draw_sheet(groups: dict[str, list], path: Path, side: int = 96, most: int = 60) -> None:
@@ -781,29 +786,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--thin", type=int, default=2, help="an instruction of fewer good pairs is too thin")
     add("--sheet", type=Path, help="write a contact sheet, PNG")
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if isinstance(value, int) and name != "seed" and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more")
-    if not 0 <= getattr(args, "seed", 0) < 2**62:
-        raise ValueError(f"--seed {args.seed}: give a whole number from 0 to 2^62 - 1")
-    if args.stage == "texts" and not args.temperature > 0:
-        raise ValueError(f"--temperature {args.temperature}: give more than 0")
+    counts = "further tries batch epochs finetune_batch samples keep steps thin"
+    bounds = {(1, math.inf): counts, (1e-6, math.inf): "temperature", (0, 1): "cross finetune_lr"}
+    backbone.check_numbers(args, bounds | {(1, 4096): "size", (0, 2**62): "seed"})
     if args.stage == "images":
         if Path(args.split).name != args.split or args.split in ("", ".."):
             raise ValueError(f"--split {args.split}: give a folder's name; it lies below --out")
-        if (args.size or 0) > 4096:
-            raise ValueError(f"--size {args.size}: give 4096 at most")
         for name, top in (("guidance", 1e6), ("injection", 1)):
             low, high = getattr(args, name)
             if not 0 <= low <= high <= top:
                 raise ValueError(f"--{name} {low} {high}: give two numbers, the smaller first")
-        if not 0 <= args.cross <= 1:
-            raise ValueError(f"--cross {args.cross}: give a part of the steps, 0 … 1")
     if args.stage == "check" and args.sheet and args.sheet.suffix.lower() != ".png":
         raise ValueError(f"--sheet {args.sheet}: give a name that ends in .png")
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give a finite number")
     return args
 
 

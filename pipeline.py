@@ -351,7 +351,7 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
         if lengths != {batch}:
             raise ValueError("examples, has_example, queries, instructions and generators differ in length")
         timesteps = self.scheduler.config.num_train_timesteps
-        if not 1 <= steps <= timesteps:
+        if not isinstance(steps, int) or not 1 <= steps <= timesteps:
             raise ValueError(f"the number of steps must be 1 … {timesteps}, not {steps}")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be 0 … 1, not {eta}")

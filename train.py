@@ -164,6 +164,22 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+BOUNDS = {
+    (1, math.inf): "steps accumulate warmup es_samples checkpoint_every keep validate_every",
+    (
+        0,
+        math.inf,
+    ): "encoder_steps weight_decay validation_pictures auxiliary_weight answer_weight edit_weight "
+    "es_weight sam_weight",
+    (0, 1): "lr encoder_lr ema drop_both drop_text drop_example",
+    (1e-6, math.inf): "noise_power clip_norm",
+    (1, 4096): "batch encoder_batch encoder_width",
+    (8, 1024): "panel",
+    (0, 256): "workers",
+    (0, 2**32): "seed",
+}
+
+
 # ----------------------------------------------------------------------------------------------------------
 # One step's losses
 
@@ -656,19 +672,7 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
     if (begun or (args.output / "prompt-encoder").exists()) and not args.resume:
         raise ValueError(f"--output {args.output} holds a run already; add --resume or choose another folder")
 
-    for name in ("steps", "batch", "accumulate", "warmup", "checkpoint_every", "keep", "validate_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.encoder_steps < 0:
-        raise ValueError(f"--encoder-steps must be at least 0, not {args.encoder_steps}")
-    for name in ("encoder_width", "encoder_batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in ("lr", "encoder_lr", "ema", "drop_both", "drop_text", "drop_example"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be 0 … 1, not {getattr(args, name)}")
-    if not 0 < args.noise_power < math.inf:
-        raise ValueError(f"--noise-power must be above 0 and finite, not {args.noise_power}")
+    backbone.check_numbers(args, BOUNDS)
 
     adamw = new_adamw(args.optimizer)
     device = backbone.pick_device(args.device)
@@ -684,6 +688,8 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
         source = backbone.data_folder(args.data)
         data = VisualPromptDataset(read_pairs(source, args.split), args.panel, args.flip, args.seed)
         sd = backbone.load_stable_diffusion(args.stable_diffusion, device)
+        if args.panel % (unit := backbone.vae_factor(sd.vae)):
+            raise ValueError(f"--panel {args.panel}: give a multiple of {unit}, as the autoencoder needs")
         clip = None if args.no_esm else backbone.load_clip(args.clip, device)
         areas = None
         if not args.no_sam:

@@ -49,6 +49,7 @@ if __name__ == "__main__":
     os.environ |= {"HF_HOME": str(SCRATCH / "cache"), "TMPDIR": str(SCRATCH / "cache")}
 
 import datasets
+import gradio
 import numpy as np
 import open_clip
 import tiny
@@ -58,6 +59,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+import app
 import backbone
 import dataset as ds
 import edit
@@ -564,6 +566,40 @@ def command_case(rng: random.Random, folder: Path, seeds: SimpleNamespace) -> tu
     return f"{program} {words}"[:2000], start
 
 
+# --- The page -----------------------------------------------------------------------------------------------
+
+
+def page_case(rng: random.Random, folder: Path, seeds: SimpleNamespace) -> tuple[str, Callable[[], Any]]:
+    """A wish as a browser, or another program, may send it; Gradio has seen to the numbers' bounds."""
+    names = [folder / f"{name}.png" for name in ("before", "after", "x", "y")]
+    for path in names:
+        path.write_bytes(rng.choice(seeds.pictures[:8]))
+    what = [spoil(path, rng, seeds.outside) for path in rng.sample(names, rng.choice([0, 0, 1, 2]))]
+    before, after, *inputs = map(str, names)
+    odd = [None, 1.5, 0.0, 1.0, float("nan"), *TEXTS]
+    wish = app.Wish(
+        before, after, [(file, None) for file in inputs], "add a hat", 0, 1, 2, 0.0, 1.0, 1.0, "ddim"
+    )
+    for _ in range(rng.choice([0, 1, 1, 2])):
+        name = rng.choice(wish._fields)
+        values = {"before": [None, *PATHS], "inputs": [None, [], [(path, None) for path in PATHS]]}
+        values |= {"after": values["before"], "instruction": [None, *TEXTS, "hat " * 200]}
+        values |= {"scheduler": list(app.SCHEDULERS), "answers": [0, 2, 4, None, float("nan")]}
+        wish = wish._replace(**{name: rng.choice(values.get(name, odd[:5]))})
+        what.append(f"{name} {getattr(wish, name)!r}"[:80])
+
+    def ask() -> None:
+        try:
+            for _ in app.Editor(seeds.pipe, "editor", folder).edit(SimpleNamespace(session_hash="a"), *wish):
+                pass
+        except gradio.Error as error:
+            if "terminal says more" in error.message:  # what nobody expected
+                raise RuntimeError(error.message) from error
+            raise backbone.BackboneError(error.message) from None
+
+    return ", ".join(what), ask
+
+
 class Reached(BaseException):
     """All that a command checks is checked: it would load large models or train."""
 
@@ -592,7 +628,8 @@ CASES = {  # and their shares
     "datasets": (dataset_case, 0.25),
     "models": (model_case, 0.15),
     "checkpoints": (checkpoint_case, 0.1),
-    "commands": (command_case, 0.15),
+    "commands": (command_case, 0.1),
+    "page": (page_case, 0.05),
 }
 
 
@@ -749,6 +786,9 @@ def work(kind: str, numbers: list[int], seed: int, seeds: SimpleNamespace, pipe:
     """In a process of its own: case after case; a line before and after each."""
     if kind == "commands":
         go_no_further(seeds.root / "editor")
+    if kind == "page":
+        seeds.pipe = InstructGIEPipeline.from_pretrained(seeds.root / "editor")
+        seeds.pipe.set_progress_bar_config(disable=True)
     torch.load = no_pickle
     warnings.simplefilter("ignore")
     gc.freeze()  # the libraries' objects need not be gone through before every case
@@ -767,7 +807,7 @@ def work(kind: str, numbers: list[int], seed: int, seeds: SimpleNamespace, pipe:
         os.chdir(folder)
         what, call = CASES[kind][0](random.Random(f"{seed} {kind} {number}"), folder, seeds)
         gc.collect()
-        may = [SCRATCH / "cache", *([folder] if kind in ("checkpoints", "commands") else [])]
+        may = [SCRATCH / "cache", *([folder] if kind in ("checkpoints", "commands", "page") else [])]
         watched.update(may=tuple(map(str, may)), crimes=[])
         outside = sorted(seeds.outside.rglob("*"))
         tell({"number": number, "what": what})

@@ -158,6 +158,7 @@ def error(editor, **changes):
         ({"instruction": "a \udcff hat"}, "codec can&#x27;t encode"),
         ({"eta": float("nan")}, "every setting must be a finite number"),
         ({"seed": None}, "every setting must be a finite number"),
+        ({"seed": 0.5}, "seed, answers and steps must be whole numbers"),
         ({"eta": 2.0}, "eta must be 0 … 1, not 2"),
         ({"steps": 2000}, "the number of steps must be 1 … 1000, not 2000"),
         ({"inputs": [(INPUT, None), ("BROKEN", None)]}, "broken.png: corrupt or truncated picture"),
@@ -238,7 +239,7 @@ def test_the_examples_can_be_edited(editor, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--port", "0"), "--port must be at least 1, not 0"),
+        (("--port", "0"), "--port must be 1 … 65535, not 0"),
         (("--max-pixels", "-1"), "--max-pixels must be at least 1, not -1"),
         (("--model", "nowhere/at/all"), "nowhere/at/all: no such folder"),
         (("--device", "abacus"), "--device abacus: no such device here"),

@@ -12,6 +12,7 @@ import tracemalloc
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +33,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import backbone
+import baselines
 import dataset as ds
 import edit
 import evaluate
 import liu
 import make_dataset
 import metrics
+import train
 from checkpoint import load_checkpoint, other_settings
 from rcldm import cross_merge, cross_scan
 from sam_loss import selective_area_loss
@@ -56,7 +60,7 @@ def fuzz(cases, seed):
     command = [sys.executable, str(FUZZ), "--cases", str(cases), "--seed", str(seed)]
     done = subprocess.run(command, capture_output=True, text=True)
     rows = re.findall(r"^(\w+) +\d+ +(\d+) +(\d+) +(\d+) .* s$", done.stdout, re.MULTILINE)
-    assert done.returncode == 0 and len(rows) == 5, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0 and len(rows) == 6, done.stdout[-3000:] + done.stderr[-3000:]
     return {kind: tuple(map(int, counts)) for kind, *counts in rows}
 
 
@@ -136,6 +140,24 @@ def test_many_scans_and_comments_are_fine_while_they_are_few(tmp_path):
     for name, data in (("a.jpg", progressive_jpeg(64, 20)), ("a.gif", gif_with_comments(1000))):
         (tmp_path / name).write_bytes(data)
         assert ds.load_image(tmp_path / name).mode == "RGB"
+
+
+def test_threads_do_not_spoil_each_others_limits(tmp_path):
+    """Python's filter of warnings, by which a huge picture is known, belongs to no thread."""
+    (tmp_path / "small.png").write_bytes(encoded(Image.new("RGB", (64, 64)), "PNG"))
+    (tmp_path / "huge.png").write_bytes(png((10_000, 10_000), 8, 2, ZEROS))
+    filters = [*warnings.filters]
+
+    def look(name):
+        try:
+            return ds.load_image(tmp_path / name).size
+        except ds.ImageError as error:
+            return str(error).split(": ")[1]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(look, ["small.png", "huge.png"] * 200))
+    assert found == [(64, 64), "more than 89,478,485 pixels"] * 200
+    assert warnings.filters == filters
 
 
 def test_what_is_no_file_is_not_opened(tmp_path):
@@ -287,6 +309,46 @@ def test_more_rows_than_bytes_are_refused(tmp_path):
     (tmp_path / "bomb").mkdir()
     parquet.write_table(pyarrow.table(columns), tmp_path / "bomb/train.parquet")
     refused(tmp_path / "bomb", "more rows than pictures")
+
+
+def two_pictures(rows):
+    """Columns that `read_table` takes, all of whose pictures are one."""
+    noise = np.random.default_rng(0).integers(0, 256, (150, 150, 3), dtype=np.uint8)
+    pictures = [{"bytes": encoded(Image.fromarray(noise), "PNG"), "path": None}] * rows
+    return {"original_image": pictures, "edited_image": pictures, "edit_prompt": ["add a hat"] * rows}
+
+
+def test_a_table_that_unpacks_to_very_much_is_refused(tmp_path):
+    """By a dictionary, one of whose values stands in all rows, and by compression; one that is like others is
+    read, though its pictures recur."""
+    (tmp_path / "twice").mkdir()
+    parquet.write_table(pyarrow.table(two_pictures(2)), tmp_path / "twice/train.parquet")
+    assert len(ds.read_pairs(tmp_path / "twice")) == 2
+    for name, columns in (("same", two_pictures(2000)), ("zeros", {"a": [bytes(10**8)] * 2})):
+        file = tmp_path / name / "train.parquet"
+        file.parent.mkdir()
+        parquet.write_table(pyarrow.table(columns), file, compression="zstd")
+        assert file.stat().st_size < 200_000
+        refused(file.parent, "would unpack to more than a hundred times its size")
+
+
+@pytest.mark.parametrize("layout", ["saved", "parquet", "arrow"])
+def test_a_class_label_of_very_many_names_is_refused(copy, layout):
+    """Of which the library would make a list, wherever a table's features are told."""
+    root, label = copy(layout), {"num_classes": 10**9, "_type": "ClassLabel"}
+    if layout == "saved":
+        info = json.loads((root / "dataset_info.json").read_text())
+        change(root / "dataset_info.json", features=info["features"] | {"edit_prompt": label})
+    else:
+        told = {"huggingface": json.dumps({"info": {"features": {"edit_prompt": label}}})}
+        table = pyarrow.table(two_pictures(2)).replace_schema_metadata(told)
+        (file,) = (root / "data").glob("*")
+        if layout == "parquet":
+            parquet.write_table(table, file)
+        else:
+            with pyarrow.ipc.new_stream(file, table.schema) as stream:
+                stream.write_table(table)
+    refused(root, "num_classes of 1e.09 is too large")
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../saved/data-00000-of-00001.arrow", 7])
@@ -454,6 +516,47 @@ def test_weights_of_another_model_are_refused(copy, seeds, kind):
         LOADERS[kind](root)
 
 
+@pytest.mark.parametrize("kind, part", [("llm", ""), ("segmenter", ""), ("sd", "text_encoder")])
+def test_no_weight_that_is_missing_is_made_up(copy, kind, part):
+    """As transformers would, at random."""
+    root = copy(kind)
+    file = root / part / "model.safetensors"
+    weights = load_file(file)
+    gone = sorted(name for name in weights if "norm" in name)[0]
+    save_file({name: weight for name, weight in weights.items() if name != gone}, file, {"format": "pt"})
+    with pytest.raises(backbone.BackboneError, match=r"its weights lack .*norm"):
+        LOADERS[kind](root)
+
+
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "no end"),
+        (
+            "{% set n = namespace(a='aa') %}{% for i in range(64) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
+            "no end",
+        ),
+        ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ messages", "unexpected end of template"),
+    ],
+)
+def test_a_chat_template_that_does_not_end(copy, template, reason):
+    root = copy("llm")
+    (root / "chat_template.jinja").write_text(template)
+    with pytest.raises(backbone.BackboneError, match=reason) as caught:
+        backbone.load_llm(str(root))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_autoencoder_whose_halves_do_not_agree(copy):
+    root = copy("pipeline")
+    config = json.loads((root / "vae/config.json").read_text())
+    del config["down_block_types"]  # then it has one
+    (root / "vae/config.json").write_text(json.dumps(config))
+    with pytest.raises(backbone.BackboneError, match=r"2 times smaller and 8 times larger"):
+        LOADERS["pipeline"](root)
+
+
 @pytest.mark.parametrize("kind", LOADERS)
 def test_no_file_of_a_model_keeps_one_waiting(copy, kind):
     root = copy(kind)
@@ -507,6 +610,24 @@ def test_settings_that_are_none(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+
+@pytest.mark.parametrize("fill", [lambda: torch.empty(10**14), lambda: bytes(10**14), out_of_memory])
+def test_too_little_memory_is_said_in_one_line(capsys, fill):
+    with pytest.raises(SystemExit) as exit, backbone.one_line_errors("train.py"):
+        fill()
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("train.py: error: the memory does not suffice")
+
+
+def test_an_error_of_ours_is_not_taken_for_too_little_memory():
+    with pytest.raises(RuntimeError, match="ours"), backbone.one_line_errors("train.py"):
+        raise RuntimeError("ours")
+
+
 def test_replies_of_another_form_are_left_out(copy):
     root = copy("run")
     lines = ("7", "[]", '{"caption": 7, "reply": "x"}', '{"caption": "a"}', "[" * 9000, "\ud800")
@@ -522,17 +643,32 @@ def test_replies_of_another_form_are_left_out(copy):
         (edit, f"--input x.png --output out --instruction {'a' * 5000}", "2000 letters"),
         (edit, "--input loop.png --output out --instruction hat", "loop.png: no such file"),
         (evaluate, "editor --data folder --split ../folder/train --device cpu", "split '../folder/train'"),
-        (evaluate, "editor --data folder --seed -1", "--seed -1"),
-        (evaluate, "editor --data folder --guidance-text nan", "--guidance-text nan"),
+        (evaluate, "editor --data folder --seed -1", "--seed must be 0"),
+        (evaluate, "editor --data folder --guidance-text nan", "--guidance-text must be a finite number"),
         (evaluate, "editor --data folder --device cpu:x", "--device cpu:x: no such device"),
         (make_dataset, "check folder --split ../seen", "split '../seen'"),
         (make_dataset, "check folder --sheet folder/train/0_after.png", "overwrite a picture"),
         (make_dataset, "check folder --sheet folder/train/metadata.jsonl", "ends in .png"),
         (make_dataset, "texts --seeds /dev/zero --out out --device cpu", "/dev/zero: not a file"),
-        (make_dataset, "images --out run --size -32 --device cpu", "--size -32"),
-        (make_dataset, "images --out run --min-caption nan --device cpu", "--min-caption nan"),
+        (make_dataset, "images --out run --size -32 --device cpu", "--size must be 1 … 4096, not -32"),
+        (
+            make_dataset,
+            "images --out run --min-caption nan --device cpu",
+            "--min-caption must be a finite number",
+        ),
         (make_dataset, "images --out run --split ../../x --device cpu", "--split ../../x"),
         (metrics, "run --json run/answers.jsonl", "no place for a table"),
+        (train, "--data folder --panel 4194304", "--panel must be 8 … 1024, not 4194304"),
+        (train, "--data folder --panel 36 --device cpu", "--panel 36: give a multiple of 8"),
+        (train, "--data folder --encoder-width 100000000", "--encoder-width must be 1 … 4096"),
+        (train, "--data folder --batch 100000000", "--batch must be 1 … 4096"),
+        (train, "--data folder --clip-norm nan", "--clip-norm must be a finite number"),
+        (train, "--data folder --weight-decay nan", "--weight-decay must be a finite number"),
+        (train, "--data folder --auxiliary-weight inf", "--auxiliary-weight must be a finite number"),
+        (train, "--data folder --es-samples -1", "--es-samples must be at least 1"),
+        (train, "--data folder --validation-pictures -1", "--validation-pictures must be at least 0"),
+        (train, f"--data folder --seed {10**30}", "--seed must be 0 … 4294967296, not 1000000"),
+        (baselines, "instruct-pix2pix --output out --lr nan", "--lr must be a finite number"),
     ],
 )
 def test_a_command_that_asks_for_the_impossible(copy, tmp_path, monkeypatch, capsys, program, words, reason):

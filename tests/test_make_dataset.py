@@ -464,10 +464,10 @@ def test_captions_that_the_text_encoder_would_cut_are_not_drawn(painted, tmp_pat
     ("options", "message"),
     [
         (["--size", "20"], "--size 20: give a multiple of 16"),
-        (["--samples", "0"], "--samples 0: give 1 or more"),
+        (["--samples", "0"], "--samples must be at least 1, not 0"),
         (["--guidance", "9", "3"], "--guidance 9.0 3.0: give two numbers"),
         (["--injection", "0", "2"], "--injection 0.0 2.0"),
-        (["--cross", "nan"], "--cross nan: give a part"),
+        (["--cross", "nan"], "--cross must be a finite number"),
         (["--out", "nowhere"], "nowhere/texts.jsonl"),
     ],
 )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -127,9 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("stages.py"):
-        for name in ("count", "batch"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name} {getattr(args, name)}: give 1 or more")
+        backbone.check_numbers(args, {(1, math.inf): "count batch"})
         pipe = InstructGIEPipeline.from_pretrained(args.model).to(backbone.pick_device(args.device))
         pipe.set_progress_bar_config(disable=True)
         if pipe.rcldm.config.design == "conv":
