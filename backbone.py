@@ -352,6 +352,17 @@ def check_model(model: nn.Module) -> None:
                 raise ValueError(f"its config has {name} {repr(value)[:80]}")
 
 
+def check_weights(model: nn.Module, folder: Path) -> None:
+    """Raises ValueError where its files hold fewer numbers than it, so that some must have been made up."""
+    held = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            names = weights.keys()
+            held += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    if held < sum(parameter.numel() for parameter in model.parameters()):
+        raise ValueError(f"the weights in {folder.name} lack some of it")
+
+
 def _freeze(model: nn.Module, device: torch.device | str) -> nn.Module:
     check_model(model)
     return model.to(device).eval().requires_grad_(False)
@@ -426,7 +437,7 @@ def _check_config(value: Any, key: str = "") -> None:
     if isinstance(value, dict | list):
         for k, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
             _check_config(inner, k)
-    most = 1 << 16 if key == "num_labels" else 1 << 20
+    most = {"num_labels": 1 << 16, "downsample_padding": 8}.get(key, 1 << 20)
     if isinstance(value, int) and value > most and not re.search("position|theta|model_max_length", key):
         raise ValueError(f"{key} of {value:.0e} is too large")
     if key == "weight_map" and isinstance(value, dict):

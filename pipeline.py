@@ -124,9 +124,10 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
                 backbone.check_parts(folder)
                 pipe = super().from_pretrained(folder, **{"use_safetensors": True, **options})
                 backbone.check_tokenizer(pipe.tokenizer, pipe.text_encoder)
-                for part in pipe.components.values():
-                    if isinstance(part, nn.Module):
+                for name, part in pipe.components.items():
+                    if isinstance(part, nn.Module) and name not in options:
                         backbone.check_model(part)
+                        backbone.check_weights(part, folder / name)
             _check_settings(f"{source}: model_index.json", {**pipe.settings, "panel": pipe.panel})
             return pipe
         dtype = options.pop("torch_dtype", None) or options.pop("dtype", None) or torch.float32
