@@ -161,6 +161,7 @@ def load_stable_diffusion(
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         # Whatever sampler the folder names, its noise schedule is what training needs.
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+        check_types(scheduler)
         check_tokenizer(tokenizer, text_encoder)
         models = [_freeze(model, device) for model in (vae, unet, text_encoder)]
     return StableDiffusion(*models, tokenizer, scheduler)
@@ -339,17 +340,24 @@ def check_template(tokenizer: Any) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises ValueError where the files have not held all of its weights, or a text where its config has a
-    number: diffusers hands on whatever is there, to stumble over it when it draws."""
-    from diffusers import ConfigMixin
-
+    """Raises ValueError where the files have not held all of its weights, or its config is of other types:
+    diffusers hands on whatever is there, to stumble over it when it draws."""
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(f"its weights lack {missing[0]}")
-    for part in filter(lambda part: isinstance(part, ConfigMixin), model.modules()):
-        for name, usual in inspect.signature(type(part).__init__).parameters.items():
-            value = part.config.get(name)
-            if isinstance(usual.default, int | float) and isinstance(value, str | dict):
-                raise ValueError(f"its config has {name} {repr(value)[:80]}")
+    for part in model.modules():
+        check_types(part)
+
+
+def check_types(part: Any) -> None:
+    """Raises ValueError for a model's or scheduler's config that has a text, or nothing, for a number."""
+    from diffusers import ConfigMixin
+
+    usual = inspect.signature(type(part).__init__).parameters if isinstance(part, ConfigMixin) else {}
+    for name, parameter in usual.items():
+        value, is_number = part.config.get(name, 0), isinstance(parameter.default, int | float)
+        may_be_none = isinstance(parameter.default, bool) or re.search("None|Optional", str(parameter))
+        if is_number and (isinstance(value, str | dict) or (value is None and not may_be_none)):
+            raise ValueError(f"its config has {name} {repr(value)[:80]}")
 
 
 def check_weights(model: nn.Module, folder: Path) -> None:

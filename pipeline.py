@@ -124,6 +124,7 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
                 backbone.check_parts(folder)
                 pipe = super().from_pretrained(folder, **{"use_safetensors": True, **options})
                 backbone.check_tokenizer(pipe.tokenizer, pipe.text_encoder)
+                backbone.check_types(pipe.scheduler)
                 for name, part in pipe.components.items():
                     if isinstance(part, nn.Module) and name not in options:
                         backbone.check_model(part)
