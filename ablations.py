@@ -80,6 +80,7 @@ ARMS = {
     "no-liu": Arm("without LIU", ("--no-liu",), paper=(10.37, None)),
     "no-sam": Arm("without SAM", ("--no-sam",), taught_as="full", paper=(11.31, None)),
     "es-10x": Arm("ESM, ten times the weight", ("--es-weight", "0.5"), taught_as="full"),
+    "frozen": Arm("its encoder frozen once taught", ("--encoder-lr", "0"), taught_as="full"),
     "sam-10x": Arm("SAM, ten times the weight", ("--sam-weight", "1"), taught_as="full"),
     "sdedit": Arm(
         "SDEdit", method="sdedit", sampling=("--guidance-text", "4"), trained=False, paper=(21.67, 0.11)
@@ -104,8 +105,8 @@ COMPARED = {
     for each in ("seen", "unseen_combination")
 }
 TAKEN_AWAY = {
-    "example": ("full", "no-rcldm", "vit"),
-    "seen": ("full", "no-esm", "es-10x", "no-rcldm", "vit", "no-liu", "no-sam", "sam-10x"),
+    "example": ("full", "no-rcldm", "vit", "frozen"),
+    "seen": ("full", "no-esm", "es-10x", "no-rcldm", "vit", "no-liu", "no-sam", "sam-10x", "frozen"),
     "paraphrase": ("full", "no-liu"),
     "faces": ("full", "no-sam", "sam-10x"),
 }

@@ -170,7 +170,8 @@ def load_stable_diffusion(
 def check_tokenizer(tokenizer: Any, text_encoder: nn.Module) -> None:
     """Raises ValueError for a tokenizer whose texts are longer than this encoder reads, or of other words."""
     config, longest = text_encoder.config, tokenizer.model_max_length
-    if words_of(tokenizer) > config.vocab_size or not 0 < longest <= config.max_position_embeddings:
+    reads = isinstance(longest, int) and 0 < longest <= config.max_position_embeddings
+    if not reads or words_of(tokenizer) > config.vocab_size:
         raise ValueError("its tokenizer does not fit its text encoder")
 
 
@@ -439,13 +440,16 @@ def _check_files(folder: Path) -> None:
                 raise ValueError(f"{name}: {error}") from None
 
 
+_MOST = {"num_labels": 1 << 16, "context_length": 1 << 14, "image_size": 1 << 12, "downsample_padding": 8}
+
+
 def _check_config(value: Any, key: str = "") -> None:
     """Raises ValueError for counts that a library would go through before it looks at the weights; shards
     that are no safetensors, and so would be read as pickles; attention that is code from the hub."""
     if isinstance(value, dict | list):
         for k, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
             _check_config(inner, k)
-    most = {"num_labels": 1 << 16, "downsample_padding": 8}.get(key, 1 << 20)
+    most = _MOST.get(key, 1 << 20)
     if isinstance(value, int) and value > most and not re.search("position|theta|model_max_length", key):
         raise ValueError(f"{key} of {value:.0e} is too large")
     if key == "weight_map" and isinstance(value, dict):

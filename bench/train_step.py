@@ -39,6 +39,7 @@ MODELS = {
     "ControlNetModel": ("--no-rcldm", "--no-esm", "--no-sam"),
     "ours without RCLDM, ESM and SAM": ("--no-rcldm", "--no-esm", "--no-sam"),
     "ours without ESM and SAM": ("--no-esm", "--no-sam"),
+    "ours, its encoder frozen, without ESM and SAM": ("--encoder-lr", "0", "--no-esm", "--no-sam"),
     "ours with ViT, without ESM and SAM": ("--encoder", "vit", "--no-esm", "--no-sam"),
     "ours, all four": (),
 }
@@ -88,11 +89,12 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
         factor = settings.panel // facts.latents.shape[-1]
         design = "conv" if settings.no_rcldm else settings.encoder
         model = RCLDM.from_unet(sd.unet, design, factor=factor, prompt_encoder_latents=design != "conv")
+        model.prompt_encoder.requires_grad_(settings.encoder_lr > 0)  # as train.py does after teaching it
     model.to(device).train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
         sd.unet.enable_gradient_checkpointing()
-    weights = list(model.parameters())
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-5)
     index = torch.arange(args.batch)
     batch = {"index": index, "example_index": index + args.batch}

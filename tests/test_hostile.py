@@ -491,6 +491,8 @@ def test_a_clip_cannot_ask_that_its_tokenizer_be_trusted(copy, trap):
         ("sd", "unet/config.json", {"layers_per_block": 10**6}, "more of it than its weights"),
         ("sd", "scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "too large"),
         ("sd", "tokenizer/tokenizer_config.json", {"model_max_length": 10**30}, "tokenizer does not fit"),
+        ("sd", "tokenizer/tokenizer_config.json", {"model_max_length": 7.5}, "tokenizer does not fit"),
+        ("clip", "open_clip_config.json", {"image_size": 32_000}, "image_size of 3e.04 is too large"),
         ("segmenter", "config.json", {"num_queries": 10**6}, "more of it than its weights"),
         ("editor", "config.json", {"prompt_encoder_depth": 10**6}, "more of it than its weights"),
         ("taesd", "config.json", {"scaling_factor": "x"}, "its config has scaling_factor 'x'"),
