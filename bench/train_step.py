@@ -42,6 +42,7 @@ MODELS = {
     "ours, its encoder frozen, without ESM and SAM": ("--encoder-lr", "0", "--no-esm", "--no-sam"),
     "ours with ViT, without ESM and SAM": ("--encoder", "vit", "--no-esm", "--no-sam"),
     "ours, all four": (),
+    "ours, all four, its encoder frozen": ("--encoder-lr", "0"),
 }
 
 

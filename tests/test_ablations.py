@@ -67,7 +67,7 @@ def trained(calls):
 def test_every_arm_is_trained_once_a_seed_on_one_budget(programs):
     calls, _ = programs("--encoder-steps", "30", "--steps", "20", "--batch", "4")
     ours = [words for words in calls if words[0] == "train.py"]
-    assert len(ours) == 7 * 3
+    assert len(ours) == 10 * 3
     for words in ours:
         given = dict(pairwise(words))
         budget = ("90", "60") if "3x" in given["--output"] else ("30", "20")

@@ -42,7 +42,9 @@ def test_the_table_has_a_row_for_each_mode_and_stage(data, capsys):
     assert rows[0][3] == "100.0"  # the truth itself is nearest to the truth
 
 
-@pytest.mark.parametrize("wrong, message", [(["--count", "0"], "--count 0"), (["nowhere"], "nowhere")])
+@pytest.mark.parametrize(
+    "wrong, message", [(["--count", "0"], "--count must be at least 1, not 0"), (["nowhere"], "nowhere")]
+)
 def test_errors_are_one_line(capsys, wrong, message):
     with pytest.raises(SystemExit) as stop:
         stages.main(wrong)
