@@ -21,6 +21,7 @@ Symbols: P panel size (pixels, or latent pixels); C channels. Images are RGB in 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -32,6 +33,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from struct import unpack_from
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -623,36 +625,71 @@ def _check_table(file: str | Path) -> None:
     compressed, one value of a dictionary stands in any number of rows, a class label is a list of names."""
     from pyarrow import ipc, parquet
 
-    size, most = os.path.getsize(file), 2**20 + 100 * os.path.getsize(file)
-    if Path(file).suffix != ".parquet":
-        with open(file, "rb") as opened:
-            schema = (ipc.open_file if opened.read(6) == b"ARROW1" else ipc.open_stream)(file).schema
-    else:
+    if not os.path.isfile(file):
+        raise ValueError(f"{file}: not a file")
+    if Path(file).suffix == ".parquet":
         table = parquet.ParquetFile(file)
-        schema, about = table.schema_arrow, table.metadata
-        if about.num_rows * 64 > size:
-            raise ValueError("more rows than pictures can lie in the files")
-        groups = [about.row_group(k) for k in range(about.num_row_groups)]
-        columns = [group.column(k) for group in groups for k in range(group.num_columns)]
-        unpacked = sum(column.total_uncompressed_size for column in columns)
-        repeated = sum(column.num_values * _dictionary(column) for column in columns)
-        if repeated > most:  # it may be less by far: so it is looked at
-            repeated = 0
-            for batch in table.iter_batches(16):
-                repeated += batch.nbytes
-                if repeated > most:
-                    break
-        if max(unpacked, repeated) > most:
-            raise ValueError(f"{Path(file).name} would unpack to more than a hundred times its size")
+        schema, rows = table.schema_arrow, table.metadata.num_rows
+    else:
+        messages = _messages(str(file))
+        schema = ipc.read_schema(next(messages))
+        batches = [_record_batch(message.metadata.to_pybytes()) for message in messages]
+        if any(is_packed for _, is_packed in batches):
+            raise ValueError(f"{Path(file).name} is compressed; save it without, or as Parquet")
+        rows = sum(length for length, _ in batches)
+    if rows * 64 > os.path.getsize(file):
+        raise ValueError("more rows than pictures can lie in the files")
+    if Path(file).suffix == ".parquet" and _is_bomb(table, 2**20 + 100 * os.path.getsize(file)):
+        raise ValueError(f"{Path(file).name} would unpack to more than a hundred times its size")
     _check_features(parse_json((schema.metadata or {}).get(b"huggingface", b"null")))
 
 
-def _dictionary(column: Any) -> int:
-    """Bytes of a Parquet column's dictionary, unpacked, at most."""
-    if not column.has_dictionary_page:
-        return 0
-    pages = column.total_compressed_size - (column.data_page_offset - column.dictionary_page_offset)
-    return max(0, column.total_uncompressed_size - pages)
+def _is_bomb(table: Any, most: int) -> bool:
+    """Whether a ParquetFile holds more than `most` bytes, unpacked."""
+    groups = [table.metadata.row_group(k) for k in range(table.num_row_groups)]
+    columns = [group.column(k) for group in groups for k in range(group.num_columns)]
+    repeated = 0
+    for column in columns:
+        if column.has_dictionary_page:  # of so many bytes at most, any of which may be in every row
+            pages = column.total_compressed_size - (column.data_page_offset - column.dictionary_page_offset)
+            repeated += column.num_values * max(0, column.total_uncompressed_size - pages)
+    if repeated > most:  # it may be less by far: so it is looked at
+        repeated = 0
+        for batch in table.iter_batches(16):
+            repeated += batch.nbytes
+            if repeated > most:
+                break
+    return max(repeated, sum(column.total_uncompressed_size for column in columns)) > most
+
+
+def _messages(file: str) -> Iterator[Any]:
+    """Those of an Arrow file or stream; their bodies are not read."""
+    from pyarrow import ipc, memory_map
+
+    with memory_map(file) as source:
+        source.seek(8 if source.read(6) == b"ARROW1" else 0)
+        with contextlib.suppress(EOFError):
+            while True:
+                yield ipc.read_message(source)
+
+
+def _record_batch(data: bytes) -> tuple[int, bool]:
+    """How many rows an Arrow message has, and whether it is compressed, or a dictionary. Its metadata is a
+    flatbuffer: a table Message, whose second and third fields are the kind and a table RecordBatch, of which
+    the first and the fourth are the length and the compression."""
+
+    def field(table: int, k: int) -> int:
+        vtable = table - unpack_from("<i", data, table)[0]
+        is_there = 2 * k + 4 < unpack_from("<H", data, vtable)[0]
+        at = unpack_from("<H", data, vtable + 2 * k + 4)[0] if is_there else 0
+        return at and table + at
+
+    message = unpack_from("<I", data)[0]
+    header = field(message, 2)
+    header += unpack_from("<I", data, header)[0]
+    length = field(header, 0)
+    is_batch = data[field(message, 1)] == 3
+    return unpack_from("<q", data, length)[0] if length else 0, not is_batch or field(header, 3) > 0
 
 
 def _check_features(value: Any) -> None:

@@ -332,6 +332,26 @@ def test_a_table_that_unpacks_to_very_much_is_refused(tmp_path):
         refused(file.parent, "would unpack to more than a hundred times its size")
 
 
+def test_arrow_files_that_are_compressed_are_refused(copy):
+    """50 kB of them took 2 GB of memory and as much of the disk."""
+    root, table = copy("arrow"), pyarrow.table(two_pictures(9))
+    (file,) = (root / "data").glob("*")
+    for write in (pyarrow.ipc.new_stream, pyarrow.ipc.new_file):
+        for compression in (None, "lz4", "zstd"):
+            with write(
+                file, table.schema, options=pyarrow.ipc.IpcWriteOptions(compression=compression)
+            ) as out:
+                out.write_table(table, max_chunksize=4)
+            if compression:
+                refused(root, "is compressed; save it without, or as Parquet")
+            else:
+                assert len(ds.read_pairs(root)) == 9
+    many = pyarrow.table({name: pyarrow.nulls(10**6) for name in table.column_names})
+    with pyarrow.ipc.new_stream(file, many.schema) as out:
+        out.write_table(many)
+    refused(root, "more rows than pictures")
+
+
 @pytest.mark.parametrize("layout", ["saved", "parquet", "arrow"])
 def test_a_class_label_of_very_many_names_is_refused(copy, layout):
     """Of which the library would make a list, wherever a table's features are told."""
