@@ -452,6 +452,12 @@ def _check_config(value: Any, key: str = "") -> None:
     most = _MOST.get(key, 1 << 20)
     if isinstance(value, int) and value > most and not re.search("position|theta|model_max_length", key):
         raise ValueError(f"{key} of {value:.0e} is too large")
+    if (
+        isinstance(value, int)
+        and value < 0
+        and re.search("num_|heads|layers|channels|size|padding|offset", key)
+    ):
+        raise ValueError(f"{key} of {value:.0e} is less than none")
     if key == "weight_map" and isinstance(value, dict):
         for name in value.values():
             if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):

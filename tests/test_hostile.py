@@ -516,6 +516,18 @@ def test_a_clip_cannot_ask_that_its_tokenizer_be_trusted(copy, trap):
         ("segmenter", "config.json", {"num_queries": 10**6}, "more of it than its weights"),
         ("editor", "config.json", {"prompt_encoder_depth": 10**6}, "more of it than its weights"),
         ("taesd", "config.json", {"scaling_factor": "x"}, "its config has scaling_factor 'x'"),
+        (
+            "sd",
+            "text_encoder/config.json",
+            {"num_attention_heads": -1},
+            "num_attention_heads of -1e.00 is less",
+        ),
+        (
+            "sd",
+            "scheduler/scheduler_config.json",
+            {"steps_offset": -9},
+            "steps_offset of -9e.00 is less than",
+        ),
         ("sd", "scheduler/scheduler_config.json", {"steps_offset": None}, "has steps_offset None"),
         ("pipeline", "scheduler/scheduler_config.json", {"steps_offset": None}, "has steps_offset None"),
         ("pipeline", "unet/config.json", {"downsample_padding": 65536}, "downsample_padding of 7e.04 is too"),
