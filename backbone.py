@@ -289,9 +289,7 @@ def load_llm(
     with clear_errors(source, "a causal language model's folder", folder):
         model = _transformer(AutoModelForCausalLM, folder, dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        check_template(tokenizer)
-        if words_of(tokenizer) > model.get_input_embeddings().num_embeddings:
-            raise ValueError("its tokenizer has more words than it")
+        check_llm(model, tokenizer)
         return _freeze(model, device), tokenizer
 
 
@@ -319,23 +317,26 @@ def _transformer(kind: Any, folder: Path, dtype: torch.dtype, **options: Any) ->
     return model
 
 
-def check_template(tokenizer: Any) -> None:
-    """Raises ValueError for a chat template that a short talk leads to no end, or deep into the memory: it is
-    a program, which transformers keeps from files and the network, but not from going on for ever."""
-    end, process = time.monotonic() + 2, psutil.Process()
+def check_llm(model: nn.Module, tokenizer: Any) -> None:
+    """Raises ValueError for a tokenizer of more words than its language model, and for a chat template that a
+    short talk leads to no end, or deep into the memory: it is a program, which transformers keeps from files
+    and the network, but not from going on for ever."""
+    if words_of(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise ValueError("its tokenizer has more words than it")
+    if not tokenizer.chat_template:
+        return
+    talk = [{"role": role, "content": "a cat"} for role in ("user", "assistant") * 12]
+    before, end, process = sys.gettrace(), time.monotonic() + 2, psutil.Process()
     most = process.memory_info().rss + 2**28
 
-    def look(*_: Any) -> Callable:
+    def look(*_: Any) -> Callable:  # called before each line
         if time.monotonic() > end or process.memory_info().rss > most:
             raise ValueError("its chat template comes to no end")
         return look
 
-    talk = [{"role": role, "content": "a cat"} for role in ("user", "assistant") * 12]
-    before = sys.gettrace()
-    sys.settrace(look if tokenizer.chat_template else before)
+    sys.settrace(look)
     try:
-        if tokenizer.chat_template:
-            tokenizer.apply_chat_template(talk[:-1], add_generation_prompt=True, tokenize=False)
+        tokenizer.apply_chat_template(talk[:-1], add_generation_prompt=True, tokenize=False)
     finally:
         sys.settrace(before)
 
@@ -449,15 +450,10 @@ def _check_config(value: Any, key: str = "") -> None:
     if isinstance(value, dict | list):
         for k, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
             _check_config(inner, k)
-    most = _MOST.get(key, 1 << 20)
-    if isinstance(value, int) and value > most and not re.search("position|theta|model_max_length", key):
-        raise ValueError(f"{key} of {value:.0e} is too large")
-    if (
-        isinstance(value, int)
-        and value < 0
-        and re.search("num_|heads|layers|channels|size|padding|offset", key)
-    ):
-        raise ValueError(f"{key} of {value:.0e} is less than none")
+    if isinstance(value, int) and not re.search("position|theta|model_max_length", key):
+        is_count = re.search("num_|heads|layers|channels|size|padding|offset", key)
+        if value > _MOST.get(key, 1 << 20) or (value < 0 and is_count):
+            raise ValueError(f"{key} of {value:.0e} is too {'large' if value > 0 else 'small'}")
     if key == "weight_map" and isinstance(value, dict):
         for name in value.values():
             if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):

@@ -125,6 +125,8 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
                 pipe = super().from_pretrained(folder, **{"use_safetensors": True, **options})
                 backbone.check_tokenizer(pipe.tokenizer, pipe.text_encoder)
                 backbone.check_types(pipe.scheduler)
+                if pipe.llm is not None:
+                    backbone.check_llm(pipe.llm, pipe.llm_tokenizer)
                 for name, part in pipe.components.items():
                     if isinstance(part, nn.Module) and name not in options:
                         backbone.check_model(part)

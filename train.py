@@ -166,11 +166,8 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
 
 BOUNDS = {
     (1, math.inf): "steps accumulate warmup es_samples checkpoint_every keep validate_every",
-    (
-        0,
-        math.inf,
-    ): "encoder_steps weight_decay validation_pictures auxiliary_weight answer_weight edit_weight "
-    "es_weight sam_weight",
+    (0, math.inf): "encoder_steps weight_decay validation_pictures auxiliary_weight "
+    "answer_weight edit_weight es_weight sam_weight",
     (0, 1): "lr encoder_lr ema drop_both drop_text drop_example",
     (1e-6, math.inf): "noise_power clip_norm",
     (1, 4096): "batch encoder_batch encoder_width",
