@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -364,13 +364,17 @@ def check_types(part: Any) -> None:
 
 def check_weights(model: nn.Module, folder: Path) -> None:
     """Raises ValueError where its files hold fewer numbers than it, so that some must have been made up."""
-    held = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as weights:
-            names = weights.keys()
-            held += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    held = sum(map(math.prod, _shapes(folder.glob("*.safetensors"))))
     if held < sum(parameter.numel() for parameter in model.parameters()):
         raise ValueError(f"the weights in {folder.name} lack some of it")
+
+
+def _shapes(files: Iterable[Path]) -> Iterator[list[int]]:
+    """Of the tensors in safetensors files, by their headers."""
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            names = weights.keys()
+            yield from (weights.get_slice(name).get_shape() for name in names)
 
 
 def _freeze(model: nn.Module, device: torch.device | str) -> nn.Module:
@@ -480,10 +484,7 @@ def _no_larger_than(folder: Path) -> Iterator[None]:
     weights: a config may claim any size, and a model is made of it before its weights are looked at."""
     files = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
     numbers = 2 * sum(file.stat().st_size for file in files)  # of half a byte each, or more
-    tensors = 0
-    for file in files:
-        with safe_open(file, "pt") as weights:
-            tensors += len(weights.keys())
+    tensors = sum(1 for _ in _shapes(files))
     seen: dict[tuple[int, str], int] = {}
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,8 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--markdown", type=Path, metavar="OUT", help="the table that is printed")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("metrics.py"):
-        if args.batch < 1:
-            raise ValueError(f"--batch {args.batch}: give 1 or more")
+        backbone.check_numbers(args, {(1, math.inf): "batch"})
         for path in filter(None, (args.json, args.markdown)):
             if path.is_dir() or path.name == "answers.jsonl":  # before the time is spent
                 raise ValueError(f"{path}: no place for a table")

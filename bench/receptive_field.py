@@ -13,6 +13,7 @@ the smallest share of the grid's pixels that holds 50, 90 and 99 % of the whole 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -90,8 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="a .png of the fields")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("receptive_field.py"):
-        if args.count < 1:
-            raise ValueError(f"--count {args.count}: give 1 or more")
+        backbone.check_numbers(args, {(1, math.inf): "count"})
         found = fields(args)
         print("| encoder | " + " | ".join(f"{100 * share:g} % of it in" for share in SHARES) + " |")
         print("| --- |" + " ---: |" * len(SHARES))
