@@ -28,6 +28,7 @@ B, C and D are Mamba's parameters as well, as in its paper; a shape always stand
 from __future__ import annotations
 
 import math
+import os
 from functools import lru_cache
 from itertools import pairwise
 
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 
 # -------- 1. The selective scan ---------------------------------------------------------------------
 
-BACKENDS = ("auto", "reference", "chunked", "mamba-ssm")
+BACKENDS = ("auto", "reference", "chunked", "triton", "mamba-ssm")
 
 
 def selective_scan(
@@ -66,14 +67,16 @@ def selective_scan(
         delta_bias: added to Δ before the softplus (D,), or None.
         delta_softplus: Δ ← log(1 + exp(Δ + bias)), which makes every step positive.
         backend: "reference" (the recurrence as written, the specification of the others), "chunked" (plain
-            PyTorch, fast, little memory), "mamba-ssm" (the CUDA kernel), or "auto" (see `scan_backend`).
+            PyTorch, fast, little memory), "triton" (scan_triton.py, for a GPU), "mamba-ssm" (its CUDA
+            kernel), or "auto" (see `scan_backend`).
 
     Returns:
         y, of u's shape and dtype. The state is float32 whatever the inputs are (float64 for a float64 u).
 
     Raises:
         ValueError: an unknown backend, or shapes that do not fit.
-        RuntimeError: "mamba-ssm" where the kernel cannot run; differentiating twice through "chunked".
+        RuntimeError: "triton" and "mamba-ssm" where they cannot run; differentiating twice through them, or
+            through "chunked".
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -81,8 +84,10 @@ def selective_scan(
     _check_shapes(u, delta, A, B, C, D, delta_bias)
     if backend == "auto":
         backend, _ = scan_backend(u)
+    elif backend in ("triton", "mamba-ssm"):
+        _check_kernel(backend, u)
     if backend == "mamba-ssm":
-        return _scan_kernel(u, delta, A, B, C, D, delta_bias, delta_softplus)
+        return _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus)
 
     wide = torch.float64 if u.dtype == torch.float64 else torch.float32
     groups = B.shape[1]
@@ -91,14 +96,20 @@ def selective_scan(
         u, delta = (x.unflatten(1, (groups, -1)) for x in (u, delta))  # (B, G, P, L)
     if backend == "chunked":  # wants the channels innermost in memory, as SS2D below has them
         u, delta = (x if x.stride(2) == 1 else x.mT.contiguous().mT for x in (u, delta))
+    A, B, C = A.to(wide), B.to(wide), C.to(wide)
+    D = A.new_zeros(len(A)) if D is None else D.to(wide)
+    if backend == "triton":
+        from scan_triton import TritonScan
+
+        delta_bias = torch.zeros_like(D) if delta_bias is None else delta_bias.to(wide)
+        y = TritonScan.apply(u, delta, A, B, C, D, delta_bias, delta_softplus)
+        return y if in_groups else y.flatten(1, 2)
     # Δ has no N axis: there is no memory to save here, and autograd may as well do its part.
     delta = delta.to(wide)
     if delta_bias is not None:
         delta = delta + delta_bias.to(wide).view(groups, -1, 1)
     if delta_softplus:
         delta = _Softplus.apply(delta) if backend == "chunked" and not delta.is_cuda else F.softplus(delta)
-    A, B, C = A.to(wide), B.to(wide), C.to(wide)
-    D = A.new_zeros(len(A)) if D is None else D.to(wide)
     if backend == "reference":
         y = _scan_reference(u.to(wide), delta, A, B, C, D).to(u.dtype)
     else:
@@ -109,24 +120,46 @@ def selective_scan(
 def scan_backend(u: Tensor) -> tuple[str, str]:
     """The backend that "auto" takes for an input like `u`, and why, in words."""
     if not u.is_cuda:
-        return "chunked", f"the tensors are on {u.device.type}, and the kernel is for CUDA only"
+        return "chunked", f"the tensors are on {u.device.type}, and the kernels are for CUDA only"
     if u.dtype == torch.float64:
-        return "chunked", "the kernel has no float64"
-    if (error := _kernel_error()) is not None:
-        return "chunked", f"selective_scan_cuda does not import ({error})"
-    return "mamba-ssm", "the tensors are on CUDA and selective_scan_cuda imports"
+        return "chunked", "the kernels have no float64"
+    errors = []
+    for backend in ("triton", "mamba-ssm"):
+        if (error := kernel_error(backend)) is None:
+            return backend, "; ".join([f"the tensors are on CUDA and {backend}'s kernel runs", *errors])
+        errors.append(f"{backend}'s does not ({error})")
+    return "chunked", "; ".join(["the tensors are on CUDA", *errors])
 
 
-@lru_cache(maxsize=1)
-def _kernel_error() -> str | None:
-    """Why mamba-ssm's CUDA kernel cannot be used here, in one line; None where it can."""
+@lru_cache
+def kernel_error(backend: str) -> str | None:
+    """Why the kernel of "triton" or "mamba-ssm" cannot be used here, in one line; None where it can."""
     try:
-        # The extension itself comes first: newer mamba-ssm imports well without it.
-        import selective_scan_cuda  # noqa: F401
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: F401
+        if backend == "triton":  # needs a C compiler at its first launch: only a trial can tell
+            from scan_triton import TritonScan
+
+            x = torch.ones(1, 1, 1, 1, device="cuda")
+            TritonScan.apply(x, x, x[0, 0], x, x, x[0, 0, 0], x[0, 0, 0], False)
+        else:
+            # The extension itself comes first: newer mamba-ssm imports well without it.
+            import selective_scan_cuda  # noqa: F401
+            from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: F401
     except Exception as error:  # an extension built for another torch fails with more than ImportError
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
+
+
+def _check_kernel(backend: str, u: Tensor) -> None:
+    """One clear RuntimeError where a kernel was asked for that cannot run."""
+    if not u.is_cuda and not (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+        raise RuntimeError(
+            f'backend "{backend}" needs CUDA tensors, got {u.device.type}; "auto" takes one that runs'
+        )
+    if u.dtype == torch.float64:
+        raise RuntimeError(f'backend "{backend}" has no float64; "chunked" has')
+    if u.is_cuda and (error := kernel_error(backend)) is not None:
+        means = "Triton and a C compiler" if backend == "triton" else "mamba-ssm's CUDA extension"
+        raise RuntimeError(f'backend "{backend}" needs {means} (requirements-cuda.txt): {error}')
 
 
 def _check_shapes(u, delta, A, B, C, D, delta_bias) -> None:
@@ -162,16 +195,8 @@ def _scan_reference(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D
     return torch.stack(ys, dim=-1) + D * u
 
 
-def _scan_kernel(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
+def _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
     """mamba-ssm's CUDA kernel: one dtype for u, Δ, B and C, float32 for the rest, length innermost."""
-    if (error := _kernel_error()) is not None:
-        raise RuntimeError(
-            f'backend "mamba-ssm" needs the CUDA extension of mamba-ssm (requirements-cuda.txt): {error}'
-        )
-    if not u.is_cuda:
-        raise RuntimeError(
-            f'backend "mamba-ssm" needs CUDA tensors, got {u.device.type}; "auto" takes one that runs'
-        )
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     shape = u.shape

@@ -1,6 +1,6 @@
 """The selective scan against its peers, forward and backward: time and peak memory.
 
-    python bench/scan.py                        # on the CPU, or on CUDA where it is: then the kernel too
+    python bench/scan.py                        # on the CPU, or on CUDA where it is: then the kernels too
     python bench/scan.py --sizes 2,384,16,1024 --repeat 5
 
 Each runs in a process of its own. The peers are all in PyTorch, written here from their descriptions:
@@ -8,6 +8,7 @@ Each runs in a process of its own. The peers are all in PyTorch, written here fr
     unbound     the same recurrence over unbound slices: rcldm.py's backend "reference"
     parallel    a work-efficient parallel scan (Blelloch, 1990) over (B, D, L, N), as mamba.py has it
     chunked     ours
+    triton      ours for a GPU (scan_triton.py)
     mamba-ssm   the CUDA kernel, where it is installed
 """
 
@@ -29,7 +30,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
-from rcldm import scan_backend, selective_scan
+from rcldm import kernel_error, selective_scan
 
 
 def indexed(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -97,6 +98,7 @@ SCANS = {
     "unbound": _ours("reference"),
     "parallel": parallel,
     "chunked": _ours("chunked"),
+    "triton": _ours("triton"),
     "mamba-ssm": _ours("mamba-ssm"),
 }
 
@@ -127,6 +129,7 @@ def apart(measure: Callable[..., dict], *inputs: Any) -> dict[str, Any]:
 def measure(name: str, size: tuple[int, ...], device: torch.device, repeat: int) -> dict[str, float]:
     """Median seconds of forward and backward, peak bytes beyond the inputs, and a sum to compare by."""
     values, cuda, seconds = inputs(size, device), device.type == "cuda", []
+    calls = 20 if cuda and repeat else 1  # in a row, as in a training step: the GPU need not wait for Python
     small = inputs((1, 64, 4, 64), device)  # what the libraries take at their first use is not the scan's
     torch.autograd.grad(SCANS[name](*small).square().sum(), small)
     before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
@@ -134,11 +137,12 @@ def measure(name: str, size: tuple[int, ...], device: torch.device, repeat: int)
         if cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        y = SCANS[name](*values)
-        gradients = torch.autograd.grad(y.square().sum(), values)
+        for _ in range(calls):
+            y = SCANS[name](*values)
+            gradients = torch.autograd.grad(y.square().sum(), values)
         if cuda:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append((time.perf_counter() - start) / calls)
     peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
     check = [x.detach().double().norm().item() for x in (y, *gradients)]
     return {"seconds": statistics.median(seconds[1:] or seconds), "bytes": peak - before, "check": check}
@@ -152,23 +156,24 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SCANS, help="these alone")
     args = parser.parse_args()
     device = backbone.pick_device(args.device)
-    names = args.only or [name for name in SCANS if name != "mamba-ssm"]
-    if not args.only and scan_backend(torch.empty(1, device=device))[0] == "mamba-ssm":
-        names.append("mamba-ssm")
+    kernels = [name for name in ("triton", "mamba-ssm") if device.type == "cuda" and not kernel_error(name)]
+    names = args.only or [name for name in SCANS if name not in ("triton", "mamba-ssm")] + kernels
+    ours = next((name for name in ("triton", "chunked") if name in names), names[0])
     print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| B, D, N, L | scan | ms | × chunked's | peak MiB | × chunked's |")
+    print(f"| B, D, N, L | scan | ms | × {ours}'s | peak MiB | × {ours}'s |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for size in args.sizes:
         rows = {}
         for name in names:
             repeat = 0 if name == "indexed" else args.repeat  # it takes minutes: once, and not warmed up
             rows[name] = apart(measure, name, tuple(map(int, size.split(","))), device, repeat)
-        ours = rows.get("chunked") or next(iter(rows.values()))
+        best = rows[ours]
         for name, row in rows.items():
-            for mine, theirs in zip(ours["check"], row["check"]):
+            for mine, theirs in zip(best["check"], row["check"]):
                 assert abs(mine - theirs) <= 1e-3 * abs(mine), f"{name} computes something else"
-            numbers = [f"{1e3 * row['seconds']:.1f}", f"{row['seconds'] / ours['seconds']:.1f}"]
-            numbers += [f"{row['bytes'] / 2**20:.0f}", f"{row['bytes'] / max(1, ours['bytes']):.1f}"]
+            numbers = [f"{1e3 * row['seconds']:.{3 if device.type == 'cuda' else 1}f}"]
+            numbers.append(f"{row['seconds'] / best['seconds']:.{2 if device.type == 'cuda' else 1}f}")
+            numbers += [f"{row['bytes'] / 2**20:.0f}", f"{row['bytes'] / max(1, best['bytes']):.1f}"]
             print(f"| {size.replace(',', ', ')} | {name} | {' | '.join(numbers)} |", flush=True)
 
 

@@ -1,8 +1,14 @@
 """What several test files share: tiny parts, and train.py run on them."""
 
+import os
 import sys
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # scan_triton.py's kernels run on a CPU; read as Triton is imported
+
 from tiny import options, save_all
 
 import train

@@ -1,0 +1,212 @@
+"""The selective scan of rcldm.py for a GPU, in Triton, which comes with PyTorch: nothing has to be built.
+
+The recurrence, and the letters, are those of rcldm.py:
+
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t        y_t = C_t · h_t + D u_t
+
+One program takes P channels through all of time, T steps at once. A step is a map h → a h + x, two in a row
+are another, and so an associative scan (Blelloch, 1990) has all T states at once, held in registers: memory
+sees u, Δ, B, C and y, and for the way back the one state that enters each T steps. That is what mamba-ssm's
+kernel does too; here it takes the channels where they lie, innermost or not.
+
+The gradient by h_t runs through the same recurrence the other way, g_t = C_t dy_t + exp(Δ_{t+1} A) g_{t+1},
+and the states are computed again beside it.
+
+`TRITON_INTERPRET=1` runs it on a CPU, slowly: so the tests do.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _then(a, x, b, y):
+    """h → a h + x, then h → b h + y."""
+    return a * b, b * x + y
+
+
+@triton.jit
+def _channels(pointer, t, p, length, channels, stride_t, stride_p):
+    """(T, P) of u, Δ or dy; zero outside."""
+    inside = (t < length)[:, None] & (p < channels)[None]
+    return tl.load(pointer + t[:, None] * stride_t + p[None] * stride_p, inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _weights(pointer, t, n, length, states):
+    """(T, 1, N) of B or C; zero outside."""
+    inside = (t < length)[:, None] & (n < states)[None]
+    return tl.load(pointer + n[None] * length + t[:, None], inside, other=0)[:, None]
+
+
+@triton.jit
+def _steps(raw, bias, t, length, SOFTPLUS: tl.constexpr):
+    """Δ (T, P): what was read, with its bias and through the softplus. Zero outside: no step, the state stays."""
+    raw += bias
+    if SOFTPLUS:
+        e = tl.exp(tl.minimum(raw, 20.0))
+        u = 1 + e  # rounded; log(1 + e) = log(u) + (e - (u - 1)) / u, but for the square of the rounding
+        raw = tl.maximum(raw, tl.log(u) + (e - (u - 1)) / u)
+    return tl.where((t < length)[:, None], raw, 0.0)
+
+
+@triton.jit
+def _forward(
+    u, delta, A, B, C, D, bias, y, entering,
+    length, channels, groups, states, stride_b, stride_g, stride_p, stride_t,
+    T: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)  # b·G + g
+    group, chunks = row % groups, tl.cdiv(length, T)
+    p, n, step = tl.program_id(0) * P + tl.arange(0, P), tl.arange(0, N), tl.arange(0, T)
+    here = row // groups * stride_b + group * stride_g
+    states_at = p[:, None] * states + n[None]
+    is_state = (p < channels)[:, None] & (n < states)[None]
+    A_ = tl.load(A + group * channels * states + states_at, is_state, other=0)[None]  # (1, P, N)
+    D_ = tl.load(D + group * channels + p, p < channels, other=0)[None]
+    bias_ = tl.load(bias + group * channels + p, p < channels, other=0)[None]
+    B += row * states * length
+    C += row * states * length
+    h = tl.zeros((P, N), tl.float32)
+    for chunk in range(chunks):
+        t = chunk * T + step
+        tl.store(entering + (row * chunks + chunk) * channels * states + states_at, h, is_state)
+        u_t = _channels(u + here, t, p, length, channels, stride_t, stride_p)
+        raw = _channels(delta + here, t, p, length, channels, stride_t, stride_p)
+        delta_t = _steps(raw, bias_, t, length, SOFTPLUS)
+        x = (delta_t * u_t)[:, :, None] * _weights(B, t, n, length, states)  # (T, P, N)
+        decay, hs = tl.associative_scan((tl.exp(delta_t[:, :, None] * A_), x), 0, _then)
+        hs += decay * h[None]
+        y_t = tl.sum(hs * _weights(C, t, n, length, states), 2) + D_ * u_t
+        inside = (t < length)[:, None] & (p < channels)[None]
+        tl.store(y + here + t[:, None] * stride_t + p[None] * stride_p, y_t, inside)
+        h = tl.sum(tl.where((step == T - 1)[:, None, None], hs, 0.0), 0)
+
+
+@triton.jit
+def _backward(
+    u, delta, A, B, C, D, bias, dy, entering, du, ddelta, dA, dB, dC, dD, dbias,
+    length, channels, groups, states, stride_b, stride_g, stride_p, stride_t,
+    T: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    group, chunks = row % groups, tl.cdiv(length, T)
+    p, n, step = tl.program_id(0) * P + tl.arange(0, P), tl.arange(0, N), tl.arange(0, T)
+    here = row // groups * stride_b + group * stride_g
+    states_at = p[:, None] * states + n[None]
+    is_state = (p < channels)[:, None] & (n < states)[None]
+    A_ = tl.load(A + group * channels * states + states_at, is_state, other=0)[None]
+    D_ = tl.load(D + group * channels + p, p < channels, other=0)[None]
+    bias_ = tl.load(bias + group * channels + p, p < channels, other=0)[None]
+    B += row * states * length
+    C += row * states * length
+    dB += row * states * length
+    dC += row * states * length
+    dA_ = tl.zeros((P, N), tl.float32)
+    dD_, dbias_ = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
+    g = tl.zeros((P, N), tl.float32)  # what the steps after this chunk say of its last state
+    for back in range(chunks):
+        chunk = chunks - 1 - back
+        t = chunk * T + step
+        u_t = _channels(u + here, t, p, length, channels, stride_t, stride_p)
+        raw = _channels(delta + here, t, p, length, channels, stride_t, stride_p)
+        dy_t = _channels(dy + here, t, p, length, channels, stride_t, stride_p)
+        B_t, C_t = _weights(B, t, n, length, states), _weights(C, t, n, length, states)
+        delta_t = _steps(raw, bias_, t, length, SOFTPLUS)
+        x = (delta_t * u_t)[:, :, None]
+
+        decay, hs = tl.associative_scan((tl.exp(delta_t[:, :, None] * A_), x * B_t), 0, _then)
+        h = tl.load(entering + (row * chunks + chunk) * channels * states + states_at, is_state, other=0)
+        hs += decay * h[None]
+
+        raw_next = _channels(delta + here, t + 1, p, length, channels, stride_t, stride_p)
+        a_next = tl.exp(_steps(raw_next, bias_, t + 1, length, SOFTPLUS)[:, :, None] * A_)
+        decay, gs = tl.associative_scan((a_next, C_t * dy_t[:, :, None]), 0, _then, reverse=True)
+        gs += decay * g[None]
+        g = tl.sum(tl.where((step == 0)[:, None, None], gs, 0.0), 0)
+
+        dx = tl.sum(gs * B_t, 2)
+        dlog_a = gs * (hs - x * B_t)  # what is left of exp(Δ_t A) h_{t-1}, as mamba-ssm has it too
+        ddelta_t = tl.sum(dlog_a * A_, 2) + dx * u_t
+        if SOFTPLUS:
+            ddelta_t *= tl.sigmoid(raw + bias_)
+        inside = (t < length)[:, None] & (p < channels)[None]
+        dA_ += tl.sum(dlog_a * delta_t[:, :, None], 0)
+        dD_ += tl.sum(dy_t * u_t, 0)
+        dbias_ += tl.sum(tl.where(inside, ddelta_t, 0.0), 0)
+        at = here + t[:, None] * stride_t + p[None] * stride_p
+        tl.store(du + at, dx * delta_t + D_ * dy_t, inside)
+        tl.store(ddelta + at, ddelta_t, inside)
+        # All channels of the group share B and C: programs add to the same places.
+        at, inside = n[None] * length + t[:, None], (t < length)[:, None] & (n < states)[None]
+        tl.atomic_add(dB + at, tl.sum(gs * x, 1), inside)
+        tl.atomic_add(dC + at, tl.sum(hs * dy_t[:, :, None], 1), inside)
+    tl.store(dA + row * channels * states + states_at, dA_, is_state)
+    tl.store(dD + row * channels + p, dD_, p < channels)
+    tl.store(dbias + row * channels + p, dbias_, p < channels)
+
+
+class TritonScan(torch.autograd.Function):
+    """u, Δ (B, G, P, L); A (G·P, N), B and C (B, G, N, L), D and bias (G·P,), float32 → y, as u.
+
+    The gradients by B and C are sums that programs make together, in no fixed order: their last bits vary.
+    """
+
+    @staticmethod
+    def forward(ctx, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor,
+                softplus: bool) -> Tensor:  # fmt: skip
+        u = u if torch.empty_like(u).stride() == u.stride() else u.contiguous()  # no gaps, no overlaps
+        delta = _laid_out_as(u, delta)
+        A, B, C, D, bias = (w.contiguous() for w in (A, B, C, D, bias))
+        y, (grid, sizes, options) = torch.empty_like(u), _launch(u, A, softplus)
+        chunks = triton.cdiv(u.shape[3], options["T"])
+        entering = A.new_empty(*u.shape[:2], chunks, u.shape[2], A.shape[1])
+        with torch.cuda.device_of(u):
+            _forward[grid](u, delta, A, B, C, D, bias, y, entering, *sizes, **options)
+        ctx.save_for_backward(u, delta, A, B, C, D, bias, entering)
+        ctx.softplus = softplus
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *_Gradient.apply(dy, *ctx.saved_tensors, ctx.softplus), None
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradients of `TritonScan`; a function of its own, so that a second derivative can be refused."""
+
+    @staticmethod
+    def forward(ctx, dy, u, delta, A, B, C, D, bias, entering, softplus) -> tuple[Tensor, ...]:
+        dy, (grid, sizes, options) = _laid_out_as(u, dy), _launch(u, A, softplus)
+        du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+        dB, dC = torch.zeros_like(B), torch.zeros_like(C)
+        dA, dD, dbias = (w.new_empty(len(u), *w.shape) for w in (A, D, bias))
+        gradients = du, ddelta, dA, dB, dC, dD, dbias
+        with torch.cuda.device_of(u):
+            _backward[grid](u, delta, A, B, C, D, bias, dy, entering, *gradients, *sizes, **options)
+        return du, ddelta, dA.sum(0), dB, dC, dD.sum(0), dbias.sum(0)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError('the scan\'s backend "triton" cannot be differentiated twice; "reference" can')
+
+
+def _laid_out_as(u: Tensor, x: Tensor) -> Tensor:
+    """x itself if it lies in memory as u does, or a copy that does."""
+    return x if x.stride() == u.stride() else torch.empty_like(u, dtype=x.dtype).copy_(x)
+
+
+def _launch(u: Tensor, A: Tensor, softplus: bool) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
+    """The grid of programs, their sizes and strides, and their options: tiles of T·P·N states."""
+    batch, groups, channels, length = u.shape
+    states = A.shape[1]
+    N = triton.next_power_of_2(states)
+    P = min(8, triton.next_power_of_2(channels), max(1, 32 // N))
+    T = min(max(16, 2048 // (P * N)), max(16, triton.next_power_of_2(length)))
+    sizes = length, channels, groups, states, *u.stride()
+    options = {"T": T, "P": P, "N": N, "SOFTPLUS": softplus}
+    return (triton.cdiv(channels, P), batch * groups), sizes, options
