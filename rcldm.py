@@ -99,10 +99,8 @@ def selective_scan(
     A, B, C = A.to(wide), B.to(wide), C.to(wide)
     D = A.new_zeros(len(A)) if D is None else D.to(wide)
     if backend == "triton":
-        from scan_triton import TritonScan
-
         delta_bias = torch.zeros_like(D) if delta_bias is None else delta_bias.to(wide)
-        y = TritonScan.apply(u, delta, A, B, C, D, delta_bias, delta_softplus)
+        y = _scan_triton(u, delta, A, B, C, D, delta_bias, delta_softplus)
         return y if in_groups else y.flatten(1, 2)
     # Δ has no N axis: there is no memory to save here, and autograd may as well do its part.
     delta = delta.to(wide)
@@ -136,10 +134,8 @@ def kernel_error(backend: str) -> str | None:
     """Why the kernel of "triton" or "mamba-ssm" cannot be used here, in one line; None where it can."""
     try:
         if backend == "triton":  # needs a C compiler at its first launch: only a trial can tell
-            from scan_triton import TritonScan
-
             x = torch.ones(1, 1, 1, 1, device="cuda")
-            TritonScan.apply(x, x, x[0, 0], x, x, x[0, 0, 0], x[0, 0, 0], False)
+            _scan_triton(x, x, x[0, 0], x, x, x[0, 0, 0], x[0, 0, 0], False)
         else:
             # The extension itself comes first: newer mamba-ssm imports well without it.
             import selective_scan_cuda  # noqa: F401
@@ -193,6 +189,13 @@ def _scan_reference(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D
         h = torch.exp(delta_t * A) * h + delta_t * B_t * u_t
         ys.append((C_t * h).sum(-1))
     return torch.stack(ys, dim=-1) + D * u
+
+
+@torch.compiler.disable
+def _scan_triton(*inputs: Tensor | bool) -> Tensor:
+    from scan_triton import TritonScan
+
+    return TritonScan.apply(*inputs)
 
 
 def _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:

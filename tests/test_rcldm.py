@@ -145,10 +145,21 @@ def test_the_triton_kernel_of_many_channels_in_any_memory_layout(monkeypatch):
         assert_backends_agree({n: x.requires_grad_() for n, x in inputs.items()}, True, other="triton")
 
 
+def test_small_steps_keep_their_digits():
+    """softplus(-12) is 6e-6, and 1 + 6e-6 in float32 has two digits of it left."""
+    inputs = {name: x.detach().to(DEVICE) for name, x in scan_inputs(70, 1, 2, extras=False).items()}
+    inputs["delta"] = inputs["delta"] - 10
+    for backend in BACKENDS_HERE:
+        y, expected = (
+            selective_scan(**inputs, delta_softplus=True, backend=b) for b in (backend, "reference")
+        )
+        assert (y - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 def test_overwhelming_decay_stays_finite():
     inputs = {name: x.detach() for name, x in scan_inputs(300, 1, 2, softplus=False).items()}
     inputs["delta"] = inputs["delta"] * 300  # exponents of -200 a step, -60,000 over the length
-    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    inputs = {name: x.to(DEVICE).requires_grad_() for name, x in inputs.items()}
     expected = value_and_gradients(inputs, False, "reference")[0]
     for backend in BACKENDS_HERE:
         y, gradients = value_and_gradients(inputs, False, backend)
@@ -171,12 +182,14 @@ def test_the_state_is_float32_under_bfloat16():
     inputs = {name: x.detach() for name, x in scan_inputs(500, 4, 2, softplus=False, extras=False).items()}
     inputs["u"], inputs["B"], inputs["C"] = (torch.ones_like(inputs[name]) for name in ("u", "B", "C"))
     inputs["delta"], inputs["A"] = torch.full_like(inputs["delta"], 2**-10), inputs["A"] * 0
-    low = {name: x.bfloat16() if name != "A" else x for name, x in inputs.items()}  # h grows by 2^-10 a step:
-    for backend in BACKENDS_HERE:
-        y = selective_scan(**low, backend=backend)  # a bfloat16 state would stop growing at 0.25
+    low = {name: x.to(DEVICE, x.dtype if name == "A" else torch.bfloat16) for name, x in inputs.items()}
+    for backend in BACKENDS_HERE:  # h grows by 2^-10 a step: a bfloat16 state would stop growing at 0.25
+        y = selective_scan(**low, backend=backend)
         assert y.dtype == torch.bfloat16
         assert y[0, 0, -1].item() == pytest.approx(2 * 500 / 1024, rel=1e-2)
-    low = {name: x.detach().bfloat16().requires_grad_() for name, x in scan_inputs(20, 2, 2).items()}
+    low = {
+        n: x.detach().to(DEVICE, torch.bfloat16).requires_grad_() for n, x in scan_inputs(20, 2, 2).items()
+    }
     y2, gradients2 = value_and_gradients(low, True, "reference")
     for backend in BACKENDS_HERE:
         y, gradients = value_and_gradients(low, True, backend)
@@ -207,7 +220,7 @@ def test_gradients_in_double_precision():
 
 @pytest.mark.parametrize("linear", [True, False])
 def test_differentiating_twice_is_refused(linear):
-    inputs = scan_inputs(6, 1, 2)
+    inputs = {name: x.detach().to(DEVICE).requires_grad_() for name, x in scan_inputs(6, 1, 2).items()}
     for backend in BACKENDS_HERE:
         y = selective_scan(**inputs, backend=backend)
         loss = y.sum() if linear else y.square().sum()
