@@ -87,10 +87,20 @@ def test_chunked_agrees_with_reference(length, groups):
         assert_backends_agree(inputs, softplus)
 
 
-@pytest.mark.parametrize("length", [2, 17, 100])
-def test_lanes_of_the_gpu_path_agree(monkeypatch, length):
-    monkeypatch.setattr(rcldm, "_lanes", lambda b: min(3, len(b)))
-    assert_backends_agree(scan_inputs(length, groups=2, state=2), softplus=True)
+@pytest.mark.parametrize("size", [3, 3000])  # pairs of small steps are taken as one, large steps alone
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_recurrence_in_place(size, reverse):
+    g = torch.Generator().manual_seed(0)
+    for n in range(1, 38):
+        a, b = torch.rand(n, size, generator=g), torch.randn(n, size, generator=g)
+        h, expected = torch.randn(size, generator=g), torch.empty(n, size)
+        state = h
+        for t in reversed(range(n)) if reverse else range(n):
+            state = expected[t] = a[t] * state + b[t]
+        kept = a.clone()
+        rcldm._recur_(a, b, h, torch.empty_like(b), reverse)
+        torch.testing.assert_close(b, expected)
+        assert torch.equal(a, kept)
 
 
 def test_many_chunks_agree(monkeypatch):
