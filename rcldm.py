@@ -378,13 +378,12 @@ def _sum_states(w: Tensor, x: Tensor, free: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _scan_order(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(4, L): the pixel that direction k reads at step t, and the step at which it reads pixel p."""
+def _scan_order(height: int, width: int, device: torch.device) -> Tensor:
+    """(4, L): the pixel that direction k reads at step t."""
     with torch.inference_mode(False):  # the cache outlives its first caller, who may be in inference mode
         rows = torch.arange(height * width, device=device)
         columns = rows.view(height, width).T.flatten()
-        order = torch.stack([rows, columns, rows.flip(0), columns.flip(0)])
-        return order, order.argsort(dim=1)
+        return torch.stack([rows, columns, rows.flip(0), columns.flip(0)])
 
 
 class _CrossScan(torch.autograd.Function):
@@ -393,9 +392,8 @@ class _CrossScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, height: int, width: int) -> Tensor:
         ctx.size = height, width
-        order, _ = _scan_order(height, width, x.device)
         xs = x.new_empty(4, *x.shape)
-        for one, pixel in zip(xs, order):
+        for one, pixel in zip(xs, _scan_order(height, width, x.device)):
             torch.index_select(x, 1, pixel, out=one)
         return xs
 
@@ -410,12 +408,9 @@ class _CrossMerge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ys: Tensor, height: int, width: int) -> Tensor:
         ctx.size = height, width
-        _, order = _scan_order(height, width, ys.device)
-        y = ys[0].clone()  # direction 0 is the pixels' own order
-        one = torch.empty_like(y)
-        for k in (1, 2, 3):
-            y += torch.index_select(ys[k], 1, order[k], out=one)
-        return y
+        rows, columns = (ys[k] + ys[k + 2].flip(1) for k in (0, 1))  # a scan, and the one back
+        rows.unflatten(1, (height, width)).add_(columns.unflatten(1, (width, height)).transpose(1, 2))
+        return rows
 
     @staticmethod
     def backward(ctx, dx: Tensor):
