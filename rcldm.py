@@ -94,24 +94,10 @@ def selective_scan(
     in_groups = u.dim() == 4
     if not in_groups:
         u, delta = (x.unflatten(1, (groups, -1)) for x in (u, delta))  # (B, G, P, L)
-    if backend == "chunked":  # wants the channels innermost in memory, as SS2D below has them
-        u, delta = (x if x.stride(2) == 1 else x.mT.contiguous().mT for x in (u, delta))
     A, B, C = A.to(wide), B.to(wide), C.to(wide)
-    D = A.new_zeros(len(A)) if D is None else D.to(wide)
-    if backend == "triton":
-        delta_bias = torch.zeros_like(D) if delta_bias is None else delta_bias.to(wide)
-        y = _scan_triton(u, delta, A, B, C, D, delta_bias, delta_softplus)
-        return y if in_groups else y.flatten(1, 2)
-    # Δ has no N axis: there is no memory to save here, and autograd may as well do its part.
-    delta = delta.to(wide)
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(wide).view(groups, -1, 1)
-    if delta_softplus:
-        delta = _Softplus.apply(delta) if backend == "chunked" and not delta.is_cuda else F.softplus(delta)
-    if backend == "reference":
-        y = _scan_reference(u.to(wide), delta, A, B, C, D).to(u.dtype)
-    else:
-        y = _scan_chunked(u, delta, A, B, C, D)
+    D, delta_bias = (A.new_zeros(len(A)) if x is None else x.to(wide) for x in (D, delta_bias))
+    scan = {"reference": _scan_reference, "chunked": _scan_chunked, "triton": _scan_triton}[backend]
+    y = scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
     return y if in_groups else y.flatten(1, 2)
 
 
@@ -178,8 +164,11 @@ def _check_shapes(u, delta, A, B, C, D, delta_bias) -> None:
             raise ValueError(f"{name} must be ({channels},), got {(*w.shape,)}")
 
 
-def _scan_reference(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+def _scan_reference(u, delta, A, B, C, D, bias, softplus) -> Tensor:
     """The specification: the recurrence line by line, with autograd through every step. u, Δ (B, G, P, L)."""
+    dtype, u = u.dtype, u.to(A.dtype)
+    delta = delta.to(A.dtype) + bias.view(*u.shape[1:3], 1)
+    delta = F.softplus(delta) if softplus else delta
     A, D = A.view(*u.shape[1:3], -1), D.view(*u.shape[1:3], 1)  # (G, P, N), (G, P, 1)
     h = u.new_zeros(len(u), *A.shape)  # (B, G, P, N)
     ys = []
@@ -188,7 +177,7 @@ def _scan_reference(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D
         u_t, delta_t, B_t, C_t = u_t[..., None], delta_t[..., None], B_t[:, :, None], C_t[:, :, None]
         h = torch.exp(delta_t * A) * h + delta_t * B_t * u_t
         ys.append((C_t * h).sum(-1))
-    return torch.stack(ys, dim=-1) + D * u
+    return (torch.stack(ys, dim=-1) + D * u).to(dtype)
 
 
 @torch.compiler.disable
@@ -209,28 +198,11 @@ def _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
     return selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus).view(shape)
 
 
-class _Softplus(torch.autograd.Function):
-    """log(1 + exp(x)) by way of log, since PyTorch's log1p takes ten times as long on a CPU.
-
-    With u = 1 + e rounded, log(1 + e) = log(u) + (e - (u - 1)) / u, but for the square of the rounding.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        e = x.clamp(max=20).exp_()
-        u = e + 1
-        y = u.log().addcdiv_(e.sub_(u - 1), u)
-        return torch.maximum(y, x, out=y)  # beyond 20 it is x, and nowhere less
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> Tensor:
-        return dy * ctx.saved_tensors[0].sigmoid()
-
-
 @torch.compiler.disable  # it would unroll the loops over time, and compile for many minutes
-def _scan_chunked(*inputs: Tensor) -> Tensor:
-    return _ChunkedScan.apply(*inputs)
+def _scan_chunked(u: Tensor, delta: Tensor, *more: Tensor | bool) -> Tensor:
+    """Wants the channels innermost in memory, as SS2D below has them."""
+    u, delta = (x if x.stride(2) == 1 else x.mT.contiguous().mT for x in (u, delta))
+    return _ChunkedScan.apply(u, delta, *more)
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -247,9 +219,10 @@ class _ChunkedScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    def forward(ctx, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor,
+                softplus: bool) -> Tensor:  # fmt: skip
         y = torch.empty_like(u)  # in memory as u is
-        u_, delta_, y_, A_, B_, C_, D_ = _time_first(u, delta, y, A, B, C, D)
+        u_, delta_, y_, A_, B_, C_, D_, bias_ = _time_first(u, delta, y, A, B, C, D, bias)
         h = A.new_zeros(len(u), *A_.shape)  # (B, G, N, P)
         entering = []
         steps = _steps_at_once(u, A)
@@ -257,34 +230,36 @@ class _ChunkedScan(torch.autograd.Function):
         for t in range(0, len(u_), steps):
             now = slice(t, t + steps)
             entering.append(h)
-            u_t = u_[now].to(A.dtype)
-            _, _, hs = _states(h, u_t, delta_[now], A_, B_[now], space)
+            u_t, delta_t = u_[now].to(A.dtype), _positive(delta_[now] + bias_, softplus)
+            _, _, hs = _states(h, u_t, delta_t, A_, B_[now], space)
             y_[now] = _sum_states(C_[now], hs[1:], space[2]).addcmul_(D_, u_t)
             h = hs[-1].clone()
-        ctx.save_for_backward(u, delta, A, B, C, D, torch.stack(entering))
+        ctx.save_for_backward(u, delta, A, B, C, D, bias, torch.stack(entering))
+        ctx.softplus = softplus
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, ...]:
-        return _ChunkedScanGradient.apply(dy, *ctx.saved_tensors)
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *_ChunkedScanGradient.apply(dy, *ctx.saved_tensors, ctx.softplus), None
 
 
 class _ChunkedScanGradient(torch.autograd.Function):
     """The gradients of `_ChunkedScan`; a function of its own, so that a second derivative can be refused."""
 
     @staticmethod
-    def forward(ctx, dy, u, delta, A, B, C, D, entering) -> tuple[Tensor, ...]:
+    def forward(ctx, dy, u, delta, A, B, C, D, bias, entering, softplus) -> tuple[Tensor, ...]:
         """The gradient by h_t runs through the same recurrence: g_t = C_t dy_t + exp(Δ_{t+1} A) g_{t+1}."""
         du, ddelta, dB, dC = (torch.empty_like(x) for x in (u, delta, B, C))
-        u_, delta_, dy_, A_, B_, C_, D_ = _time_first(u, delta, dy, A, B, C, D)
-        du_, ddelta_, _, _, dB_, dC_, _ = _time_first(du, ddelta, dy, A, dB, dC, D)
-        dA_, dD_ = torch.zeros_like(A_), torch.zeros_like(D_)
+        u_, delta_, dy_, A_, B_, C_, D_, bias_ = _time_first(u, delta, dy, A, B, C, D, bias)
+        du_, ddelta_, _, _, dB_, dC_, _, _ = _time_first(du, ddelta, dy, A, dB, dC, D, bias)
+        dA_, dD_, dbias_ = (torch.zeros_like(x) for x in (A_, D_, bias_))
         g = torch.zeros_like(entering[0])  # what the steps after this chunk say of its last state
         steps = _steps_at_once(u, A)
         space = A.new_empty(4, steps + 1, *g.shape)
         for i in reversed(range(len(entering))):
             now = slice(i * steps, (i + 1) * steps)
-            u_t, delta_t, B_t, dy_t = u_[now].to(A.dtype), delta_[now], B_[now], dy_[now].to(A.dtype)
+            u_t, raw, B_t, dy_t = u_[now].to(A.dtype), delta_[now] + bias_, B_[now], dy_[now].to(A.dtype)
+            delta_t = _positive(raw, softplus)
             a, x, hs = _states(entering[i], u_t, delta_t, A_, B_t, space)
             gs, free = space[2:, : len(u_t)]  # (T, B, G, N, P)
             torch.mul(C_[now], dy_t, out=gs)
@@ -298,13 +273,30 @@ class _ChunkedScanGradient(torch.autograd.Function):
             dx = _sum_states(B_t, gs, free)  # by Δu
             du_[now] = torch.addcmul(dx * delta_t, D_, dy_t)
             dlog_a = gs.mul_(a).mul_(hs[:-1])  # by ΔA
-            ddelta_[now] = _sum_states(A_, dlog_a, free).addcmul_(dx, u_t)
+            draw = _sum_states(A_, dlog_a, free).addcmul_(dx, u_t)  # by Δ
+            if softplus:
+                draw *= raw.sigmoid_()
+            ddelta_[now] = draw
+            dbias_ += draw.sum((0, 1))
             dA_ += dlog_a.mul_(delta_t).sum((0, 1))
-        return du, ddelta, dA_.mT.reshape(A.shape), dB, dC, dD_.flatten()
+        return du, ddelta, dA_.mT.reshape(A.shape), dB, dC, dD_.flatten(), dbias_.flatten()
 
     @staticmethod
     def backward(ctx, *gradients):
         raise RuntimeError('the scan\'s backend "chunked" cannot be differentiated twice; "reference" can')
+
+
+def _positive(x: Tensor, softplus: bool) -> Tensor:
+    """Δ: with `softplus` log(1 + exp(x)), by way of log, since PyTorch's log1p takes six times as long.
+
+    With u = 1 + e rounded, log(1 + e) = log(u) + (e - (u - 1)) / u, but for the square of the rounding.
+    """
+    if not softplus:
+        return x
+    e = x.clamp(max=20).exp_()
+    u = e + 1
+    y = u.log().addcdiv_(e.sub_(u - 1), u)
+    return torch.maximum(y, x, out=y)  # beyond 20 it is x, and nowhere less
 
 
 def _steps_at_once(u: Tensor, A: Tensor) -> int:
@@ -314,16 +306,16 @@ def _steps_at_once(u: Tensor, A: Tensor) -> int:
     return min(u.shape[-1], max(math.isqrt(u.shape[-1] - 1) // 2 + 1, states))
 
 
-def _time_first(u, delta, y, A, B, C, D) -> tuple[Tensor, ...]:
+def _time_first(u, delta, y, A, B, C, D, bias) -> tuple[Tensor, ...]:
     """Views that broadcast to (L, B, G, N, P).
 
-    u, Δ, y (L, B, G, 1, P); A (G, N, P); B, C (L, B, G, N, 1); D (G, 1, P).
+    u, Δ, y (L, B, G, 1, P); A (G, N, P); B, C (L, B, G, N, 1); D, bias (G, 1, P).
     """
     u, delta, y = (x.permute(3, 0, 1, 2).unsqueeze(3) for x in (u, delta, y))
     groups, channels = u.shape[2], u.shape[4]
     A = A.view(groups, channels, -1).mT.contiguous()
     B, C = (w.permute(3, 0, 1, 2).unsqueeze(4) for w in (B, C))
-    return u, delta, y, A, B, C, D.view(groups, 1, channels)
+    return u, delta, y, A, B, C, D.view(groups, 1, channels), bias.view(groups, 1, channels)
 
 
 def _states(h: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, space: Tensor) -> tuple[Tensor, ...]:

@@ -732,11 +732,7 @@ def test_the_worked_example_runs(capsys):
 def test_the_quick_softplus_keeps_single_precision():
     x = torch.cat([torch.linspace(-85, 85, 20_001), torch.linspace(-1e-6, 1e-6, 101)])
     true = F.softplus(x.double(), threshold=100)
-    assert ((rcldm._Softplus.apply(x).double() - true) / true).abs().max() < 1e-6
-    inputs = torch.randn(
-        30, dtype=torch.double, generator=torch.Generator().manual_seed(0), requires_grad=True
-    )
-    assert torch.autograd.gradcheck(rcldm._Softplus.apply, 3 * inputs)
+    assert ((rcldm._positive(x, True).double() - true) / true).abs().max() < 1e-6
 
 
 @pytest.mark.slow
