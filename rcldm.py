@@ -227,27 +227,29 @@ class _ChunkedScan(torch.autograd.Function):
         entering = []
         steps = _steps_at_once(u, A)
         space = A.new_empty(3, steps + 1, *h.shape)
+        positive = A.new_empty(delta_.shape) if softplus else None  # what takes long is done once
         for t in range(0, len(u_), steps):
             now = slice(t, t + steps)
             entering.append(h)
-            u_t, delta_t = u_[now].to(A.dtype), _positive(delta_[now] + bias_, softplus)
+            u_t, delta_t = u_[now].to(A.dtype), delta_[now] + bias_
+            if softplus:
+                delta_t = _softplus(delta_t, out=positive[now])
             _, _, hs = _states(h, u_t, delta_t, A_, B_[now], space)
             y_[now] = _sum_states(C_[now], hs[1:], space[2]).addcmul_(D_, u_t)
             h = hs[-1].clone()
-        ctx.save_for_backward(u, delta, A, B, C, D, bias, torch.stack(entering))
-        ctx.softplus = softplus
+        ctx.save_for_backward(u, delta, A, B, C, D, bias, torch.stack(entering), positive)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_ChunkedScanGradient.apply(dy, *ctx.saved_tensors, ctx.softplus), None
+        return *_ChunkedScanGradient.apply(dy, *ctx.saved_tensors), None
 
 
 class _ChunkedScanGradient(torch.autograd.Function):
     """The gradients of `_ChunkedScan`; a function of its own, so that a second derivative can be refused."""
 
     @staticmethod
-    def forward(ctx, dy, u, delta, A, B, C, D, bias, entering, softplus) -> tuple[Tensor, ...]:
+    def forward(ctx, dy, u, delta, A, B, C, D, bias, entering, positive) -> tuple[Tensor, ...]:
         """The gradient by h_t runs through the same recurrence: g_t = C_t dy_t + exp(Δ_{t+1} A) g_{t+1}."""
         du, ddelta, dB, dC = (torch.empty_like(x) for x in (u, delta, B, C))
         u_, delta_, dy_, A_, B_, C_, D_, bias_ = _time_first(u, delta, dy, A, B, C, D, bias)
@@ -259,7 +261,7 @@ class _ChunkedScanGradient(torch.autograd.Function):
         for i in reversed(range(len(entering))):
             now = slice(i * steps, (i + 1) * steps)
             u_t, raw, B_t, dy_t = u_[now].to(A.dtype), delta_[now] + bias_, B_[now], dy_[now].to(A.dtype)
-            delta_t = _positive(raw, softplus)
+            delta_t = raw if positive is None else positive[now]
             a, x, hs = _states(entering[i], u_t, delta_t, A_, B_t, space)
             gs, free = space[2:, : len(u_t)]  # (T, B, G, N, P)
             torch.mul(C_[now], dy_t, out=gs)
@@ -274,7 +276,7 @@ class _ChunkedScanGradient(torch.autograd.Function):
             du_[now] = torch.addcmul(dx * delta_t, D_, dy_t)
             dlog_a = gs.mul_(a).mul_(hs[:-1])  # by ΔA
             draw = _sum_states(A_, dlog_a, free).addcmul_(dx, u_t)  # by Δ
-            if softplus:
+            if positive is not None:
                 draw *= raw.sigmoid_()
             ddelta_[now] = draw
             dbias_ += draw.sum((0, 1))
@@ -286,23 +288,22 @@ class _ChunkedScanGradient(torch.autograd.Function):
         raise RuntimeError('the scan\'s backend "chunked" cannot be differentiated twice; "reference" can')
 
 
-def _positive(x: Tensor, softplus: bool) -> Tensor:
-    """Δ: with `softplus` log(1 + exp(x)), by way of log, since PyTorch's log1p takes six times as long.
+def _softplus(x: Tensor, out: Tensor) -> Tensor:
+    """log(1 + exp(x)) by way of log, since PyTorch's log1p takes six times as long on a CPU.
 
     With u = 1 + e rounded, log(1 + e) = log(u) + (e - (u - 1)) / u, but for the square of the rounding.
     """
-    if not softplus:
-        return x
     e = x.clamp(max=20).exp_()
     u = e + 1
-    y = u.log().addcdiv_(e.sub_(u - 1), u)
-    return torch.maximum(y, x, out=y)  # beyond 20 it is x, and nowhere less
+    torch.log(u, out=out).addcdiv_(e.sub_(u - 1), u)
+    return torch.maximum(out, x, out=out)  # beyond 20 it is x, and nowhere less
 
 
 def _steps_at_once(u: Tensor, A: Tensor) -> int:
     """T: ½√L, where the chunks' states and the states between chunks take the least memory, or more while
-    those of a chunk fit into the cache (CPU) or are needed to fill the device (CUDA)."""
-    states = (2**24 if u.is_cuda else 2**19) // (len(u) * A.numel())
+    those of a chunk, and what else it needs, fit into the cache (CPU) or are needed to fill the device (CUDA).
+    """
+    states = (2**24 if u.is_cuda else 2**19) // (len(u) * len(A) * max(4, A.shape[1]))
     return min(u.shape[-1], max(math.isqrt(u.shape[-1] - 1) // 2 + 1, states))
 
 
