@@ -301,7 +301,7 @@ def _softplus(x: Tensor, out: Tensor) -> Tensor:
 
 def _steps_at_once(u: Tensor, A: Tensor) -> int:
     """T: ½√L, where the chunks' states and the states between chunks take the least memory, or more while
-    those of a chunk, and what else it needs, fit into the cache (CPU) or are needed to fill the device (CUDA).
+    those of a chunk, and what else it needs, fit into the cache (CPU) or it takes them to fill a GPU.
     """
     states = (2**24 if u.is_cuda else 2**19) // (len(u) * len(A) * max(4, A.shape[1]))
     return min(u.shape[-1], max(math.isqrt(u.shape[-1] - 1) // 2 + 1, states))
