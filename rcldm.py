@@ -115,13 +115,14 @@ def scan_backend(u: Tensor) -> tuple[str, str]:
     return "chunked", "; ".join(["the tensors are on CUDA", *errors])
 
 
+@torch.compiler.disable
 @lru_cache
 def kernel_error(backend: str) -> str | None:
     """Why the kernel of "triton" or "mamba-ssm" cannot be used here, in one line; None where it can."""
     try:
         if backend == "triton":  # needs a C compiler at its first launch: only a trial can tell
-            x = torch.ones(1, 1, 1, 1, device="cuda")
-            _scan_triton(x, x, x[0, 0], x, x, x[0, 0, 0], x[0, 0, 0], False)
+            with torch.inference_mode(False), torch.enable_grad():
+                _try_triton()
         else:
             # The extension itself comes first: newer mamba-ssm imports well without it.
             import selective_scan_cuda  # noqa: F401
@@ -129,6 +130,24 @@ def kernel_error(backend: str) -> str | None:
     except Exception as error:  # an extension built for another torch fails with more than ImportError
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
+
+
+def _try_triton() -> None:
+    """A small scan and its gradients, for each number of states that an RCLDM has by default; raises a
+    RuntimeError where they are not those of "chunked"."""
+    for states in (1, 4):
+        g = torch.Generator().manual_seed(0)
+        sizes = (2, 2, 8, 300), (2, 2, 8, 300), (16, states), (2, 2, states, 300), (2, 2, states, 300), (16,)
+        inputs = [torch.rand(size, generator=g).cuda() for size in sizes]
+        inputs[2].neg_()
+        inputs = [x.requires_grad_() for x in (*inputs, torch.rand(16, generator=g).cuda())]
+        results = []
+        for scan in (_scan_triton, _scan_chunked):
+            y = scan(*inputs, True)
+            results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+        for ours, expected in zip(*results):
+            if not (ours - expected).norm() <= 1e-4 * expected.norm():
+                raise RuntimeError("it computes something else than it should")
 
 
 def _check_kernel(backend: str, u: Tensor) -> None:
@@ -181,10 +200,12 @@ def _scan_reference(u, delta, A, B, C, D, bias, softplus) -> Tensor:
 
 
 @torch.compiler.disable
-def _scan_triton(*inputs: Tensor | bool) -> Tensor:
+def _scan_triton(u, delta, A, B, C, D, bias, softplus) -> Tensor:
     from scan_triton import TritonScan
 
-    return TritonScan.apply(*inputs)
+    # Δ has no N axis: there is little to save here, and autograd may as well do its part.
+    delta = delta.float() + bias.view(*u.shape[1:3], 1)
+    return TritonScan.apply(u, F.softplus(delta) if softplus else delta, A, B, C, D)
 
 
 def _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
