@@ -221,7 +221,7 @@ def _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
 
 @torch.compiler.disable  # it would unroll the loops over time, and compile for many minutes
 def _scan_chunked(u: Tensor, delta: Tensor, *more: Tensor | bool) -> Tensor:
-    """Wants the channels innermost in memory, as SS2D below has them."""
+    # With the channels innermost in memory, as SS2D below has them: otherwise every step is far apart.
     u, delta = (x if x.stride(2) == 1 else x.mT.contiguous().mT for x in (u, delta))
     return _ChunkedScan.apply(u, delta, *more)
 
@@ -252,7 +252,7 @@ class _ChunkedScan(torch.autograd.Function):
         for t in range(0, len(u_), steps):
             now = slice(t, t + steps)
             entering.append(h)
-            u_t, delta_t = u_[now].to(A.dtype), delta_[now] + bias_
+            u_t, delta_t = _steps(u_, now, A.dtype), _steps(delta_, now, A.dtype) + bias_
             if softplus:
                 delta_t = _softplus(delta_t, out=positive[now])
             _, _, hs = _states(h, u_t, delta_t, A_, B_[now], space)
@@ -281,7 +281,8 @@ class _ChunkedScanGradient(torch.autograd.Function):
         space = A.new_empty(4, steps + 1, *g.shape)
         for i in reversed(range(len(entering))):
             now = slice(i * steps, (i + 1) * steps)
-            u_t, raw, B_t, dy_t = u_[now].to(A.dtype), delta_[now] + bias_, B_[now], dy_[now].to(A.dtype)
+            u_t, raw, dy_t = (_steps(x, now, A.dtype) for x in (u_, delta_, dy_))
+            raw, B_t = raw + bias_, B_[now]
             delta_t = raw if positive is None else positive[now]
             a, x, hs = _states(entering[i], u_t, delta_t, A_, B_t, space)
             gs, free = space[2:, : len(u_t)]  # (T, B, G, N, P)
@@ -324,7 +325,7 @@ def _steps_at_once(u: Tensor, A: Tensor) -> int:
     """T: ½√L, where the chunks' states and the states between chunks take the least memory, or more while
     those of a chunk, and what else it needs, fit into the cache (CPU) or it takes them to fill a GPU.
     """
-    states = (2**24 if u.is_cuda else 2**19) // (len(u) * len(A) * max(4, A.shape[1]))
+    states = (2**24 if u.is_cuda else 3 * 2**17) // (len(u) * len(A) * max(4, A.shape[1]))
     return min(u.shape[-1], max(math.isqrt(u.shape[-1] - 1) // 2 + 1, states))
 
 
@@ -338,6 +339,12 @@ def _time_first(u, delta, y, A, B, C, D, bias) -> tuple[Tensor, ...]:
     A = A.view(groups, channels, -1).mT.contiguous()
     B, C = (w.permute(3, 0, 1, 2).unsqueeze(4) for w in (B, C))
     return u, delta, y, A, B, C, D.view(groups, 1, channels), bias.view(groups, 1, channels)
+
+
+def _steps(x: Tensor, now: slice, dtype: torch.dtype) -> Tensor:
+    """Those steps of u, Δ or dy, with the channels innermost in memory."""
+    x = x[now].to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _states(h: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, space: Tensor) -> tuple[Tensor, ...]:
