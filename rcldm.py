@@ -108,7 +108,7 @@ def scan_backend(u: Tensor) -> tuple[str, str]:
     if u.dtype == torch.float64:
         return "chunked", "the kernels have no float64"
     errors = []
-    for backend in ("triton", "mamba-ssm"):
+    for backend in ("mamba-ssm", "triton"):
         if (error := kernel_error(backend)) is None:
             return backend, "; ".join([f"the tensors are on CUDA and {backend}'s kernel runs", *errors])
         errors.append(f"{backend}'s does not ({error})")
@@ -255,8 +255,8 @@ class _ChunkedScan(torch.autograd.Function):
             u_t, delta_t = _steps(u_, now, A.dtype), _steps(delta_, now, A.dtype) + bias_
             if softplus:
                 delta_t = _softplus(delta_t, out=positive[now])
-            _, _, hs = _states(h, u_t, delta_t, A_, B_[now], space)
-            y_[now] = _sum_states(C_[now], hs[1:], space[2]).addcmul_(D_, u_t)
+            _, _, hs, free = _states(h, u_t, delta_t, A_, B_[now], space)
+            y_[now] = _sum_states(C_[now], hs[1:], free).addcmul_(D_, u_t)
             h = hs[-1].clone()
         ctx.save_for_backward(u, delta, A, B, C, D, bias, torch.stack(entering), positive)
         return y
@@ -278,25 +278,26 @@ class _ChunkedScanGradient(torch.autograd.Function):
         dA_, dD_, dbias_ = (torch.zeros_like(x) for x in (A_, D_, bias_))
         g = torch.zeros_like(entering[0])  # what the steps after this chunk say of its last state
         steps = _steps_at_once(u, A)
-        space = A.new_empty(4, steps + 1, *g.shape)
+        space = A.new_empty(3, steps + 1, *g.shape)
         for i in reversed(range(len(entering))):
             now = slice(i * steps, (i + 1) * steps)
             u_t, raw, dy_t = (_steps(x, now, A.dtype) for x in (u_, delta_, dy_))
-            raw, B_t = raw + bias_, B_[now]
+            raw, B_t, C_t = raw + bias_, B_[now], C_[now]
             delta_t = raw if positive is None else positive[now]
-            a, x, hs = _states(entering[i], u_t, delta_t, A_, B_t, space)
-            gs, free = space[2:, : len(u_t)]  # (T, B, G, N, P)
-            torch.mul(C_[now], dy_t, out=gs)
+            a, x, hs, gs = _states(
+                entering[i], u_t, delta_t, A_, B_t, space
+            )  # gs: (T, B, G, N, P), yet empty
+            dC_[now] = torch.mul(hs[1:], dy_t, out=gs).sum(-1, keepdim=True)
+            torch.mul(C_t, dy_t, out=gs)
             gs[-1] += g
-            _recur_(a[1:], gs[:-1], gs[-1], free, reverse=True)
+            _recur_(a[1:], gs[:-1], gs[-1], reverse=True)
             g = a[0] * gs[0]
 
-            dC_[now] = torch.mul(hs[1:], dy_t, out=free).sum(-1, keepdim=True)
+            dlog_a, free = a.mul_(gs).mul_(hs[:-1]), hs[1:]  # by ΔA
             dB_[now] = torch.mul(gs, x, out=free).sum(-1, keepdim=True)
             dD_ += (dy_t * u_t).sum((0, 1))
             dx = _sum_states(B_t, gs, free)  # by Δu
             du_[now] = torch.addcmul(dx * delta_t, D_, dy_t)
-            dlog_a = gs.mul_(a).mul_(hs[:-1])  # by ΔA
             draw = _sum_states(A_, dlog_a, free).addcmul_(dx, u_t)  # by Δ
             if positive is not None:
                 draw *= raw.sigmoid_()
@@ -325,7 +326,7 @@ def _steps_at_once(u: Tensor, A: Tensor) -> int:
     """T: ½√L, where the chunks' states and the states between chunks take the least memory, or more while
     those of a chunk, and what else it needs, fit into the cache (CPU) or it takes them to fill a GPU.
     """
-    states = (2**24 if u.is_cuda else 3 * 2**17) // (len(u) * len(A) * max(4, A.shape[1]))
+    states = (2**24 if u.is_cuda else 2**19) // (len(u) * len(A) * max(4, A.shape[1]))
     return min(u.shape[-1], max(math.isqrt(u.shape[-1] - 1) // 2 + 1, states))
 
 
@@ -350,24 +351,21 @@ def _steps(x: Tensor, now: slice, dtype: torch.dtype) -> Tensor:
 def _states(h: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, space: Tensor) -> tuple[Tensor, ...]:
     """T steps from the state h (B, G, N, P).
 
-    Returns exp(Δ_t A) (T, B, G, N, P), Δ_t u_t (T, B, G, 1, P), and h, h_1, …, h_T (T+1, B, G, N, P); the
-    first and the last lie in `space`, memory that is used again for each chunk: to be given new pages for
-    every operation takes longer than most of them. A third of it is spoilt.
+    Returns exp(Δ_t A) (T, B, G, N, P), Δ_t u_t (T, B, G, 1, P), the states h, h_1, …, h_T (T+1, B, G, N, P),
+    and room for as much as the first. All but the second lie in `space`, which is used again for each chunk:
+    to be given new pages for every operation takes longer than most of them.
     """
-    a, free, hs = space[0, : len(u)], space[2, : len(u)], space[1, : len(u) + 1]
+    a, hs, free = space[0, : len(u)], space[1, : len(u) + 1], space[2, : len(u)]
     torch.mul(delta, A / math.log(2), out=a).exp2_()  # a CPU takes 2^x in a third of the time of e^x
     x = delta * u
     torch.mul(x, B, out=hs[1:])
     hs[0] = h
-    _recur_(a, hs[1:], h, free)
-    return a, x, hs
+    _recur_(a, hs[1:], h)
+    return a, x, hs, free
 
 
-def _recur_(a: Tensor, b: Tensor, h: Tensor, free: Tensor, reverse: bool = False) -> None:
-    """b_t ← h_t with h_t = a_t h_{t-1} + b_t, in place along the first axis; from its end with `reverse`.
-
-    free: memory of b's shape, or half of it, which is spoilt.
-    """
+def _recur_(a: Tensor, b: Tensor, h: Tensor, reverse: bool = False) -> None:
+    """b_t ← h_t with h_t = a_t h_{t-1} + b_t, in place along the first axis; from its end with `reverse`."""
     n = len(b)
     if n <= 4 or b[0].numel() > (2**20 if b.is_cuda else 2**11):
         steps = list(zip(a.unbind(0), b.unbind(0)))
@@ -382,17 +380,14 @@ def _recur_(a: Tensor, b: Tensor, h: Tensor, free: Tensor, reverse: bool = False
         places = (range(n - 1 - x[-1], n - x[0], 2) for x in places)
     first, second, third, before = (slice(x.start, x.stop, 2) for x in places)
     b[second].addcmul_(a[second], b[first])
-    both = torch.mul(a[first], a[second], out=free[: n // 2])
-    _recur_(both, b[second], h, free[n // 2 :], reverse)
+    _recur_(a[first] * a[second], b[second], h, reverse)
     b[n - 1 if reverse else 0].addcmul_(a[n - 1 if reverse else 0], h)
     b[third].addcmul_(a[third], b[before])
 
 
 def _sum_states(w: Tensor, x: Tensor, free: Tensor) -> Tensor:
-    """Σ_n w x: (…, N, 1 or P), (…, N, P) → (…, 1, P). free: memory of x's shape, or longer, to be spoilt."""
-    if x.shape[-2] == 1:
-        return w * x
-    return torch.mul(w, x, out=free[: len(x)]).sum(-2, keepdim=True)
+    """Σ_n w x: (…, N, 1 or P), (…, N, P) → (…, 1, P). free: memory of x's shape, to be spoilt."""
+    return w * x if x.shape[-2] == 1 else torch.mul(w, x, out=free).sum(-2, keepdim=True)
 
 
 # -------- 2. Four orders over an image --------------------------------------------------------------

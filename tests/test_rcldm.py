@@ -98,7 +98,7 @@ def test_the_recurrence_in_place(size, reverse):
         for t in reversed(range(n)) if reverse else range(n):
             state = expected[t] = a[t] * state + b[t]
         kept = a.clone()
-        rcldm._recur_(a, b, h, torch.empty_like(b), reverse)
+        rcldm._recur_(a, b, h, reverse)
         torch.testing.assert_close(b, expected)
         assert torch.equal(a, kept)
 
@@ -255,12 +255,12 @@ def test_auto_takes_a_kernel_only_where_it_runs(monkeypatch):
     on_cuda = SimpleNamespace(is_cuda=True, dtype=torch.float32)
     errors = {"triton": None, "mamba-ssm": None}
     monkeypatch.setattr(rcldm, "kernel_error", errors.get)
-    assert rcldm.scan_backend(on_cuda)[0] == "triton"
+    assert rcldm.scan_backend(on_cuda)[0] == "mamba-ssm"
     assert rcldm.scan_backend(SimpleNamespace(is_cuda=True, dtype=torch.float64))[0] == "chunked"
-    errors["triton"] = "RuntimeError: Failed to find C compiler"
-    backend, why = rcldm.scan_backend(on_cuda)
-    assert backend == "mamba-ssm" and "C compiler" in why
     errors["mamba-ssm"] = "ModuleNotFoundError: No module named 'selective_scan_cuda'"
+    backend, why = rcldm.scan_backend(on_cuda)
+    assert backend == "triton" and "selective_scan_cuda" in why
+    errors["triton"] = "RuntimeError: Failed to find C compiler"
     backend, why = rcldm.scan_backend(on_cuda)
     assert backend == "chunked" and "selective_scan_cuda" in why and "C compiler" in why
 
@@ -276,6 +276,17 @@ def test_a_kernel_without_its_means_is_one_clear_line(monkeypatch, backend):
         rcldm._check_kernel(backend, SimpleNamespace(is_cuda=True, dtype=torch.float32))
     with pytest.raises(RuntimeError, match="no float64"):
         rcldm._check_kernel(backend, SimpleNamespace(is_cuda=True, dtype=torch.float64))
+
+
+def test_a_triton_that_computes_something_else_is_not_taken(monkeypatch):
+    pytest.importorskip("triton")
+    if DEVICE != "cuda":
+        monkeypatch.setattr(torch.Tensor, "cuda", lambda x: x)
+    rcldm._try_triton()
+    right = rcldm._scan_triton
+    monkeypatch.setattr(rcldm, "_scan_triton", lambda *inputs: right(*inputs) * 1.001)
+    with pytest.raises(RuntimeError, match="computes something else"):
+        rcldm._try_triton()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the trial would pass")
