@@ -75,8 +75,8 @@ def selective_scan(
 
     Raises:
         ValueError: an unknown backend, or shapes that do not fit.
-        RuntimeError: "triton" and "mamba-ssm" where they cannot run; differentiating twice through them, or
-            through "chunked".
+        RuntimeError: "triton" and "mamba-ssm" where they cannot run; differentiating twice through "chunked"
+            or "triton".
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -284,9 +284,7 @@ class _ChunkedScanGradient(torch.autograd.Function):
             u_t, raw, dy_t = (_steps(x, now, A.dtype) for x in (u_, delta_, dy_))
             raw, B_t, C_t = raw + bias_, B_[now], C_[now]
             delta_t = raw if positive is None else positive[now]
-            a, x, hs, gs = _states(
-                entering[i], u_t, delta_t, A_, B_t, space
-            )  # gs: (T, B, G, N, P), yet empty
+            a, x, hs, gs = _states(entering[i], u_t, delta_t, A_, B_t, space)  # gs is only room as yet
             dC_[now] = torch.mul(hs[1:], dy_t, out=gs).sum(-1, keepdim=True)
             torch.mul(C_t, dy_t, out=gs)
             gs[-1] += g

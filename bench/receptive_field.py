@@ -4,10 +4,12 @@
     python bench/receptive_field.py toy/weights/editor           # the same, and a trained editor's encoder
     python bench/receptive_field.py --out docs/receptive_field.png
 
-The field of one place of the encoder's last features is the gradient of their sum over channels by the pixels
-of the condition grid, its size averaged over grids (Luo et al., 2016). The place is the middle of the grid,
-whose pixels belong to the answer's panel; what it sees of the other three it must see from afar. Printed is
-the smallest share of the grid's pixels that holds 50, 90 and 99 % of the whole gradient.
+The field of one place of the encoder's last features is the gradient of a random sum over channels by the
+pixels of the condition grid, its size averaged over grids. (Luo et al., 2016, take the plain sum. Behind a
+normalisation over channels, as here, that one is constant as long as the normalisation is untrained.) The
+place is the middle of the grid, whose pixels belong to the answer's panel; what it sees of the other three it
+must see from afar. Printed is the smallest share of the grid's pixels that holds 50, 90 and 99 % of the whole
+gradient.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def receptive_field(model: RCLDM, grids: Tensor, text: Tensor, known: Tensor) ->
     (x,) = features
     x = x if model.config.design == "conv" else x[..., : encoder.norm.normalized_shape[0]].movedim(-1, 1)
     middle = x[:, :, x.shape[2] // 2, x.shape[3] // 2]
-    (gradient,) = torch.autograd.grad(middle.sum(), grids)
+    weights = torch.randn(middle.shape[1], generator=torch.Generator().manual_seed(0)).to(middle)
+    (gradient,) = torch.autograd.grad((middle @ weights).sum(), grids)
     field = gradient.abs().sum(1).mean(0)
     return field / field.sum()
 

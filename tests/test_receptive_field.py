@@ -33,3 +33,5 @@ def test_convolutions_see_their_neighbourhood_and_the_others_everything(design):
     middle[44:92, 44:92] = True
     assert (field[~middle] > 0).all() if design != "conv" else not field[~middle].any()
     assert field[60:76, 60:76].mean() > 2 * field.mean()
+    true = erf.receptive_field(model.double(), *(x.double() for x in inputs))
+    assert (field - true).abs().sum() < 1e-3  # it is no rounding
