@@ -185,9 +185,7 @@ def _check_shapes(u, delta, A, B, C, D, delta_bias) -> None:
 
 def _scan_reference(u, delta, A, B, C, D, bias, softplus) -> Tensor:
     """The specification: the recurrence line by line, with autograd through every step. u, Δ (B, G, P, L)."""
-    dtype, u = u.dtype, u.to(A.dtype)
-    delta = delta.to(A.dtype) + bias.view(*u.shape[1:3], 1)
-    delta = F.softplus(delta) if softplus else delta
+    dtype, u, delta = u.dtype, u.to(A.dtype), _step_sizes(delta, bias, softplus)
     A, D = A.view(*u.shape[1:3], -1), D.view(*u.shape[1:3], 1)  # (G, P, N), (G, P, 1)
     h = u.new_zeros(len(u), *A.shape)  # (B, G, P, N)
     ys = []
@@ -203,9 +201,13 @@ def _scan_reference(u, delta, A, B, C, D, bias, softplus) -> Tensor:
 def _scan_triton(u, delta, A, B, C, D, bias, softplus) -> Tensor:
     from scan_triton import TritonScan
 
-    # Δ has no N axis: there is little to save here, and autograd may as well do its part.
-    delta = delta.float() + bias.view(*u.shape[1:3], 1)
-    return TritonScan.apply(u, F.softplus(delta) if softplus else delta, A, B, C, D)
+    return TritonScan.apply(u, _step_sizes(delta, bias, softplus), A, B, C, D)
+
+
+def _step_sizes(delta: Tensor, bias: Tensor, softplus: bool) -> Tensor:
+    """Δ (B, G, P, L) in the bias's dtype. It has no N axis: autograd may as well do its part."""
+    delta = delta.to(bias.dtype) + bias.view(*delta.shape[1:3], 1)
+    return F.softplus(delta) if softplus else delta
 
 
 def _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
