@@ -223,9 +223,12 @@ def _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
 
 @torch.compiler.disable  # it would unroll the loops over time, and compile for many minutes
 def _scan_chunked(u: Tensor, delta: Tensor, *more: Tensor | bool) -> Tensor:
-    # With the channels innermost in memory, as SS2D below has them: otherwise every step is far apart.
-    u, delta = (x if x.stride(2) == 1 else x.mT.contiguous().mT for x in (u, delta))
-    return _ChunkedScan.apply(u, delta, *more)
+    return _ChunkedScan.apply(_channels_innermost(u), _channels_innermost(delta), *more)
+
+
+def _channels_innermost(x: Tensor) -> Tensor:
+    """x (B, G, P, L), in memory as SS2D below has it: otherwise every step of the channels is far apart."""
+    return x if x.stride(2) == 1 else x.mT.contiguous().mT
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -254,7 +257,7 @@ class _ChunkedScan(torch.autograd.Function):
         for t in range(0, len(u_), steps):
             now = slice(t, t + steps)
             entering.append(h)
-            u_t, delta_t = _steps(u_, now, A.dtype), _steps(delta_, now, A.dtype) + bias_
+            u_t, delta_t = u_[now].to(A.dtype), delta_[now] + bias_
             if softplus:
                 delta_t = _softplus(delta_t, out=positive[now])
             _, _, hs, free = _states(h, u_t, delta_t, A_, B_[now], space)
@@ -265,7 +268,7 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_ChunkedScanGradient.apply(dy, *ctx.saved_tensors), None
+        return *_ChunkedScanGradient.apply(_channels_innermost(dy), *ctx.saved_tensors), None
 
 
 class _ChunkedScanGradient(torch.autograd.Function):
@@ -283,8 +286,8 @@ class _ChunkedScanGradient(torch.autograd.Function):
         space = A.new_empty(3, steps + 1, *g.shape)
         for i in reversed(range(len(entering))):
             now = slice(i * steps, (i + 1) * steps)
-            u_t, raw, dy_t = (_steps(x, now, A.dtype) for x in (u_, delta_, dy_))
-            raw, B_t, C_t = raw + bias_, B_[now], C_[now]
+            u_t, dy_t = u_[now].to(A.dtype), dy_[now].to(A.dtype)
+            raw, B_t, C_t = delta_[now] + bias_, B_[now], C_[now]
             delta_t = raw if positive is None else positive[now]
             a, x, hs, gs = _states(entering[i], u_t, delta_t, A_, B_t, space)  # gs is only room as yet
             dC_[now] = torch.mul(hs[1:], dy_t, out=gs).sum(-1, keepdim=True)
@@ -340,12 +343,6 @@ def _time_first(u, delta, y, A, B, C, D, bias) -> tuple[Tensor, ...]:
     A = A.view(groups, channels, -1).mT.contiguous()
     B, C = (w.permute(3, 0, 1, 2).unsqueeze(4) for w in (B, C))
     return u, delta, y, A, B, C, D.view(groups, 1, channels), bias.view(groups, 1, channels)
-
-
-def _steps(x: Tensor, now: slice, dtype: torch.dtype) -> Tensor:
-    """Those steps of u, Δ or dy, with the channels innermost in memory."""
-    x = x[now].to(dtype)
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _states(h: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, space: Tensor) -> tuple[Tensor, ...]:

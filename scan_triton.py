@@ -7,7 +7,7 @@ The recurrence, and the letters, are those of rcldm.py:
 One program takes P channels through all of time, T steps at once. A step is a map h → a h + x, and two in a
 row are another: so an associative scan (Blelloch, 1990) has all T states at once, which stay in registers.
 Memory sees u, Δ, B, C and y, and for the way back the one state that enters each T steps. So does mamba-ssm's
-kernel, which wants its input's length innermost in memory; this one takes it as it lies, SS2D's channels too.
+kernel, which wants the length innermost in memory; this one takes any order, as SS2D's of channels innermost.
 
 The gradient by h_t runs through the same recurrence the other way, g_t = C_t dy_t + exp(Δ_{t+1} A) g_{t+1},
 and the states are computed again beside it.

@@ -159,8 +159,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SCANS, help="these alone")
     args = parser.parse_args()
     device = backbone.pick_device(args.device)
-    kernels = [name for name in ("triton", "mamba-ssm") if device.type == "cuda" and not kernel_error(name)]
-    names = args.only or [name for name in SCANS if name not in ("triton", "mamba-ssm")] + kernels
+    cuda, kernels = device.type == "cuda", ("triton", "mamba-ssm")
+    names = args.only or [n for n in SCANS if n not in kernels or (cuda and kernel_error(n) is None)]
     ours = next((name for name in ("triton", "chunked") if name in names), names[0])
     print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(f"| B, D, N, L | scan | ms | × {ours}'s | peak MiB | × {ours}'s |")
@@ -174,8 +174,10 @@ def main() -> None:
         for name, row in rows.items():
             for mine, theirs in zip(best["check"], row["check"]):
                 assert abs(mine - theirs) <= 1e-3 * abs(mine), f"{name} computes something else"
-            numbers = [f"{1e3 * row['seconds']:.{3 if device.type == 'cuda' else 1}f}"]
-            numbers.append(f"{row['seconds'] / best['seconds']:.{2 if device.type == 'cuda' else 1}f}")
+            milliseconds, ratio = 1e3 * row["seconds"], row["seconds"] / best["seconds"]
+            numbers = (
+                [f"{milliseconds:.3f}", f"{ratio:.2f}"] if cuda else [f"{milliseconds:.1f}", f"{ratio:.1f}"]
+            )
             numbers += [f"{row['bytes'] / 2**20:.0f}", f"{row['bytes'] / max(1, best['bytes']):.1f}"]
             print(f"| {size.replace(',', ', ')} | {name} | {' | '.join(numbers)} |", flush=True)
 

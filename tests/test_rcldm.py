@@ -63,7 +63,9 @@ def assert_backends_agree(inputs, softplus, one="reference", other="chunked"):
     y, gradients = value_and_gradients(inputs, softplus, one)
     y2, gradients2 = value_and_gradients(inputs, softplus, other)
     assert y2.shape == y.shape and y2.dtype == y.dtype
-    torch.testing.assert_close(y2, y, atol=1e-5 * max(1, y.abs().max().item()), rtol=1e-5)
+    # A GPU's kernels add up in another order, in which large states are as far off as they are large.
+    size = max(1, y.abs().max().item()) if y.is_cuda else 1
+    torch.testing.assert_close(y2, y, atol=1e-5 * size, rtol=1e-5)
     for name, g, g2 in zip(inputs, gradients, gradients2):
         assert g2.shape == inputs[name].shape
         assert (g2 - g).norm() <= 1e-4 * g.norm(), name
@@ -121,13 +123,16 @@ KERNELS = [
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("groups, state", [(1, 1), (4, 4), (2, 3), (1, 16)])
-@pytest.mark.parametrize("length", [1, 2, 70, *[64, 1000, 4099] * (DEVICE == "cuda")])
+@pytest.mark.parametrize("length", [1, 2, 70, *[64, 255, 1000, 4099] * (DEVICE == "cuda")])
 def test_kernels_agree_with_reference(backend, length, groups, state):
     if backend == "triton":
         pytest.importorskip("triton")
     inputs = scan_inputs(length, groups, state, batch=1 + (length < 100))
     inputs = {name: x.detach().to(DEVICE).requires_grad_() for name, x in inputs.items()}
     assert_backends_agree(inputs, True, other=backend)
+    if backend == "mamba-ssm":
+        ys = (selective_scan(**inputs, delta_softplus=True, backend=b) for b in ("auto", backend))
+        assert torch.equal(*ys)
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs CUDA")
