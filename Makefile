@@ -42,6 +42,7 @@ $(VENV)/installed: requirements.txt
 		|| { echo "make: $(PYTHON) is older than Python 3.11; try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(RUN) rcldm.py > /dev/null  # compiles the scan, once
 	@touch $@
 
 clean:

@@ -41,7 +41,8 @@ from torch import Tensor, nn
 
 # -------- 1. The selective scan ---------------------------------------------------------------------
 
-BACKENDS = ("auto", "reference", "chunked", "triton", "mamba-ssm")
+BACKENDS = ("auto", "reference", "chunked", "numba", "triton", "mamba-ssm")
+KERNELS = {"cpu": ("numba",), "cuda": ("mamba-ssm", "triton")}  # the first that runs is the best
 
 
 def selective_scan(
@@ -67,16 +68,16 @@ def selective_scan(
         delta_bias: added to Δ before the softplus (D,), or None.
         delta_softplus: Δ ← log(1 + exp(Δ + bias)), which makes every step positive.
         backend: "reference" (the recurrence as written, the specification of the others), "chunked" (plain
-            PyTorch, fast, little memory), "triton" (scan_triton.py, for a GPU), "mamba-ssm" (its CUDA
-            kernel), or "auto" (see `scan_backend`).
+            PyTorch, little memory), "numba" (scan_numba.py, for a CPU), "triton" (scan_triton.py, for a GPU),
+            "mamba-ssm" (its CUDA kernel), or "auto" (see `scan_backend`).
 
     Returns:
         y, of u's shape and dtype. The state is float32 whatever the inputs are (float64 for a float64 u).
 
     Raises:
         ValueError: an unknown backend, or shapes that do not fit.
-        RuntimeError: "triton" and "mamba-ssm" where they cannot run; differentiating twice through "chunked"
-            or "triton".
+        RuntimeError: "numba", "triton" and "mamba-ssm" where they cannot run; differentiating twice through
+            any but "reference".
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -84,7 +85,7 @@ def selective_scan(
     _check_shapes(u, delta, A, B, C, D, delta_bias)
     if backend == "auto":
         backend, _ = scan_backend(u)
-    elif backend in ("triton", "mamba-ssm"):
+    elif backend in ("numba", "triton", "mamba-ssm"):
         _check_kernel(backend, u)
     if backend == "mamba-ssm":
         return _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus)
@@ -96,31 +97,32 @@ def selective_scan(
         u, delta = (x.unflatten(1, (groups, -1)) for x in (u, delta))  # (B, G, P, L)
     A, B, C = A.to(wide), B.to(wide), C.to(wide)
     D, delta_bias = (A.new_zeros(len(A)) if x is None else x.to(wide) for x in (D, delta_bias))
-    scan = {"reference": _scan_reference, "chunked": _scan_chunked, "triton": _scan_triton}[backend]
-    y = scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    scans = {"reference": _scan_reference, "chunked": _scan_chunked}
+    scans |= {"numba": _scan_numba, "triton": _scan_triton}
+    y = scans[backend](u, delta, A, B, C, D, delta_bias, delta_softplus)
     return y if in_groups else y.flatten(1, 2)
 
 
 def scan_backend(u: Tensor) -> tuple[str, str]:
     """The backend that "auto" takes for an input like `u`, and why, in words."""
-    if not u.is_cuda:
-        return "chunked", f"the tensors are on {u.device.type}, and the kernels are for CUDA only"
+    here, errors = f"the tensors are on {u.device.type}", []
     if u.dtype == torch.float64:
         return "chunked", "the kernels have no float64"
-    errors = []
-    for backend in ("mamba-ssm", "triton"):
+    for backend in KERNELS.get(u.device.type, ()):
         if (error := kernel_error(backend)) is None:
-            return backend, "; ".join([f"the tensors are on CUDA and {backend}'s kernel runs", *errors])
+            return backend, "; ".join([f"{here} and {backend}'s kernel runs", *errors])
         errors.append(f"{backend}'s does not ({error})")
-    return "chunked", "; ".join(["the tensors are on CUDA", *errors])
+    return "chunked", "; ".join([here, *(errors or ["for which there is no kernel"])])
 
 
 @torch.compiler.disable
 @lru_cache
 def kernel_error(backend: str) -> str | None:
-    """Why the kernel of "triton" or "mamba-ssm" cannot be used here, in one line; None where it can."""
+    """Why the kernel of a backend in `KERNELS` cannot be used here, in one line; None where it can."""
     try:
-        if backend == "triton":  # needs a C compiler at its first launch: only a trial can tell
+        if backend == "numba":
+            import scan_numba  # noqa: F401
+        elif backend == "triton":  # needs a C compiler at its first launch: only a trial can tell
             with torch.inference_mode(False), torch.enable_grad():
                 _try_triton()
         else:
@@ -152,15 +154,20 @@ def _try_triton() -> None:
 
 def _check_kernel(backend: str, u: Tensor) -> None:
     """One clear RuntimeError where a kernel was asked for that cannot run."""
-    if not u.is_cuda and not (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
-        raise RuntimeError(
-            f'backend "{backend}" needs CUDA tensors, got {u.device.type}; "auto" takes one that runs'
-        )
+    device = next(device for device, backends in KERNELS.items() if backend in backends)
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if u.device.type != device and not interpreted:
+        wanted = f"needs {device.upper()} tensors, got {u.device.type}"
+        raise RuntimeError(f'backend "{backend}" {wanted}; "auto" takes one that runs')
     if u.dtype == torch.float64:
         raise RuntimeError(f'backend "{backend}" has no float64; "chunked" has')
-    if u.is_cuda and (error := kernel_error(backend)) is not None:
-        means = "Triton and a C compiler" if backend == "triton" else "mamba-ssm's CUDA extension"
-        raise RuntimeError(f'backend "{backend}" needs {means} (requirements-cuda.txt): {error}')
+    if not interpreted and (error := kernel_error(backend)) is not None:
+        means = {
+            "numba": "Numba (requirements.txt)",
+            "triton": "Triton and a C compiler (requirements-cuda.txt)",
+            "mamba-ssm": "mamba-ssm's CUDA extension (requirements-cuda.txt)",
+        }
+        raise RuntimeError(f'backend "{backend}" needs {means[backend]}: {error}')
 
 
 def _check_shapes(u, delta, A, B, C, D, delta_bias) -> None:
@@ -195,6 +202,21 @@ def _scan_reference(u, delta, A, B, C, D, bias, softplus) -> Tensor:
         h = torch.exp(delta_t * A) * h + delta_t * B_t * u_t
         ys.append((C_t * h).sum(-1))
     return (torch.stack(ys, dim=-1) + D * u).to(dtype)
+
+
+@torch.compiler.disable
+def _scan_numba(u, delta, A, B, C, D, bias, softplus, order: Tensor | None = None) -> Tensor:
+    """order (G, L): where along L a group reads u, and writes y, at each step; else one after the other.
+    With it, u (B, 1, P, L) may be all groups' u; y, of its shape, is then their sum."""
+    from scan_numba import scan
+
+    groups, length = B.shape[1], u.shape[3]
+    if order is None:
+        order = torch.arange(length).expand(groups, -1)
+    u_, delta, B, C = (x.permute(1, 0, 3, 2).float() for x in (u, delta, B, C))  # (·, B, L, ·)
+    A, D, bias = (w.float().unflatten(0, (groups, -1)) for w in (A, D, bias))
+    y = scan(u_, delta, A.mT, B, C, D, bias, softplus, order)
+    return y.permute(1, 0, 3, 2).to(u.dtype)
 
 
 @torch.compiler.disable
@@ -430,6 +452,12 @@ class _CrossMerge(torch.autograd.Function):
         return _CrossScan.apply(dx, *ctx.size), None, None
 
 
+def _as_scanned(x: Tensor) -> Tensor:
+    """(4, B, H, W, C), of each pixel for each direction → (4, B, L, C), in the order of that direction."""
+    rows, columns = x[0::2].flatten(2, 3), x[1::2].transpose(2, 3).flatten(2, 3)
+    return torch.stack([rows[0], columns[0], rows[1].flip(1), columns[1].flip(1)])
+
+
 def cross_scan(x: Tensor) -> Tensor:
     """An image as four sequences: by rows, by columns, and both from the end (VMamba's order).
 
@@ -508,18 +536,21 @@ class SS2D(nn.Module):
         x = x.permute(0, 3, 1, 2)  # channels first in shape, last in memory
         x = F.silu(x if self.conv2d is None else self.conv2d(x))
 
-        u = cross_scan(x)  # (B, K, D, L), in memory (K, B, L, D)
-        rows = u.permute(1, 0, 3, 2).flatten(1, 2)  # (K, B·L, D)
-        # Δ, B and C are read off the input, with weights for each direction; Δ by way of its rank R.
-        read = rows @ self.x_proj.weight.unflatten(0, (4, -1)).mT
+        # Δ, B and C are read off each pixel, with weights for each direction; Δ by way of its rank R.
+        read = self.x_proj(x.permute(0, 2, 3, 1)).unflatten(3, (4, -1)).permute(3, 0, 1, 2, 4)
+        read = _as_scanned(read).flatten(1, 2)  # (K, B, H, W, R+2N) → (K, B·L, R+2N)
         delta, B, C = read.split(self.split, dim=2)
-        delta = delta @ self.dt_projs.weight.unflatten(0, (4, -1)).mT
+        delta = delta @ self.dt_projs.weight.unflatten(0, (4, -1)).mT.contiguous()  # twice as fast
         # (K, B·L, ·) → (B, K, ·, L)
         delta, B, C = (w.unflatten(1, (len(x), -1)).permute(1, 0, 3, 2) for w in (delta, B, C))
         A = -self.A_logs.float().exp()
-        y = selective_scan(u, delta, A, B, C, self.Ds, self.dt_projs_bias.flatten(), delta_softplus=True)
+        more = delta, A, B, C, self.Ds, self.dt_projs_bias.flatten(), True
+        if scan_backend(x)[0] == "numba":  # which needs no copies of the image
+            y = _scan_numba(x.flatten(2).unsqueeze(1), *more, _scan_order(height, width, x.device)).view_as(x)
+        else:
+            y = cross_merge(selective_scan(cross_scan(x), *more), height, width)
 
-        y = self.out_norm(cross_merge(y, height, width).permute(0, 2, 3, 1))  # (B, H, W, D)
+        y = self.out_norm(y.permute(0, 2, 3, 1))  # (B, H, W, D)
         if self.gate:
             y = y * F.silu(z)
         return self.dropout(self.out_proj(y))
@@ -787,7 +818,7 @@ class VisualPromptEncoder(nn.Module):
 
         known: latents of the draft's shape, for a gated encoder alone; it raises a ValueError without them.
         """
-        x = grid
+        x = grid.contiguous(memory_format=torch.channels_last)
         for conv, norm in zip(self.stem, self.stem_norms):
             x = x if conv is self.stem[0] else F.gelu(x).permute(0, 3, 1, 2)
             x = norm(conv(x).permute(0, 2, 3, 1))  # (B, H, W, C)
@@ -976,10 +1007,11 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     u, delta = torch.randn(2, 1, 8, 100, device=device)
     A, (B, C) = -torch.rand(8, 4, device=device), torch.randn(2, 1, 2, 4, 100, device=device)
-    print("   backend: {}, because {}".format(*scan_backend(u)))
-    y, z = (selective_scan(u, delta, A, B, C, delta_softplus=True, backend=name) for name in BACKENDS[1:3])
+    backend, why = scan_backend(u)
+    print(f"   backend: {backend}, because {why}")
+    y, z = (selective_scan(u, delta, A, B, C, None, None, True, name) for name in ("reference", backend))
     print(f"   y {(*y.shape,)} between {y.min():.2f} and {y.max():.2f}")
-    print(f"   chunked - reference: {(z - y).abs().max():.1e} at most")
+    print(f"   {backend} - reference: {(z - y).abs().max():.1e} at most")
 
     print("2. Four orders over the image [[0, 1, 2], [3, 4, 5]]")
     image = torch.arange(6.0).view(1, 1, 2, 3)

@@ -618,9 +618,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, encoder_lr: float) -
 
 
 def new_adamw(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """The class of that optimiser. Raises ValueError where its library is missing."""
+    """What makes that optimiser. Raises ValueError where its library is missing."""
     if name == "adamw":
-        return torch.optim.AdamW
+        return partial(torch.optim.AdamW, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:

@@ -3,11 +3,12 @@
     python bench/scan.py                        # on the CPU, or on CUDA where it is: then the kernels too
     python bench/scan.py --sizes 2,384,16,1024 --repeat 20
 
-Each runs in a process of its own. The peers are all in PyTorch, written here from their descriptions:
+Each runs in a process of its own. The peers are in PyTorch, written here from their descriptions:
     indexed     mamba-ssm's reference: all (B, D, L, N) at once, then a loop that indexes into it
     unbound     the same recurrence over unbound slices: rcldm.py's backend "reference"
     parallel    a work-efficient parallel scan (Blelloch, 1990) over (B, D, L, N), as mamba.py has it
-    chunked     ours
+    chunked     ours, in PyTorch alone
+    numba       ours for a CPU (scan_numba.py)
     triton      ours for a GPU (scan_triton.py)
     mamba-ssm   the CUDA kernel, where it is installed
 """
@@ -29,7 +30,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
-from rcldm import kernel_error, selective_scan
+from rcldm import KERNELS, kernel_error, selective_scan
 
 
 def indexed(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -97,6 +98,7 @@ SCANS = {
     "unbound": _ours("reference"),
     "parallel": parallel,
     "chunked": _ours("chunked"),
+    "numba": _ours("numba"),
     "triton": _ours("triton"),
     "mamba-ssm": _ours("mamba-ssm"),
 }
@@ -159,9 +161,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SCANS, help="these alone")
     args = parser.parse_args()
     device = backbone.pick_device(args.device)
-    cuda, kernels = device.type == "cuda", ("triton", "mamba-ssm")
-    names = args.only or [n for n in SCANS if n not in kernels or (cuda and kernel_error(n) is None)]
-    ours = next((name for name in ("triton", "chunked") if name in names), names[0])
+    cuda, here = device.type == "cuda", KERNELS.get(device.type, ())
+    kernels = {name for names in KERNELS.values() for name in names}
+    names = args.only or [n for n in SCANS if n not in kernels or (n in here and kernel_error(n) is None)]
+    ours = next((name for name in ("triton", "numba", "chunked") if name in names), names[0])
     print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(f"| B, D, N, L | scan | ms | × {ours}'s | peak MiB | × {ours}'s |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")

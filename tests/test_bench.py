@@ -10,7 +10,7 @@ import torch
 from bench import scan
 
 
-@pytest.mark.parametrize("name", ["indexed", "parallel", "chunked"])
+@pytest.mark.parametrize("name", ["indexed", "parallel", "chunked", "numba"])
 def test_the_peers_of_the_scan_compute_the_same(name):
     results = []
     for scan_name in ("unbound", name):

@@ -1,6 +1,7 @@
 """rcldm.py: the scan's backends agree, VMamba's checkpoints load, and an untrained RCLDM changes nothing."""
 
 import json
+import math
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # ---------------------------------------------------------------------------------------------- the scan
 
 
-BACKENDS_HERE = ["chunked", *["triton"] * (find_spec("triton") is not None)]
+BACKENDS_HERE = ["chunked", *["triton"] * (find_spec("triton") is not None), *["numba"] * (DEVICE == "cpu")]
 
 
 def scan_inputs(length, groups, state, *, batch=2, channels=8, extras=True, softplus=True, seed=0):
@@ -111,6 +112,7 @@ def test_many_chunks_agree(monkeypatch):
 
 
 KERNELS = [
+    "numba",
     "triton",
     pytest.param(
         "mamba-ssm",
@@ -128,7 +130,8 @@ def test_kernels_agree_with_reference(backend, length, groups, state):
     if backend == "triton":
         pytest.importorskip("triton")
     inputs = scan_inputs(length, groups, state, batch=1 + (length < 100))
-    inputs = {name: x.detach().to(DEVICE).requires_grad_() for name, x in inputs.items()}
+    device = "cpu" if backend == "numba" else DEVICE
+    inputs = {name: x.detach().to(device).requires_grad_() for name, x in inputs.items()}
     assert_backends_agree(inputs, True, other=backend)
     if backend == "mamba-ssm":
         ys = (selective_scan(**inputs, delta_softplus=True, backend=b) for b in ("auto", backend))
@@ -160,6 +163,78 @@ def test_the_triton_kernel_of_many_channels_in_any_memory_layout(monkeypatch):
         assert_backends_agree({n: x.requires_grad_() for n, x in inputs.items()}, True, other="triton")
 
 
+@pytest.mark.parametrize("length", [31, 32, 33, 64, 255, 1000, 4099])  # T is 32
+def test_numba_agrees_with_reference(length):
+    for softplus in (False, True):
+        inputs = scan_inputs(length, 2, 3, batch=1, softplus=softplus)
+        assert_backends_agree(inputs, softplus, other="numba")
+        without = {name: x for name, x in inputs.items() if name not in ("D", "delta_bias")}
+        assert_backends_agree(without, softplus, other="numba")
+
+
+@pytest.mark.parametrize(
+    "threads, batch, channels, parts",
+    [(1, 1, 96, 1), (2, 1, 96, 2), (2, 2, 96, 1), (2, 3, 34, 2), (3, 2, 48, 3), (2, 1, 31, 1)],
+)
+def test_numba_has_a_part_of_the_channels_for_every_thread(monkeypatch, threads, batch, channels, parts):
+    scan_numba = pytest.importorskip("scan_numba")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert scan_numba._parts(batch, channels) == parts
+    inputs = scan_inputs(40, 1, 2, batch=batch, channels=channels)
+    assert_backends_agree(inputs, True, other="numba")
+    monkeypatch.setattr(scan_numba, "OPENMP", None)  # as where PyTorch has no OpenMP
+    assert_backends_agree(inputs, True, other="numba")
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_what_is_raised_in_a_thread_of_numbas_arrives(monkeypatch, openmp):
+    scan_numba = pytest.importorskip("scan_numba")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    if not openmp:
+        monkeypatch.setattr(scan_numba, "OPENMP", None)
+
+    def kernel(first, last):
+        raise OSError("from a thread")
+
+    with pytest.raises(OSError, match="from a thread"):
+        scan_numba._in_parallel(kernel, 2)
+    if openmp and scan_numba.OPENMP is not None:  # Ctrl-C can come where nothing catches it, and C goes on
+        monkeypatch.setattr(scan_numba, "OPENMP", lambda *more: None)
+        with pytest.raises(KeyboardInterrupt):
+            scan_numba._in_parallel(kernel, 2)
+
+
+def test_numbas_functions_of_one_number():
+    scan_numba = pytest.importorskip("scan_numba")
+    for x in [*torch.linspace(-120, 88, 2001).tolist(), 0.0, -1e-9, 1e-9, -0.3466, 0.3466]:
+        x = torch.tensor(x)
+        assert scan_numba._exp(x.numpy()[()]) == pytest.approx(x.double().exp().item(), rel=1e-5)
+        if x > -80:
+            value, slope = scan_numba._softplus(x.numpy()[()])
+            assert value == pytest.approx(F.softplus(x.double()).item(), rel=1e-5)
+            assert slope == pytest.approx(x.double().sigmoid().item(), rel=1e-5)
+    small = torch.linspace(-1, 1, 501)
+    errors = [scan_numba._exp(x.numpy()[()]) / x.double().exp().item() - 1 for x in small]
+    assert max(map(abs, errors)) < 3e-7
+    assert scan_numba._exp(small.new_tensor(-1e30).numpy()[()]) == 0
+    assert scan_numba._exp(small.new_tensor(1e30).numpy()[()]) == math.inf
+    for function in (
+        scan_numba._exp,
+        lambda x: scan_numba._softplus(x)[0],
+        lambda x: scan_numba._softplus(x)[1],
+    ):
+        assert math.isnan(function(small.new_tensor(math.nan).numpy()[()]))
+
+
+def test_nan_comes_out_of_the_scan_where_it_went_in():
+    for name in ("u", "delta", "A", "B", "C", "D", "delta_bias"):
+        inputs = {n: x.detach().to(DEVICE) for n, x in scan_inputs(40, 1, 2, channels=4).items()}
+        inputs[name].view(-1)[0] = math.nan  # of channel 0, at the first step
+        for backend in ("reference", *BACKENDS_HERE):
+            y = selective_scan(**inputs, delta_softplus=True, backend=backend)
+            assert y[0, 0, 0].isnan() and not y.isnan().all(), (name, backend)
+
+
 def test_small_steps_keep_their_digits():
     """softplus(-12) is 6e-6, and 1 + 6e-6 in float32 has two digits of it left."""
     inputs = {name: x.detach().to(DEVICE) for name, x in scan_inputs(70, 1, 2, extras=False).items()}
@@ -188,7 +263,8 @@ def test_one_group_may_leave_out_its_axis_and_groups_may_be_split():
     assert torch.equal(selective_scan(**inputs | {"B": inputs["B"][:, 0], "C": inputs["C"][:, 0]}), y)
     inputs = scan_inputs(30, 4, 3)
     split = {name: inputs[name].unflatten(1, (4, 2)) for name in ("u", "delta")}
-    for backend in ("reference", "chunked"):
+    for backend in ("reference", *BACKENDS_HERE):
+        inputs, split = ({n: x.detach().to(DEVICE) for n, x in named.items()} for named in (inputs, split))
         y = selective_scan(**inputs, backend=backend)
         assert torch.equal(selective_scan(**inputs | split, backend=backend).flatten(1, 2), y)
 
@@ -216,7 +292,6 @@ def test_the_state_is_float32_under_bfloat16():
 def test_autocast_does_not_touch_the_scan():
     inputs = {name: x.detach() for name, x in scan_inputs(40, 2, 3).items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(selective_scan(**inputs), selective_scan(**inputs, backend="chunked"))
         y = selective_scan(**inputs)
     assert torch.equal(y, selective_scan(**inputs))
 
@@ -244,24 +319,37 @@ def test_differentiating_twice_is_refused(linear):
             torch.autograd.grad(g.square().sum(), inputs["delta"])
 
 
-def test_states_are_not_kept():
+@pytest.mark.parametrize("backend", [name for name in BACKENDS_HERE if name != "triton"])
+def test_states_are_not_kept(backend):
     inputs = scan_inputs(2048, 1, 16)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        selective_scan(**inputs, backend="chunked")
+        selective_scan(**inputs, backend=backend)
     states = inputs["u"].numel() * 16
     assert max(kept) <= states / 4 and sum(kept) <= states / 2
 
 
+def like(device, dtype=torch.float32):
+    return SimpleNamespace(device=torch.device(device), is_cuda=device == "cuda", dtype=dtype)
+
+
 def test_auto_takes_a_kernel_only_where_it_runs(monkeypatch):
     inputs = {name: x.detach() for name, x in scan_inputs(9, 1, 2).items()}
-    assert rcldm.scan_backend(inputs["u"])[0] == "chunked"
-    assert torch.equal(selective_scan(**inputs), selective_scan(**inputs, backend="chunked"))
-    on_cuda = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    errors = {"triton": None, "mamba-ssm": None}
+    assert rcldm.scan_backend(inputs["u"])[0] == "numba"
+    assert torch.equal(selective_scan(**inputs), selective_scan(**inputs, backend="numba"))
+    assert rcldm.scan_backend(inputs["u"].double())[0] == "chunked"
+    assert rcldm.scan_backend(like("mps")) == (
+        "chunked",
+        "the tensors are on mps; for which there is no kernel",
+    )
+    errors = {"triton": None, "mamba-ssm": None, "numba": "ModuleNotFoundError: No module named 'numba'"}
     monkeypatch.setattr(rcldm, "kernel_error", errors.get)
+    backend, why = rcldm.scan_backend(inputs["u"])
+    assert backend == "chunked" and "No module named 'numba'" in why
+    assert torch.equal(selective_scan(**inputs), selective_scan(**inputs, backend="chunked"))
+    on_cuda = like("cuda")
     assert rcldm.scan_backend(on_cuda)[0] == "mamba-ssm"
-    assert rcldm.scan_backend(SimpleNamespace(is_cuda=True, dtype=torch.float64))[0] == "chunked"
+    assert rcldm.scan_backend(like("cuda", torch.float64))[0] == "chunked"
     errors["mamba-ssm"] = "ModuleNotFoundError: No module named 'selective_scan_cuda'"
     backend, why = rcldm.scan_backend(on_cuda)
     assert backend == "triton" and "selective_scan_cuda" in why
@@ -270,17 +358,22 @@ def test_auto_takes_a_kernel_only_where_it_runs(monkeypatch):
     assert backend == "chunked" and "selective_scan_cuda" in why and "C compiler" in why
 
 
-@pytest.mark.parametrize("backend", ["triton", "mamba-ssm"])
+@pytest.mark.parametrize("backend", ["numba", "triton", "mamba-ssm"])
 def test_a_kernel_without_its_means_is_one_clear_line(monkeypatch, backend):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    inputs = {name: x.detach() for name, x in scan_inputs(4, 1, 2).items()}
-    with pytest.raises(RuntimeError, match="needs CUDA tensors, got cpu"):
-        selective_scan(**inputs, backend=backend)
+    here, elsewhere, file = ("cuda", "cpu", r"requirements-cuda\.txt")
+    if backend == "numba":
+        here, elsewhere, file = ("cpu", "cuda", r"requirements\.txt")
+    with pytest.raises(RuntimeError, match=f"needs {here.upper()} tensors, got {elsewhere}"):
+        rcldm._check_kernel(backend, like(elsewhere))
     monkeypatch.setattr(rcldm, "kernel_error", lambda backend: "ModuleNotFoundError: no such module")
-    with pytest.raises(RuntimeError, match=r"requirements-cuda\.txt.*no such module"):
-        rcldm._check_kernel(backend, SimpleNamespace(is_cuda=True, dtype=torch.float32))
+    with pytest.raises(RuntimeError, match=file + ".*no such module"):
+        rcldm._check_kernel(backend, like(here))
+    inputs = {name: x.detach() for name, x in scan_inputs(4, 1, 2).items()}
+    with pytest.raises(RuntimeError, match="needs"):
+        selective_scan(**inputs, backend=backend)
     with pytest.raises(RuntimeError, match="no float64"):
-        rcldm._check_kernel(backend, SimpleNamespace(is_cuda=True, dtype=torch.float64))
+        rcldm._check_kernel(backend, like(here, torch.float64))
 
 
 def test_a_triton_that_computes_something_else_is_not_taken(monkeypatch):
@@ -365,6 +458,26 @@ def test_ss2d_is_what_it_says(gate):
         merged = merged + (y.unflatten(2, (5, 3)).transpose(2, 3) if k % 2 else y.unflatten(2, (3, 5)))
     expected = m.out_norm(merged.permute(0, 2, 3, 1)) * (F.silu(z) if gate else 1)
     torch.testing.assert_close(m(x), m.out_proj(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("state", [1, 4])
+def test_ss2d_is_the_same_with_one_image_and_with_four_copies(monkeypatch, state):
+    """Numba's kernel reads one image in four orders; the other scans read a copy in each."""
+    torch.manual_seed(0)
+    m = SS2D(40, d_state=state, ssm_ratio=1.0)
+    x = torch.randn(2, 7, 5, 40, requires_grad=True)
+    direction = torch.randn(2, 7, 5, 40)
+    results = []
+    for kernels in (rcldm.KERNELS, {}):
+        monkeypatch.setattr(rcldm, "KERNELS", kernels)
+        y = m(x)
+        results.append((y, *torch.autograd.grad((y * direction).sum(), [x, *m.parameters()])))
+    for one, four in zip(*results):
+        assert (one - four).norm() <= 1e-5 * four.norm() > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        monkeypatch.undo()
+        low = m(x)
+    assert low.dtype == torch.bfloat16 and (low - results[0][0]).norm() <= 2e-2 * results[0][0].norm()
 
 
 def vmamba_block(c, ratio, n, *, gate, conv_bias, mlp, spelling):
