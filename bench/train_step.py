@@ -8,7 +8,8 @@ A step is forward, backward, clipping and AdamW, on random pictures under the sa
 runs in processes of its own, whose peak memory is its alone. ControlNet learns from the same grids, its
 condition the grid with the answer greyed out, its loss the plain mean of squares. All four contributions are
 RCLDM, the unified instruction (it costs nothing here: encoded once, before training), L_es and L_sam. Parts
-of the paper's size are built from their configurations, with random weights (bench/paper_size.py).
+of the paper's size are built from their configurations, with random weights (bench/paper_size.py), and the
+tiny decoder from TAESD's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import ControlNetModel
+from diffusers import AutoencoderTiny, ControlNetModel
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file's own folder is there already
@@ -42,6 +43,7 @@ MODELS = {
     "ours with ViT, without ESM and SAM": ("--encoder", "vit", "--no-esm", "--no-sam"),
     "ours, all four": (),
     "ours, all four, its encoder frozen": ("--encoder-lr", "0"),
+    "ours, all four, a tiny decoder for L_es": ("--tiny-decoder", "random"),
 }
 
 
@@ -81,7 +83,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     clip = None if settings.no_esm else backbone.load_clip(chosen.clip, device)
     facts, texts = random_facts(sd, clip, args.batch, settings.panel)
     rows = torch.zeros(2 * args.batch, dtype=torch.long)
-    losses_of = train.Losses(settings, sd, Frozen(sd.vae, clip, None), facts, texts, rows)
+    tiny = AutoencoderTiny(latent_channels=facts.latents.shape[2]) if settings.tiny_decoder else None
+    tiny = tiny and tiny.to(device).requires_grad_(False)
+    losses_of = train.Losses(settings, sd, Frozen(sd.vae, clip, None), facts, texts, rows, tiny)
     theirs = name == "ControlNetModel"
     if theirs:
         model = ControlNetModel.from_unet(sd.unet)
