@@ -399,9 +399,10 @@ def test_more_than_one_in_twenty_stop_it(run, tmp_path, capsys):
 # --- Numbers ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", ["chunked", "numba"])
 @pytest.mark.parametrize("length", [1, 4097, 65_536])
 @pytest.mark.parametrize("delta", [1e-6, 1.0, 1e2, None])
-def test_the_scan_stays_finite(length, delta):
+def test_the_scan_stays_finite(length, delta, backend):
     """Of any length and at any step size; None: all sizes in turn, from 1e-6 to 1e2."""
     g = torch.Generator().manual_seed(0)
     sizes = torch.logspace(-6, 2, 997)[torch.arange(length) % 997] if delta is None else torch.tensor(delta)
@@ -409,7 +410,7 @@ def test_the_scan_stays_finite(length, delta):
     u, B, C = torch.randn(1, 2, length, generator=g), *torch.randn(2, 1, 1, 4, length, generator=g)
     A = -torch.arange(1, 5).float().expand(2, 4)
     inputs = [x.clone().requires_grad_() for x in (u, deltas, A, B, C)]
-    y = rcldm.selective_scan(*inputs, backend="chunked")
+    y = rcldm.selective_scan(*inputs, backend=backend)
     gradients = torch.autograd.grad(y.sum(), inputs)
     assert y.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
 
