@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -302,8 +303,11 @@ class Stop:
 
 
 def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # whoever listened may be gone
+    try:
         print(line, flush=True)
+    except OSError:  # whoever listened is gone; Python would try again as it ends, and exit with 120 for it
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def ignore_signals(worker: int) -> None:

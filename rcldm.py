@@ -275,29 +275,28 @@ class _ChunkedScan(torch.autograd.Function):
         entering = []
         steps = _steps_at_once(u, A)
         space = A.new_empty(3, steps + 1, *h.shape)
-        positive = A.new_empty(delta_.shape) if softplus else None  # what takes long is done once
         for t in range(0, len(u_), steps):
             now = slice(t, t + steps)
             entering.append(h)
             u_t, delta_t = u_[now].to(A.dtype), delta_[now] + bias_
-            if softplus:
-                delta_t = _softplus(delta_t, out=positive[now])
+            delta_t = F.softplus(delta_t) if softplus else delta_t
             _, _, hs, free = _states(h, u_t, delta_t, A_, B_[now], space)
             y_[now] = _sum_states(C_[now], hs[1:], free).addcmul_(D_, u_t)
             h = hs[-1].clone()
-        ctx.save_for_backward(u, delta, A, B, C, D, bias, torch.stack(entering), positive)
+        ctx.softplus = softplus
+        ctx.save_for_backward(u, delta, A, B, C, D, bias, torch.stack(entering))
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_ChunkedScanGradient.apply(_channels_innermost(dy), *ctx.saved_tensors), None
+        return *_ChunkedScanGradient.apply(_channels_innermost(dy), ctx.softplus, *ctx.saved_tensors), None
 
 
 class _ChunkedScanGradient(torch.autograd.Function):
     """The gradients of `_ChunkedScan`; a function of its own, so that a second derivative can be refused."""
 
     @staticmethod
-    def forward(ctx, dy, u, delta, A, B, C, D, bias, entering, positive) -> tuple[Tensor, ...]:
+    def forward(ctx, dy, softplus, u, delta, A, B, C, D, bias, entering) -> tuple[Tensor, ...]:
         """The gradient by h_t runs through the same recurrence: g_t = C_t dy_t + exp(Δ_{t+1} A) g_{t+1}."""
         du, ddelta, dB, dC = (torch.empty_like(x) for x in (u, delta, B, C))
         u_, delta_, dy_, A_, B_, C_, D_, bias_ = _time_first(u, delta, dy, A, B, C, D, bias)
@@ -310,7 +309,7 @@ class _ChunkedScanGradient(torch.autograd.Function):
             now = slice(i * steps, (i + 1) * steps)
             u_t, dy_t = u_[now].to(A.dtype), dy_[now].to(A.dtype)
             raw, B_t, C_t = delta_[now] + bias_, B_[now], C_[now]
-            delta_t = raw if positive is None else positive[now]
+            delta_t = F.softplus(raw) if softplus else raw
             a, x, hs, gs = _states(entering[i], u_t, delta_t, A_, B_t, space)  # gs is only room as yet
             dC_[now] = torch.mul(hs[1:], dy_t, out=gs).sum(-1, keepdim=True)
             torch.mul(C_t, dy_t, out=gs)
@@ -324,7 +323,7 @@ class _ChunkedScanGradient(torch.autograd.Function):
             dx = _sum_states(B_t, gs, free)  # by Δu
             du_[now] = torch.addcmul(dx * delta_t, D_, dy_t)
             draw = _sum_states(A_, dlog_a, free).addcmul_(dx, u_t)  # by Δ
-            if positive is not None:
+            if softplus:
                 draw *= raw.sigmoid_()
             ddelta_[now] = draw
             dbias_ += draw.sum((0, 1))
@@ -334,17 +333,6 @@ class _ChunkedScanGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         raise RuntimeError('the scan\'s backend "chunked" cannot be differentiated twice; "reference" can')
-
-
-def _softplus(x: Tensor, out: Tensor) -> Tensor:
-    """log(1 + exp(x)) by way of log, since PyTorch's log1p takes six times as long on a CPU.
-
-    With u = 1 + e rounded, log(1 + e) = log(u) + (e - (u - 1)) / u, but for the square of the rounding.
-    """
-    e = x.clamp(max=20).exp_()
-    u = e + 1
-    torch.log(u, out=out).addcdiv_(e.sub_(u - 1), u)
-    return torch.maximum(out, x, out=out)  # beyond 20 it is x, and nowhere less
 
 
 def _steps_at_once(u: Tensor, A: Tensor) -> int:
@@ -385,23 +373,9 @@ def _states(h: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, space: Te
 
 def _recur_(a: Tensor, b: Tensor, h: Tensor, reverse: bool = False) -> None:
     """b_t ← h_t with h_t = a_t h_{t-1} + b_t, in place along the first axis; from its end with `reverse`."""
-    n = len(b)
-    if n <= 4 or b[0].numel() > (2**20 if b.is_cuda else 2**11):
-        steps = list(zip(a.unbind(0), b.unbind(0)))
-        for a_t, b_t in reversed(steps) if reverse else steps:
-            h = b_t.addcmul_(a_t, h)
-        return
-    # Small steps cost more to call than to compute. So the first and the second, the third and the fourth, …
-    # become one step each, all at once; the recurrence runs over these; then every other state follows from
-    # the one before it.
-    places = range(0, n - 1, 2), range(1, n, 2), range(2, n, 2), range(1, n - 1, 2)
-    if reverse:
-        places = (range(n - 1 - x[-1], n - x[0], 2) for x in places)
-    first, second, third, before = (slice(x.start, x.stop, 2) for x in places)
-    b[second].addcmul_(a[second], b[first])
-    _recur_(a[first] * a[second], b[second], h, reverse)
-    b[n - 1 if reverse else 0].addcmul_(a[n - 1 if reverse else 0], h)
-    b[third].addcmul_(a[third], b[before])
+    steps = list(zip(a.unbind(0), b.unbind(0)))
+    for a_t, b_t in reversed(steps) if reverse else steps:
+        h = b_t.addcmul_(a_t, h)
 
 
 def _sum_states(w: Tensor, x: Tensor, free: Tensor) -> Tensor:

@@ -757,7 +757,8 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
     loader = load_batches(data, facts, order, args.workers)
     log = Log(args.output / "tensorboard") if is_main else None
     progress = tqdm(total=args.steps, initial=start, desc="train", mininterval=2, disable=not is_main)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters to train, {len(data)} pairs")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{millions:.2f} M parameters to train, {len(data)} pairs", flush=True)
 
     def publish(step: int) -> None:
         """The editor of this step, and what it makes of the validation queries."""

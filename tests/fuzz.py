@@ -69,6 +69,7 @@ import metrics
 import train
 from checkpoint import load_checkpoint, save_checkpoint
 from pipeline import InstructGIEPipeline
+from rcldm import SS2D
 
 SECONDS, MEGABYTES = 10, 2048  # of a case at most
 
@@ -873,6 +874,7 @@ def main() -> None:
     parser.add_argument("--case", type=int, help="this number alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    SS2D(4)(torch.zeros(1, 2, 2, 4))  # or each case would have Numba look for a place for what it compiles
     root, outside = SCRATCH / "seeds", SCRATCH / "outside"
     for folder in (root, outside, SCRATCH / "cache"):
         folder.mkdir()
