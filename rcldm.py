@@ -85,7 +85,7 @@ def selective_scan(
     _check_shapes(u, delta, A, B, C, D, delta_bias)
     if backend == "auto":
         backend, _ = scan_backend(u)
-    elif backend in ("numba", "triton", "mamba-ssm"):
+    elif backend not in ("reference", "chunked"):
         _check_kernel(backend, u)
     if backend == "mamba-ssm":
         return _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus)

@@ -83,8 +83,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     clip = None if settings.no_esm else backbone.load_clip(chosen.clip, device)
     facts, texts = random_facts(sd, clip, args.batch, settings.panel)
     rows = torch.zeros(2 * args.batch, dtype=torch.long)
-    tiny = AutoencoderTiny(latent_channels=facts.latents.shape[2]) if settings.tiny_decoder else None
-    tiny = tiny and tiny.to(device).requires_grad_(False)
+    tiny = None
+    if settings.tiny_decoder:
+        tiny = AutoencoderTiny(latent_channels=facts.latents.shape[2]).to(device).requires_grad_(False)
     losses_of = train.Losses(settings, sd, Frozen(sd.vae, clip, None), facts, texts, rows, tiny)
     theirs = name == "ControlNetModel"
     if theirs:

@@ -90,6 +90,21 @@ def test_chunked_agrees_with_reference(length, groups):
         assert_backends_agree(inputs, softplus)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_recurrence_in_place(reverse):
+    g = torch.Generator().manual_seed(0)
+    for n in range(1, 38):
+        a, b = torch.rand(n, 3, generator=g), torch.randn(n, 3, generator=g)
+        h, expected = torch.randn(3, generator=g), torch.empty(n, 3)
+        state = h
+        for t in reversed(range(n)) if reverse else range(n):
+            state = expected[t] = a[t] * state + b[t]
+        kept = a.clone()
+        rcldm._recur_(a, b, h, reverse)
+        torch.testing.assert_close(b, expected)
+        assert torch.equal(a, kept)
+
+
 def test_many_chunks_agree(monkeypatch):
     monkeypatch.setattr(rcldm, "_steps_at_once", lambda u, A: 5)  # 13 chunks, the last of 3 steps
     assert_backends_agree(scan_inputs(63, groups=2, state=2), softplus=True)
@@ -275,9 +290,10 @@ def test_the_state_is_float32_under_bfloat16():
 
 def test_autocast_does_not_touch_the_scan():
     inputs = {name: x.detach() for name, x in scan_inputs(40, 2, 3).items()}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = selective_scan(**inputs)
-    assert torch.equal(y, selective_scan(**inputs))
+    for backend in ("auto", "chunked", "numba"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = selective_scan(**inputs, backend=backend)
+        assert torch.equal(y, selective_scan(**inputs, backend=backend))
 
 
 def test_gradients_in_double_precision():

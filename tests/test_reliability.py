@@ -234,7 +234,9 @@ def start(parts, output, *more, limit=None):
 
     command = [sys.executable, str(TESTS.parent / "train.py"), *options(parts, output), *QUICK, *more]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, preexec_fn=little if limit else None, **pipes)
+    # As from a shell: Python then keeps what it prints to a pipe until it is told to flush it.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(command, preexec_fn=little if limit else None, env=env, **pipes)
 
 
 def test_files_that_may_not_grow_are_said_in_a_line_and_training_goes_on(parts, tmp_path):
