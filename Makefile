@@ -9,8 +9,8 @@ demo: $(VENV)/installed
 	$(RUN) edit.py --prompt-pair examples/before.png examples/after.png --input examples/input.png \
 		--output out/answer.png --grid
 
-test: $(VENV)/installed
-	$(RUN) -m pytest
+test: $(VENV)/installed  ## a process for each core, four at most, and a file's tests in one of them
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/installed
 	$(RUN) -m pytest -m slow
