@@ -14,7 +14,7 @@ it: all of them read one u, each in its order, and add to one y.
 
 Shapes: u, y (U, B, L, P), where U is G, or 1 for one u that all groups share, and one y that is their sum
         Δ (G, B, L, P) · A (G, N, P) · B, C (G, B, L, N) · D, bias (G, P) · order (G, L), places in u and y
-The kernels have the channels in S parts of W, P = S·W, so that there is work for every core.
+A kernel takes the channels in S parts of W, P = S·W, so that there is work for every core.
 """
 
 from __future__ import annotations
@@ -65,22 +65,22 @@ def _softplus(x):
 
 
 @njit(**OPTIONS)
-def _forward(first, last, u, delta, A, B, C, D, bias, softplus, order, y, entering):
+def _forward(first, last, S, u, delta, A, B, C, D, bias, softplus, order, y, entering):
     """Adds to y the scans of tasks first … last - 1; task b·S + s is part s of the channels of sample b."""
-    U, _, S, length, W = u.shape
-    N = A.shape[2]
+    U, _, length, P = u.shape
+    N, W = A.shape[1], P // S
     h, step, x = np.empty((N, W), f32), np.empty(W, f32), np.empty(W, f32)
     for task in range(first, last):
-        b, s = task // S, task % S
+        b, part = task // S, slice(task % S * W, task % S * W + W)
         for g in range(len(delta)):
-            u_, delta_, y_, entering_ = u[g % U, b, s], delta[g, b, s], y[g % U, b, s], entering[g, b, s]
-            A_, B_, C_, D_, bias_, places = A[g, s], B[g, b], C[g, b], D[g, s], bias[g, s], order[g]
+            u_, delta_, y_, entering_ = u[g % U, b], delta[g, b], y[g % U, b], entering[g, b]
+            A_, B_, C_, D_, bias_, places = A[g], B[g, b], C[g, b], D[g, part], bias[g, part], order[g]
             h[:] = 0
             for t in range(length):
                 if t % T == 0:
-                    entering_[t // T] = h
+                    entering_[t // T, :, part] = h
                 place = u64(places[t])  # without a sign, which Numba would ask for at every use
-                u_t, delta_t, y_t, B_t, C_t = u_[place], delta_[t], y_[place], B_[t], C_[t]
+                u_t, delta_t, y_t, B_t, C_t = u_[place, part], delta_[t, part], y_[place, part], B_[t], C_[t]
                 for p in range(W):
                     raw = delta_t[p] + bias_[p]
                     step[p] = _softplus(raw)[0] if softplus else raw
@@ -88,7 +88,7 @@ def _forward(first, last, u, delta, A, B, C, D, bias, softplus, order, y, enteri
                     x[p] = step[p] * u_t[p]
                     y_t[p] += D_[p] * u_t[p]
                 for n in range(N):
-                    A_n, h_n, B_n, C_n = A_[n], h[n], B_t[n], C_t[n]
+                    A_n, h_n, B_n, C_n = A_[n, part], h[n], B_t[n], C_t[n]
                     for p in range(W):
                         now = _exp(step[p] * A_n[p]) * h_n[p] + B_n * x[p]
                         h_n[p] = now
@@ -97,40 +97,42 @@ def _forward(first, last, u, delta, A, B, C, D, bias, softplus, order, y, enteri
 
 @njit(**OPTIONS)
 def _backward(
-    first, last, u, delta, A, B, C, D, bias, softplus, order, dy, entering,
+    first, last, S, u, delta, A, B, C, D, bias, softplus, order, dy, entering,
     du, ddelta, dA, dB, dC, dD, dbias,
 ):  # fmt: skip
     """The gradients by the same tasks' u, Δ, …: writes ddelta, dB and dC, and adds to the others."""
-    U, _, S, length, W = u.shape
-    N = A.shape[2]
+    U, _, length, P = u.shape
+    N, W = A.shape[1], P // S
     # Each by itself: parts of one array might overlap, for all that the compiler knows.
     step, slope, x = np.empty((T, W), f32), np.empty((T, W), f32), np.empty((T, W), f32)
     a, h, dy_steps = np.empty((T, W), f32), np.empty((T + 1, W), f32), np.empty((T, W), f32)
     dx, dstep, g_h = np.empty((T, W), f32), np.empty((T, W), f32), np.empty((N, W), f32)
     for task in range(first, last):
         b, s = task // S, task % S
+        part = slice(s * W, s * W + W)
         for g in range(len(delta)):
-            u_, delta_, dy_, entering_ = u[g % U, b, s], delta[g, b, s], dy[g % U, b, s], entering[g, b, s]
-            A_, B_, C_, D_, bias_, places = A[g, s], B[g, b], C[g, b], D[g, s], bias[g, s], order[g]
-            du_, ddelta_, dB_, dC_ = du[g % U, b, s], ddelta[g, b, s], dB[s, g, b], dC[s, g, b]
-            dA_, dD_, dbias_ = dA[g, b, s], dD[g, b, s], dbias[g, b, s]
+            u_, delta_, dy_, entering_ = u[g % U, b], delta[g, b], dy[g % U, b], entering[g, b]
+            A_, B_, C_, D_, bias_, places = A[g], B[g, b], C[g, b], D[g, part], bias[g, part], order[g]
+            du_, ddelta_, dB_, dC_ = du[g % U, b], ddelta[g, b], dB[s, g, b], dC[s, g, b]
+            dA_, dD_, dbias_ = dA[g, b], dD[g, b, part], dbias[g, b, part]
             g_h[:] = 0  # what the steps after these T say of the last of their states
             for chunk in range((length - 1) // T, -1, -1):
                 start, steps = chunk * T, min(T, length - chunk * T)
                 for i in range(steps):
                     place = u64(places[start + i])
-                    delta_t, u_t, step_t, slope_t, x_t = delta_[start + i], u_[place], step[i], slope[i], x[i]
+                    delta_t, u_t = delta_[start + i, part], u_[place, part]
+                    step_t, slope_t, x_t = step[i], slope[i], x[i]
                     for p in range(W):
                         raw = delta_t[p] + bias_[p]
                         step_t[p], slope_t[p] = _softplus(raw) if softplus else (raw, f32(1))
                     for p in range(W):
                         x_t[p] = step_t[p] * u_t[p]
-                    dy_steps[i] = dy_[place]
+                    dy_steps[i] = dy_[place, part]
                 dx[:] = 0  # by Δu
                 dstep[:] = 0  # by Δ, by way of exp(ΔA)
                 for n in range(N):
-                    A_n, dA_n, g_n = A_[n], dA_[n], g_h[n]
-                    h[0] = entering_[chunk, n]
+                    A_n, dA_n, g_n = A_[n, part], dA_[n, part], g_h[n]
+                    h[0] = entering_[chunk, n, part]
                     for i in range(steps):
                         B_n = B_[start + i, n]
                         step_t, x_t, a_t, before, h_t = step[i], x[i], a[i], h[i], h[i + 1]
@@ -155,7 +157,7 @@ def _backward(
                         dB_[start + i, n], dC_[start + i, n] = dB_n, dC_n
                 for i in range(steps):
                     place = u64(places[start + i])
-                    u_t, du_t, ddelta_t = u_[place], du_[place], ddelta_[start + i]
+                    u_t, du_t, ddelta_t = u_[place, part], du_[place, part], ddelta_[start + i, part]
                     step_t, slope_t, dy_t, dx_t, dstep_t = step[i], slope[i], dy_steps[i], dx[i], dstep[i]
                     for p in range(W):
                         now = (dstep_t[p] + dx_t[p] * u_t[p]) * slope_t[p]
@@ -203,12 +205,8 @@ def _in_parallel(kernel: Callable[..., None], tasks: int, *values: Tensor | bool
 
 def scan(u, delta, A, B, C, D, bias, softplus: bool, order: Tensor) -> Tensor:
     """y, of u's shape; all of the shapes at the head of this file, float32, the order int64."""
-    batch, _, channels = u.shape[1:]
-    parts = _parts(batch, channels)
-    u, delta, A, D, bias = (x.unflatten(-1, (parts, -1)) for x in (u, delta, A, D, bias))
-    inputs = u.transpose(2, 3), delta.transpose(2, 3), A.transpose(1, 2), B, C, D, bias
-    y = NumbaScan.apply(*(x.contiguous() for x in inputs), softplus, order.contiguous())
-    return y.transpose(2, 3).flatten(-2)
+    inputs = u, delta, A, B, C, D, bias
+    return NumbaScan.apply(*(x.contiguous() for x in inputs), softplus, order.contiguous())
 
 
 def _parts(batch: int, channels: int) -> int:
@@ -221,31 +219,31 @@ def _parts(batch: int, channels: int) -> int:
 
 
 class NumbaScan(torch.autograd.Function):
-    """u, y (U, B, S, L, W) · Δ (G, B, S, L, W) · A (G, S, N, W) · B, C (G, B, L, N) · D, bias (G, S, W)."""
+    """The shapes at the head of this file, without gaps in memory."""
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, bias, softplus: bool, order: Tensor) -> Tensor:
         y = torch.zeros_like(u)
-        batch, parts, length, width = u.shape[1:]
-        entering = u.new_empty(len(delta), batch, parts, math.ceil(length / T), A.shape[2], width)
+        batch, length, channels = u.shape[1:]
+        ctx.softplus, ctx.parts = softplus, _parts(batch, channels)
+        entering = u.new_empty(len(delta), batch, math.ceil(length / T), *A.shape[1:])
         inputs = u, delta, A, B, C, D, bias
-        _in_parallel(_forward, batch * parts, *inputs, softplus, order, y, entering)
-        ctx.softplus = softplus
+        _in_parallel(_forward, batch * ctx.parts, ctx.parts, *inputs, softplus, order, y, entering)
         ctx.save_for_backward(*inputs, order, entering)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_Gradient.apply(dy.contiguous(), ctx.softplus, *ctx.saved_tensors), None, None
+        return *_Gradient.apply(dy.contiguous(), ctx.parts, ctx.softplus, *ctx.saved_tensors), None, None
 
 
 class _Gradient(torch.autograd.Function):
     """The gradients of `NumbaScan`; a function of its own, so that a second derivative can be refused."""
 
     @staticmethod
-    def forward(ctx, dy, softplus, u, delta, A, B, C, D, bias, order, entering) -> tuple[Tensor, ...]:
-        batch, parts = u.shape[1:3]
-        inputs = u, delta, A, B, C, D, bias, softplus, order, dy, entering
+    def forward(ctx, dy, parts, softplus, u, delta, A, B, C, D, bias, order, entering) -> tuple[Tensor, ...]:
+        batch = u.shape[1]
+        inputs = parts, u, delta, A, B, C, D, bias, softplus, order, dy, entering
         du, ddelta = torch.zeros_like(u), torch.empty_like(delta)
         dA, dD, dbias = (x.new_zeros(len(x), batch, *x.shape[1:]) for x in (A, D, bias))
         dB, dC = (x.new_empty(parts, *x.shape) for x in (B, C))
