@@ -1,15 +1,18 @@
 """A training step of ours against the same step with diffusers' ControlNet: time and peak memory.
 
     python bench/train_step.py                                    # the toy size
-    python bench/train_step.py --backbone sd15 --batch 1 --repeat 1 --gradient-checkpointing
+    python bench/train_step.py --backbone sd15 --batch 1 --repeat 8 --rounds 1 --gradient-checkpointing
     python bench/train_step.py --backbone sd15 --batch 4 --precision bf16 --device cuda
 
 A step is forward, backward, clipping and AdamW, on random pictures under the same frozen U-Net; each model
-runs in processes of its own, whose peak memory is its alone. ControlNet learns from the same grids, its
-condition the grid with the answer greyed out, its loss the plain mean of squares. All four contributions are
-RCLDM, the unified instruction (it costs nothing here: encoded once, before training), L_es and L_sam. Parts
-of the paper's size are built from their configurations, with random weights (bench/paper_size.py), and the
-tiny decoder from TAESD's.
+runs in processes of its own, whose peak memory is its alone. Steps differ: L_es decodes no answer whose noise
+is too strong. So the time is the mean over steps, of each its fastest round, and beside it stands how many
+answers a step decoded.
+
+ControlNet learns from the same grids, its condition the grid with the answer greyed out, its loss the plain
+mean of squares. All four contributions are RCLDM, the unified instruction (it costs nothing here: encoded
+once, before training), L_es and L_sam. Parts of the paper's size are built from their configurations, with
+random weights (bench/paper_size.py), and the tiny decoder from TAESD's.
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, ControlNetModel
 from torch import Tensor
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file's own folder is there already
 import paper_size
@@ -74,13 +80,16 @@ def random_facts(sd: backbone.StableDiffusion, clip: torch.nn.Module | None, bat
     return Facts(latents, embeddings, areas, None, pictures), backbone.encode_text(sd, ["wave", ""])
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the fastest step, the process's peak bytes, and how many weights learn."""
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each step, answers decoded by one, the process's peak bytes, and how many weights learn."""
     device, cuda, chosen = args.device, args.device == "cuda", preset(args.backbone, args.folder)
     settings = train.settings([*MODELS[name], "--batch", str(args.batch)])
     settings.panel = chosen.panel
     sd = backbone.load_stable_diffusion(chosen.stable_diffusion, device)
     clip = None if settings.no_esm else backbone.load_clip(chosen.clip, device)
+    decoded: list[int] = []
+    if clip is not None:  # it sees all that is decoded, and nothing else
+        clip.visual.register_forward_pre_hook(lambda _, pictures: decoded.append(len(pictures[0])))
     facts, texts = random_facts(sd, clip, args.batch, settings.panel)
     rows = torch.zeros(2 * args.batch, dtype=torch.long)
     tiny = None
@@ -117,6 +126,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
 
     seconds = []
     for step in range(args.repeat + 1):
+        if step == 1:
+            seconds.clear()
+            decoded.clear()
         g = torch.Generator().manual_seed(step)
         start = time.perf_counter()
         with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -130,7 +142,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
     count = sum(weight.numel() for weight in weights)
-    return {"seconds": min(seconds[1:]), "bytes": peak, "weights": count}
+    return {"seconds": seconds, "decoded": sum(decoded) / args.repeat, "bytes": peak, "weights": count}
 
 
 def main() -> None:
@@ -138,7 +150,9 @@ def main() -> None:
     parser.add_argument("--backbone", default="toy", choices=backbone.PRESETS)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=10, help="timed steps after one that is not")
-    parser.add_argument("--rounds", type=int, default=3, help="over all models; the fastest step counts")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="over all models; of each step the fastest counts"
+    )
     parser.add_argument("--precision", default="no", choices=("no", "bf16"), help="of autocast")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="for both")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -156,15 +170,20 @@ def main() -> None:
         print(
             f"{args.backbone}, batch {args.batch}, precision {args.precision}{checkpointed}; {args.device},"
         )
-        print(f"{threads}\n\n| a step of | M weights | ms | × ControlNet's | peak GiB |")
-        print("| --- | ---: | ---: | ---: | ---: |")
-        rounds = [{name: apart(measure, name, args) for name in args.only} for _ in range(args.rounds)]
-        rows = {name: min((r[name] for r in rounds), key=lambda row: row["seconds"]) for name in args.only}
-        first = rows[args.only[0]]
+        print(f"{threads}\n", flush=True)
+        rows: dict[str, dict[str, Any]] = {}
+        for name in tqdm(args.only * args.rounds, unit="process"):
+            row = apart(measure, name, args)
+            best = rows.setdefault(name, row)
+            best["seconds"] = [min(times) for times in zip(best["seconds"], row["seconds"])]
+        print("| a step of | M weights | answers decoded | ms | × ControlNet's | peak GiB |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: |")
+        first = mean(rows[args.only[0]]["seconds"])
         for name, row in rows.items():
-            numbers = [f"{row['weights'] / 1e6:.2f}", f"{1e3 * row['seconds']:.0f}"]
-            numbers += [f"{row['seconds'] / first['seconds']:.2f}", f"{row['bytes'] / 2**30:.2f}"]
-            print(f"| {name} | {' | '.join(numbers)} |", flush=True)
+            seconds = mean(row["seconds"])
+            numbers = [f"{row['weights'] / 1e6:.2f}", f"{row['decoded']:.2f}"]
+            numbers += [f"{1e3 * seconds:.0f}", f"{seconds / first:.2f}", f"{row['bytes'] / 2**30:.2f}"]
+            print(f"| {name} | {' | '.join(numbers)} |")
 
 
 if __name__ == "__main__":
