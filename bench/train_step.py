@@ -6,8 +6,8 @@
 
 A step is forward, backward, clipping and AdamW, on random pictures under the same frozen U-Net; each model
 runs in processes of its own, whose peak memory is its alone. Steps differ: L_es decodes no answer whose noise
-is too strong. So the time is the mean over steps, of each its fastest round, and beside it stands how many
-answers a step decoded.
+is too strong. So the time is a mean over steps, each counted as the fastest of all that decoded as many, and
+beside it stands how many a step decoded.
 
 ControlNet learns from the same grids, its condition the grid with the answer greyed out, its loss the plain
 mean of squares. All four contributions are RCLDM, the unified instruction (it costs nothing here: encoded
@@ -81,13 +81,13 @@ def random_facts(sd: backbone.StableDiffusion, clip: torch.nn.Module | None, bat
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each step, answers decoded by one, the process's peak bytes, and how many weights learn."""
+    """Each step's answers decoded and seconds, the process's peak bytes, and how many weights learn."""
     device, cuda, chosen = args.device, args.device == "cuda", preset(args.backbone, args.folder)
     settings = train.settings([*MODELS[name], "--batch", str(args.batch)])
     settings.panel = chosen.panel
     sd = backbone.load_stable_diffusion(chosen.stable_diffusion, device)
     clip = None if settings.no_esm else backbone.load_clip(chosen.clip, device)
-    decoded: list[int] = []
+    decoded = [0]
     if clip is not None:  # it sees all that is decoded, and nothing else
         clip.visual.register_forward_pre_hook(lambda _, pictures: decoded.append(len(pictures[0])))
     facts, texts = random_facts(sd, clip, args.batch, settings.panel)
@@ -124,11 +124,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         prediction = sd.unet(x_t, t, states, **residuals).sample.float()
         return (prediction - train.prediction_target(x_0, noise, t, sd.scheduler)).square().mean()
 
-    seconds = []
+    steps = []
     for step in range(args.repeat + 1):
-        if step == 1:
-            seconds.clear()
-            decoded.clear()
+        decoded[:] = [0]
         g = torch.Generator().manual_seed(step)
         start = time.perf_counter()
         with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -139,10 +137,10 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         optimizer.zero_grad()
         if cuda:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        steps.append((sum(decoded), time.perf_counter() - start))
     peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
     count = sum(weight.numel() for weight in weights)
-    return {"seconds": seconds, "decoded": sum(decoded) / args.repeat, "bytes": peak, "weights": count}
+    return {"steps": steps[1:], "bytes": peak, "weights": count}
 
 
 def main() -> None:
@@ -150,9 +148,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="toy", choices=backbone.PRESETS)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=10, help="timed steps after one that is not")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="over all models; of each step the fastest counts"
-    )
+    parser.add_argument("--rounds", type=int, default=3, help="over all models")
     parser.add_argument("--precision", default="no", choices=("no", "bf16"), help="of autocast")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="for both")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -174,15 +170,16 @@ def main() -> None:
         rows: dict[str, dict[str, Any]] = {}
         for name in tqdm(args.only * args.rounds, unit="process"):
             row = apart(measure, name, args)
-            best = rows.setdefault(name, row)
-            best["seconds"] = [min(times) for times in zip(best["seconds"], row["seconds"])]
+            rows.setdefault(name, row | {"steps": []})["steps"] += row["steps"]
         print("| a step of | M weights | answers decoded | ms | × ControlNet's | peak GiB |")
         print("| --- | ---: | ---: | ---: | ---: | ---: |")
-        first = mean(rows[args.only[0]]["seconds"])
+        first = None
         for name, row in rows.items():
-            seconds = mean(row["seconds"])
-            numbers = [f"{row['weights'] / 1e6:.2f}", f"{row['decoded']:.2f}"]
-            numbers += [f"{1e3 * seconds:.0f}", f"{seconds / first:.2f}", f"{row['bytes'] / 2**30:.2f}"]
+            fastest = dict(sorted(row["steps"], reverse=True))  # by answers decoded: the last of each stays
+            seconds, decoded = (mean(x) for x in zip(*((fastest[n], n) for n, _ in row["steps"])))
+            first = first or seconds
+            numbers = [f"{row['weights'] / 1e6:.2f}", f"{decoded:.2f}", f"{1e3 * seconds:.0f}"]
+            numbers += [f"{seconds / first:.2f}", f"{row['bytes'] / 2**30:.2f}"]
             print(f"| {name} | {' | '.join(numbers)} |")
 
 
