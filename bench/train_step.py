@@ -1,7 +1,7 @@
 """A training step of ours against the same step with diffusers' ControlNet: time and peak memory.
 
     python bench/train_step.py                                    # the toy size
-    python bench/train_step.py --backbone sd15 --batch 1 --repeat 8 --rounds 1 --gradient-checkpointing
+    python bench/train_step.py --backbone sd15 --batch 1 --repeat 16 --rounds 1 --gradient-checkpointing
     python bench/train_step.py --backbone sd15 --batch 4 --precision bf16 --device cuda
 
 A step is forward, backward, clipping and AdamW, on random pictures under the same frozen U-Net; each model
@@ -87,7 +87,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     settings.panel = chosen.panel
     sd = backbone.load_stable_diffusion(chosen.stable_diffusion, device)
     clip = None if settings.no_esm else backbone.load_clip(chosen.clip, device)
-    decoded = [0]
+    decoded: list[int] = []  # by the step that is under way
     if clip is not None:  # it sees all that is decoded, and nothing else
         clip.visual.register_forward_pre_hook(lambda _, pictures: decoded.append(len(pictures[0])))
     facts, texts = random_facts(sd, clip, args.batch, settings.panel)
@@ -126,7 +126,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
     steps = []
     for step in range(args.repeat + 1):
-        decoded[:] = [0]
+        decoded.clear()
         g = torch.Generator().manual_seed(step)
         start = time.perf_counter()
         with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
