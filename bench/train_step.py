@@ -7,7 +7,8 @@
 A step is forward, backward, clipping and AdamW, on random pictures under the same frozen U-Net; each model
 runs in processes of its own, whose peak memory is its alone. Steps differ: L_es decodes no answer whose noise
 is too strong. So the time is a mean over steps, each counted as the fastest of all that decoded as many, and
-beside it stands how many a step decoded.
+beside it stands how many a step decoded. The operations are those of products of matrices, convolutions and
+attention in one step more; what is left out, the scan too, is small beside them.
 
 ControlNet learns from the same grids, its condition the grid with the answer greyed out, its loss the plain
 mean of squares. All four contributions are RCLDM, the unified instruction (it costs nothing here: encoded
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, ControlNetModel
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file's own folder is there already
@@ -51,6 +53,11 @@ MODELS = {
     "ours, all four, its encoder frozen": ("--encoder-lr", "0"),
     "ours, all four, a tiny decoder for L_es": ("--tiny-decoder", "random"),
 }
+
+ATTENTION = "_scaled_dot_product_flash_attention"
+for way in ("", "_backward"):  # PyTorch's counter does not know the names that a CPU has for it
+    here, there = (getattr(torch.ops.aten, ATTENTION + where + way) for where in ("_for_cpu", ""))
+    flop_registry[here] = flop_registry[there]
 
 
 def preset(name: str, folder: Path) -> backbone.Preset:
@@ -81,7 +88,7 @@ def random_facts(sd: backbone.StableDiffusion, clip: torch.nn.Module | None, bat
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Each step's answers decoded and seconds, the process's peak bytes, and how many weights learn."""
+    """Answers decoded and seconds of each step, operations, the process's peak bytes, weights that learn."""
     device, cuda, chosen = args.device, args.device == "cuda", preset(args.backbone, args.folder)
     settings = train.settings([*MODELS[name], "--batch", str(args.batch)])
     settings.panel = chosen.panel
@@ -124,8 +131,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         prediction = sd.unet(x_t, t, states, **residuals).sample.float()
         return (prediction - train.prediction_target(x_0, noise, t, sd.scheduler)).square().mean()
 
-    steps = []
-    for step in range(args.repeat + 1):
+    def take(step: int) -> tuple[int, float]:
+        """Answers decoded, and seconds."""
         decoded.clear()
         g = torch.Generator().manual_seed(step)
         start = time.perf_counter()
@@ -137,10 +144,14 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         optimizer.zero_grad()
         if cuda:
             torch.cuda.synchronize()
-        steps.append((sum(decoded), time.perf_counter() - start))
+        return sum(decoded), time.perf_counter() - start
+
+    steps = [take(step) for step in range(args.repeat + 1)][1:]
     peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
+    with FlopCounterMode(display=False) as counter:  # which needs memory, too
+        take(0)
     count = sum(weight.numel() for weight in weights)
-    return {"steps": steps[1:], "bytes": peak, "weights": count}
+    return {"steps": steps, "operations": counter.get_total_flops(), "bytes": peak, "weights": count}
 
 
 def main() -> None:
@@ -171,15 +182,15 @@ def main() -> None:
         for name in tqdm(args.only * args.rounds, unit="process"):
             row = apart(measure, name, args)
             rows.setdefault(name, row | {"steps": []})["steps"] += row["steps"]
-        print("| a step of | M weights | answers decoded | ms | × ControlNet's | peak GiB |")
-        print("| --- | ---: | ---: | ---: | ---: | ---: |")
+        print("| a step of | M weights | G operations | answers decoded | ms | × ControlNet's | peak GiB |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
         first = None
         for name, row in rows.items():
             fastest = dict(sorted(row["steps"], reverse=True))  # by answers decoded: the last of each stays
             seconds, decoded = (mean(x) for x in zip(*((fastest[n], n) for n, _ in row["steps"])))
             first = first or seconds
-            numbers = [f"{row['weights'] / 1e6:.2f}", f"{decoded:.2f}", f"{1e3 * seconds:.0f}"]
-            numbers += [f"{seconds / first:.2f}", f"{row['bytes'] / 2**30:.2f}"]
+            numbers = [f"{row['weights'] / 1e6:.2f}", f"{row['operations'] / 1e9:.0f}", f"{decoded:.2f}"]
+            numbers += [f"{1e3 * seconds:.0f}", f"{seconds / first:.2f}", f"{row['bytes'] / 2**30:.2f}"]
             print(f"| {name} | {' | '.join(numbers)} |")
 
 
