@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,8 +18,6 @@ import make_dataset
 from dataset import VisualPromptDataset, load_image, read_pairs
 from make_dataset import EXAMPLES, OWN_TASK, Refusal, as_prompt, as_reply, parse_reply
 from toy import world
-
-HERE = Path(make_dataset.__file__).parent
 
 
 def records(count, pairs=3, seed=0):
@@ -496,18 +493,28 @@ def test_the_four_scores_are_cosines_of_clip(tmp_path):
 # --- Check --------------------------------------------------------------------------------------------------
 
 
-def checked(folder, *options):
-    ended = subprocess.run(
-        [sys.executable, HERE / "make_dataset.py", "check", folder, *options], capture_output=True, text=True
-    )
-    return ended.returncode, ended.stdout
+@pytest.fixture
+def program(tmp_path, monkeypatch, capsys):
+    """A module's main, in this process and in tmp_path → its exit status, and what it printed."""
+
+    def run(module, *command):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, command)])
+        capsys.readouterr()
+        try:
+            code = module.main()
+        except SystemExit as end:
+            code = end.code
+        return code or 0, capsys.readouterr().out
+
+    return run
 
 
-def test_check_finds_what_is_broken_double_unchanged_and_thin(painted, tmp_path):
+def test_check_finds_what_is_broken_double_unchanged_and_thin(painted, tmp_path, program):
     out = tmp_path / "out"
     write_texts(out, records(3, pairs=2))
     images(out, "--min-image", "0", "--min-caption", "0", "--min-direction", "0")
-    code, printed = checked(out, "--sheet", tmp_path / "sheet.png")
+    code, printed = program(make_dataset, "check", out, "--sheet", tmp_path / "sheet.png")
     assert (
         code == 0
         and "pairs                        12" in printed
@@ -525,7 +532,7 @@ def test_check_finds_what_is_broken_double_unchanged_and_thin(painted, tmp_path)
     Path(two[0].output).write_bytes(Path(two[0].input).read_bytes())
     for a, b in zip((three[0].input, three[0].output), (three[1].input, three[1].output)):
         Path(b).write_bytes(Path(a).read_bytes())
-    code, printed = checked(out)
+    code, printed = program(make_dataset, "check", out)
     assert code == 1
     assert "broken files: 3" in printed and f"{one[1].input}: not a picture" in printed
     assert "pairs without a change: 1" in printed and "pairs there twice: 1" in printed
@@ -535,22 +542,20 @@ def test_check_finds_what_is_broken_double_unchanged_and_thin(painted, tmp_path)
 # --- All of it, in small ------------------------------------------------------------------------------------
 
 
-def test_from_captions_to_a_dataset_on_the_toy_parts(tmp_path):
-    def program(*command, codes=(0,)):
-        command = [sys.executable, HERE / command[0], *map(str, command[1:])]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode in codes, done.stderr[-2000:]
-        return done.stdout
-
-    (tmp_path / "captions.txt").write_text(program("toy/world.py", "--captions", 6))
-    printed = program("make_dataset.py", "texts", "--seeds", "captions.txt", "--out", "made")
+def test_from_captions_to_a_dataset_on_the_toy_parts(tmp_path, program):
+    code, captions = program(world, "--captions", 6)
+    assert code == 0
+    (tmp_path / "captions.txt").write_text(captions)
+    code, printed = program(make_dataset, "texts", "--seeds", "captions.txt", "--out", "made")
+    assert code == 0
     texts = make_dataset.read_texts(tmp_path / "made" / "texts.jsonl")
     assert f"6 captions: {len(texts)} instructions with {5 * len(texts)} pairs" in printed and len(texts) >= 3
     seeds = (tmp_path / "captions.txt").read_text().splitlines()
     assert all(text["pairs"][0][0] in seeds for text in texts)
     few = ("--samples", 2, "--steps", 2, "--min-image", 0.3, "--min-caption", -1, "--min-direction", -1)
-    program("make_dataset.py", "images", "--out", "made", *few)
+    assert program(make_dataset, "images", "--out", "made", *few)[0] == 0
     pairs = read_pairs(tmp_path / "made", "train")
     assert len(VisualPromptDataset(pairs, 64)) == len(pairs) >= 2 * 3
-    printed = program("make_dataset.py", "check", "made", codes=(0, 1))  # two steps may draw a pair of equals
+    code, printed = program(make_dataset, "check", "made")
+    assert code in (0, 1)  # two steps may draw a pair of equals
     assert f"pairs                  {len(pairs):8}" in printed and "broken files: 0" in printed

@@ -20,6 +20,7 @@ from tiny import P, options, save_data, save_parts
 from torch import nn
 
 import backbone
+import edit
 import esm
 import rcldm
 import train
@@ -239,10 +240,9 @@ def start(parts, output, *more, limit=None):
     return subprocess.Popen(command, preexec_fn=little if limit else None, env=env, **pipes)
 
 
-def test_files_that_may_not_grow_are_said_in_a_line_and_training_goes_on(parts, tmp_path):
+def test_files_that_may_not_grow_are_said_in_a_line_and_training_goes_on(run, parts, tmp_path):
     """A quota, by the limit that a process may have: no checkpoint fits, nor the editor."""
-    code, _, err = end_of(start(parts, tmp_path / "first", "--steps", "1"))
-    assert code == 0, err  # and fills the caches
+    run(*QUICK, "--steps", "1", output=tmp_path / "first")  # fills the caches
     code, out, err = end_of(
         start(parts, tmp_path / "run", "--steps", "3", "--checkpoint-every", "1", limit=2**17)
     )
@@ -264,26 +264,24 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_on_a_full_disk_the_last_good_checkpoint_stays_and_training_goes_on(parts, small_disk, tmp_path):
+def test_on_a_full_disk_the_last_good_checkpoint_stays_and_training_goes_on(run, parts, small_disk, tmp_path):
     output = small_disk / "run"
-    steps = ("--steps", "4", "--checkpoint-every", "1", "--keep", "1")
-    code, _, err = end_of(start(parts, output, "--steps", "2", "--checkpoint-every", "1", "--keep", "1"))
-    assert code == 0, err
+    often = ("--checkpoint-every", "1", "--keep", "1")
+    run(*QUICK, "--steps", "2", *often, output=output)
     filler = small_disk / "filler"
     with open(filler, "wb") as file, pytest.raises(OSError):
         while True:
             file.write(bytes(2**16))
             file.flush()
-    code, out, err = end_of(start(parts, output, *steps, "--resume"))
+    code, out, err = end_of(start(parts, output, "--steps", "4", *often, "--resume"))
     assert code == 2 and "No space left on device" in err.splitlines()[-1]
     assert out.count("No space left on device") >= 2  # each checkpoint
     assert verified(output / "checkpoint-0000002") is not None
     assert (output / "editor" / "config.json").read_bytes()  # the one of before
     filler.unlink()
-    code, out, err = end_of(start(parts, output, *steps, "--resume"))
-    assert code == 0, err
-    code, _, err = end_of(start(parts, tmp_path / "whole", *steps))
-    assert code == 0 and len(state(output)) == len(state(tmp_path / "whole"))
+    run(*QUICK, "--steps", "4", *often, "--resume", output=output)
+    run(*QUICK, "--steps", "4", *often, output=tmp_path / "whole")
+    assert len(state(output)) == len(state(tmp_path / "whole"))
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(run, tmp_path, capsys):
@@ -427,17 +425,18 @@ def test_the_gradient_of_an_edit_that_does_nothing_is_finite_and_not_zero(parts)
         assert gradient.isfinite().all() and (gradient.abs().max() > 1e-4) == (truth is after)
 
 
-def test_an_answer_is_the_same_to_the_last_bit_whatever_else_is_edited(parts, tmp_path):
+def test_an_answer_is_the_same_to_the_last_bit_whatever_else_is_edited(tmp_path, monkeypatch):
     folder = save_parts(tmp_path / "parts") / "editor"
     rng = np.random.default_rng(0)
     for name in "abc":
         Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
-    program = [sys.executable, str(TESTS.parent / "edit.py"), "--model", str(folder), "--instruction", "hat"]
+    program = ["edit.py", "--model", str(folder), "--instruction", "hat"]
     found = []
     for names in ("abc", "ca", "b"):
         out = tmp_path / names
         inputs = [str(tmp_path / f"{name}.png") for name in names]
-        subprocess.run([*program, "--input", *inputs, "--output", f"{out}/"], check=True, capture_output=True)
+        monkeypatch.setattr(sys, "argv", [*program, "--input", *inputs, "--output", f"{out}/"])
+        edit.main()
         found.append({name: Image.open(out / f"{name}.png").tobytes() for name in names})
     assert found[0] == {**found[1], **found[2]}
 

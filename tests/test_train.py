@@ -14,6 +14,7 @@ from diffusers import AutoencoderTiny, DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import P, save_data
+from tiny import options as tiny_options
 
 import backbone
 import esm
@@ -395,20 +396,17 @@ def test_an_optimizer_of_nested_state_comes_back(tmp_path):
     assert torch.equal(back["momentum"], torch.ones(2)) and not back["quantized"]["codes"].any()
 
 
-def test_processes_share_a_step_as_if_they_were_one(parts, tmp_path):
+def test_processes_share_a_step_as_if_they_were_one(run, parts, tmp_path):
     """Two processes of two samples learn what one of four does."""
-    program = [str(backbone.HERE / "train.py"), "--backbone", "sd15", "--panel", str(P), "--device", "cpu"]
-    for name in ("stable-diffusion", "clip", "segmenter", "llm", "data"):
-        program += [f"--{name}", str(parts / ("sd" if name == "stable-diffusion" else name))]
-    program += ["--cache", str(parts / "cache"), "--workers", "0", "--validation-pictures", "0", "--no-liu"]
-    program += ["--steps", "3", "--encoder-steps", "0", "--warmup", "1", "--noise-power", "0.3"]
-    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    runs = {"one": ([sys.executable], "4"), "two": (together, "2")}
-    for name, (launcher, batch) in runs.items():
-        command = [*launcher, *program, "--batch", batch, "--output", str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-6000:]
-    one, two = (load_file(tmp_path / name / "checkpoint-0000003" / "state.safetensors") for name in runs)
+    more = ("--no-liu", "--validation-pictures", "0", "--steps", "3", "--encoder-steps", "0")
+    more += ("--noise-power", "0.3", "--batch")
+    run(*more, "4", output=tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(backbone.HERE / "train.py"), *tiny_options(parts, tmp_path / "two"), *more, "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    states = (tmp_path / name / "checkpoint-0000003" / "state.safetensors" for name in ("one", "two"))
+    one, two = map(load_file, states)
     gradients = [key for key in one if key.endswith("/exp_avg")]  # their means; Adam's steps hide their sizes
     assert sum(one[key].norm() > 0 for key in gradients) > 100
     apart = [(two[key] - one[key]).norm() <= 1e-3 * one[key].norm() + 1e-9 for key in gradients]
