@@ -130,6 +130,17 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def choose_attention(device: torch.device, precision: str) -> None:
+    """Which of its attentions PyTorch takes in training from here on.
+
+    On a CPU in bf16, and at the toy's sizes, the way back through the fused one takes several times as long
+    as in float32. Switched for the whole process: what gradient checkpointing computes again, it must compute
+    as before.
+    """
+    fused = device.type != "cpu" or precision == "no"
+    torch.backends.cuda.enable_flash_sdp(fused)  # not of CUDA alone
+
+
 # --- Loading ------------------------------------------------------------------------------------------------
 
 

@@ -680,6 +680,7 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
     )
     device, is_main = accelerator.device, accelerator.is_main_process
     device = torch.device("cpu") if device.type == "cpu" else device  # not "cpu:0", which safetensors refuses
+    backbone.choose_attention(device, args.precision)
     torch.manual_seed(args.seed)
     with accelerator.main_process_first():  # the first process computes, the others find it cached
         source = backbone.data_folder(args.data)

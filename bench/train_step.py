@@ -92,6 +92,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     device, cuda, chosen = args.device, args.device == "cuda", preset(args.backbone, args.folder)
     settings = train.settings([*MODELS[name], "--batch", str(args.batch)])
     settings.panel = chosen.panel
+    backbone.choose_attention(torch.device(device), args.precision)
     sd = backbone.load_stable_diffusion(chosen.stable_diffusion, device)
     clip = None if settings.no_esm else backbone.load_clip(chosen.clip, device)
     decoded: list[int] = []  # by the step that is under way

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderTiny, DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file
@@ -381,6 +382,19 @@ def test_eight_bits_resume_to_the_same_bits(run, tmp_path):
     run(*options, "--steps", "4", "--resume", output=tmp_path / "cut")
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
+
+
+def test_bf16_learns_what_float32_does_and_on_a_cpu_without_the_fused_attention(run, tmp_path):
+    found = []
+    quick = ("--no-liu", "--steps", "1", "--encoder-steps", "0", "--validation-pictures", "0")
+    for precision, fused in (("bf16", False), ("no", True)):
+        AcceleratorState._reset_state()  # of one precision for the whole process
+        run(*quick, "--precision", precision, output=tmp_path / precision)
+        assert torch.backends.cuda.flash_sdp_enabled() == fused
+        state = load_file(tmp_path / precision / "checkpoint-0000001" / "state.safetensors")
+        found.append(torch.cat([state[key].flatten() for key in sorted(state) if key.endswith("/exp_avg")]))
+    short, exact = found
+    assert 0 < (short - exact).norm() < 0.1 * exact.norm()
 
 
 def test_an_optimizer_of_nested_state_comes_back(tmp_path):
