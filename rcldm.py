@@ -428,8 +428,10 @@ class _CrossMerge(torch.autograd.Function):
 
 def _as_scanned(x: Tensor) -> Tensor:
     """(4, B, H, W, C), of each pixel for each direction → (4, B, L, C), in the order of that direction."""
-    rows, columns = x[0::2].flatten(2, 3), x[1::2].transpose(2, 3).flatten(2, 3)
-    return torch.stack([rows[0], columns[0], rows[1].flip(1), columns[1].flip(1)])
+    rows, columns, rows_back, columns_back = x.unbind(0)  # an index's gradient is as large as x, each time
+    rows, rows_back = rows.flatten(1, 2), rows_back.flatten(1, 2)
+    columns, columns_back = (c.transpose(1, 2).flatten(1, 2) for c in (columns, columns_back))
+    return torch.stack([rows, columns, rows_back.flip(1), columns_back.flip(1)])
 
 
 def cross_scan(x: Tensor) -> Tensor:
