@@ -55,7 +55,7 @@ SMALLER = {
     r"(make_dataset\.py check made.*)": r"\1 || test $? = 1",  # so few pairs leave something to complain of
     r"(scan\.py.*)": r"\1 --sizes 1,16,4,64 --repeat 1",
     r"(encoder_cost\.py.*)": r"\1 --panels 64 128 --repeat 1",
-    r"(train_step\.py.*)": r"\1 --batch 2 --repeat 1",
+    r"(train_step\.py.*)": r"\1 --batch 2 --repeat 1 --rounds 1",
     r"(edit_time\.py.*)": r"\1 --batch 1 --steps 2 --repeat 1",
     r"(many_pairs\.py.*)": r"\1 --pairs 2000",
     r"(bench/prompt_to_prompt\.py.*)": r"\1 --count 2 --steps 2 --batch 2",
