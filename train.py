@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -45,8 +45,11 @@ from checkpoint import (
     load_checkpoint,
     other_settings,
     save_checkpoint,
+    share_out_state,
     tried,
+    whole,
     whole_folder,
+    whole_weights,
     write_whole,
 )
 from dataset import (
@@ -679,6 +682,11 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
         gradient_accumulation_steps=args.accumulate,
     )
     device, is_main = accelerator.device, accelerator.is_main_process
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP
+    if is_sharded:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
+            raise ValueError("FSDP takes fsdp.yaml's settings: accelerate launch --config_file fsdp.yaml")
     device = torch.device("cpu") if device.type == "cpu" else device  # not "cpu:0", which safetensors refuses
     backbone.choose_attention(device, args.precision)
     torch.manual_seed(args.seed)
@@ -750,7 +758,12 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
     optimizer = adamw(groups, lr=args.lr, betas=(0.9, 0.99))
     modules = {"model": model, "average": average, "watch": (watch := Watch())}
     start = saved = load_checkpoint(args.output, modules, optimizer) if args.resume else 0
+    state = optimizer.state_dict()
+    if is_sharded:
+        optimizer.state.clear()  # of whole weights; it comes back in the parts that each process has
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if is_sharded:
+        share_out_state(optimizer.optimizer, state)
 
     shares = accelerator.process_index, accelerator.num_processes
     steps = range(start * args.accumulate, args.steps * args.accumulate)
@@ -788,7 +801,7 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
                 losses = {name: accelerator.reduce(value.detach(), "mean") for name, value in losses.items()}
             watch.see(losses)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), args.clip_norm)
+                norm = whole(accelerator.clip_grad_norm_(model.parameters(), args.clip_norm))
                 if is_sound := watch.is_sound(norm):
                     optimizer.step()
                 elif accelerator.scaler is not None:
@@ -797,29 +810,27 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
         if not accelerator.sync_gradients:
             continue
         if is_sound:
-            average.update_parameters(model)
+            average.update_parameters(whole_weights(model))
         if step % 20 == 0 or not is_sound:
             progress.set_postfix(watch.text(), refresh=False)
         step += 1
         progress.update()
         stop.agree(accelerator)
         is_over = step == args.steps or stop.asked or watch.is_over
-        if is_main:
-            if step % 20 == 0:
-                log.write(step, {f"loss/{name}": value for name, value in watch.averages.items()})
-            if step % args.checkpoint_every == 0 or is_over:
-                save = partial(
-                    save_checkpoint, args.output, step, modules, optimizer.optimizer, keep=args.keep
-                )
-                if tried(f"{args.output}/checkpoint-{step:07d}", save):
-                    saved = step
-            if step % args.validate_every == 0 and not is_over:
-                tried(f"{args.output}/editor", partial(publish, step))
+        if is_main and step % 20 == 0:
+            log.write(step, {f"loss/{name}": value for name, value in watch.averages.items()})
+        if (is_main or is_sharded) and (step % args.checkpoint_every == 0 or is_over):
+            kept = partial(save_checkpoint, args.output, step, modules, optimizer.optimizer, keep=args.keep)
+            if tried(f"{args.output}/checkpoint-{step:07d}", partial(kept, writes=is_main)):
+                saved = step
+        if is_main and step % args.validate_every == 0 and not is_over:
+            tried(f"{args.output}/editor", partial(publish, step))
         watch.check()
         if stop.asked and step < args.steps:
             stop.end(f"step {saved}")
     progress.refresh()
     progress.close()
+    accelerator.wait_for_everyone()  # who ends takes with it what others are still being sent
     if is_main:
         publish(args.steps)
     print(f"the editor is in {args.output / 'editor'}")

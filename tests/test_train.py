@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderTiny, DDIMScheduler
 from PIL import Image
@@ -410,18 +412,56 @@ def test_an_optimizer_of_nested_state_comes_back(tmp_path):
     assert torch.equal(back["momentum"], torch.ones(2)) and not back["quantized"]["codes"].any()
 
 
+TOGETHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def assert_same_gradients(one, two):
+    """Of two runs after three steps, by their means; Adam's steps hide their sizes."""
+    states = (folder / "checkpoint-0000003" / "state.safetensors" for folder in (one, two))
+    one, two = map(load_file, states)
+    gradients = [key for key in one if key.endswith("/exp_avg")]
+    assert sum(one[key].norm() > 0 for key in gradients) > 100
+    apart = [(two[key] - one[key]).norm() <= 1e-3 * one[key].norm() + 1e-9 for key in gradients]
+    assert one.keys() == two.keys() and all(apart)
+
+
 def test_processes_share_a_step_as_if_they_were_one(run, parts, tmp_path):
     """Two processes of two samples learn what one of four does."""
     more = ("--no-liu", "--validation-pictures", "0", "--steps", "3", "--encoder-steps", "0")
     more += ("--noise-power", "0.3", "--batch")
     run(*more, "4", output=tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(backbone.HERE / "train.py"), *tiny_options(parts, tmp_path / "two"), *more, "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    program = [str(backbone.HERE / "train.py"), *tiny_options(parts, tmp_path / "two"), *more, "2"]
+    done = subprocess.run([*TOGETHER, *program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
-    states = (tmp_path / name / "checkpoint-0000003" / "state.safetensors" for name in ("one", "two"))
-    one, two = map(load_file, states)
-    gradients = [key for key in one if key.endswith("/exp_avg")]  # their means; Adam's steps hide their sizes
-    assert sum(one[key].norm() > 0 for key in gradients) > 100
-    apart = [(two[key] - one[key]).norm() <= 1e-3 * one[key].norm() + 1e-9 for key in gradients]
-    assert one.keys() == two.keys() and all(apart)
+    assert_same_gradients(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_fsdp_shares_out_the_weights_and_learns_the_same(run, parts, tmp_path):
+    more = ("--no-liu", "--validation-pictures", "0", "--steps", "3", "--encoder-steps", "0")
+    more += ("--noise-power", "0.3", "--checkpoint-every", "1", "--keep", "9", "--batch")
+    run(*more, "4", output=tmp_path / "one")
+    program = [str(backbone.HERE / "tests" / "fsdp_on_cpu.py"), *tiny_options(parts, tmp_path / "two"), *more]
+    asked = yaml.safe_load((backbone.HERE / "fsdp.yaml").read_text())["fsdp_config"]
+    wanted = {"ACCELERATE_USE_FSDP": "true"} | {name.upper(): str(value) for name, value in asked.items()}
+
+    def together(*options, **changed):
+        environment = os.environ | wanted | changed
+        command = [*TOGETHER, *program, "2", *options]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    refused = together(FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+    assert refused.returncode and "train.py: error: FSDP takes fsdp.yaml's" in refused.stderr
+    done = together()
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert_same_gradients(tmp_path / "one", tmp_path / "two")
+    last = tmp_path / "two" / "checkpoint-0000003"
+    before = load_file(last / "state.safetensors")
+    editor = load_file(tmp_path / "two" / "editor" / "diffusion_pytorch_model.safetensors")
+    shutil.rmtree(last)
+    done = together("--resume")
+    assert done.returncode == 0, done.stderr[-6000:]
+    after = load_file(last / "state.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    averages = {key.removeprefix("average/module."): after[key] for key in after if "average/module." in key}
+    assert editor.keys() == averages.keys() and all(torch.equal(editor[key], averages[key]) for key in editor)
