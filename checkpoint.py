@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -345,7 +347,14 @@ def _say(line: str) -> None:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def ignore_signals(worker: int) -> None:
-    """`worker_init_fn` of a loader's processes: a terminal sends Ctrl-C to all, and the first one decides."""
+def begin_worker(worker: int) -> None:
+    """`worker_init_fn` of a loader's processes: a terminal sends Ctrl-C to all, and the first one decides.
+
+    A worker ends when its parent is no longer the one of its beginning; if that was gone by then, it would
+    wait for ever.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None and not psutil.pid_exists(parent.pid):
+        os._exit(1)

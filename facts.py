@@ -24,7 +24,7 @@ import backbone
 import esm
 import liu
 import sam_loss
-from checkpoint import ignore_signals, tried, write_whole
+from checkpoint import begin_worker, tried, write_whole
 from dataset import DatasetError, ImageError, VisualPromptDataset, from_bytes, to_bytes
 
 
@@ -172,7 +172,7 @@ def look_at_all(
 ) -> Iterator[dict[str, Any]]:
     """Every pair once, in batches; what cannot be read is noted in `broken`, by the pair's index."""
     seen, batch_size = 0, max(1, 2**20 // data.size**2)
-    loader = DataLoader(Pairs(data), batch_size, num_workers=args.workers, worker_init_fn=ignore_signals)
+    loader = DataLoader(Pairs(data), batch_size, num_workers=args.workers, worker_init_fn=begin_worker)
     for batch in tqdm(loader, desc="looking at the pictures, once", mininterval=2, unit="batch"):
         broken |= {seen + k: reason for k, reason in enumerate(batch["broken"]) if reason}
         seen += len(batch["broken"])
@@ -222,7 +222,7 @@ def load_batches(
     """The items of each step in `order`, their pictures among them where they are not at hand already."""
     known = facts is not None and facts.pictures is not None
     source = Draws(data) if known else data
-    return DataLoader(source, batch_sampler=order, num_workers=workers, worker_init_fn=ignore_signals)
+    return DataLoader(source, batch_sampler=order, num_workers=workers, worker_init_fn=begin_worker)
 
 
 def look_up(

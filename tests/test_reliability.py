@@ -24,7 +24,7 @@ import edit
 import esm
 import rcldm
 import train
-from checkpoint import Stop, Watch, load_checkpoint, save_checkpoint, verified, whole_folder
+from checkpoint import Stop, Watch, begin_worker, load_checkpoint, save_checkpoint, verified, whole_folder
 from dataset import VisualPromptDataset, read_pairs
 from facts import Frozen, observe_all
 
@@ -138,6 +138,34 @@ def test_asked_before_it_is_at_work_or_twice_it_ends_at_once(parts, tmp_path, wh
             os.killpg(process.pid, number)
         assert process.wait(30) in (130, 143)
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def work_alone(where):
+    """A process that dies as soon as it has begun a loader's worker, which has not begun yet."""
+
+    def late(worker):
+        time.sleep(2)  # until it is gone
+        (where / "late").write_text(str(os.getpid()))
+        begin_worker(worker)
+        (where / "stays").touch()
+
+    loader = iter(torch.utils.data.DataLoader(range(4), num_workers=1, worker_init_fn=late))
+    os._exit(0 if loader else 1)
+
+
+def test_a_worker_whose_parent_is_gone_before_it_begins_does_not_stay(tmp_path):
+    if not (child := os.fork()):
+        work_alone(tmp_path)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "late").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    worker = int((tmp_path / "late").read_text())
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if there := Path(f"/proc/{worker}").exists():
+        os.kill(worker, signal.SIGKILL)
+    assert not there and not (tmp_path / "stays").exists()
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------
