@@ -130,7 +130,7 @@ def share_out_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
         for name, x in tensors.items():
             if isinstance(part, DTensor) and x.shape == part.shape:
                 tensors[name] = distribute_tensor(x, part.device_mesh, part.placements)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
+    optimizer.load_state_dict(state)
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------

@@ -758,8 +758,8 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
     optimizer = adamw(groups, lr=args.lr, betas=(0.9, 0.99))
     modules = {"model": model, "average": average, "watch": (watch := Watch())}
     start = saved = load_checkpoint(args.output, modules, optimizer) if args.resume else 0
-    state = optimizer.state_dict()
     if is_sharded:
+        state = optimizer.state_dict()
         optimizer.state.clear()  # of whole weights; it comes back in the parts that each process has
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if is_sharded:
@@ -830,7 +830,6 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
             stop.end(f"step {saved}")
     progress.refresh()
     progress.close()
-    accelerator.wait_for_everyone()  # who ends takes with it what others are still being sent
     if is_main:
         publish(args.steps)
     print(f"the editor is in {args.output / 'editor'}")
