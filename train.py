@@ -115,7 +115,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, help="peak (default: the preset's); warm-up, then cosine to a tenth of it")
     add("--warmup", type=int, default=50, help="steps")
     add("--encoder-steps", type=int, default=1000, help="before all others, of the prompt encoder alone")
-    add("--encoder-batch", type=int, help="grids per step while it is taught (default: as --batch)")
+    add("--encoder-batch", type=int, help="as --batch, while it is taught (default: the same)")
     add("--encoder-lr", type=float, default=0.1, help="of a taught encoder thereafter, times --lr; 0: frozen")
     add(
         "--encoder-width",
@@ -372,8 +372,9 @@ class AuxiliaryHeads(nn.Module):
 
     def forward(
         self, classes: Tensor | None, changes: Tensor, keep: tuple[Tensor, Tensor]
-    ) -> dict[str, Tensor]:
-        """The losses of what is said of the last batch of grids that passed the encoder.
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """The losses of what is said of the last batch of grids that passed the encoder, each a mean, and of
+        how many places.
 
         classes, changes: (B, 2p, 2p), see `place_classes` and `place_changes`. keep: as `Losses.draw` has it.
         """
@@ -384,17 +385,27 @@ class AuxiliaryHeads(nn.Module):
         seen = self.features[self.half_way]
         losses = {"compares": _yes_or_no(self.compares(seen), changes, example)}
         points = [_yes_or_no(head(self.features[int(i)]), changes, query) for i, head in self.points.items()]
-        losses["points"] = sum(points)
+        losses["points"] = sum(mean for mean, _ in points), query.sum()
         if classes is not None:
             shown = classes.masked_fill(upper & ~keep_example | ~upper & ~upper.mT, -1)
-            losses["names"] = F.cross_entropy(self.names(seen).permute(0, 3, 1, 2), shown, ignore_index=-1)
+            error = F.cross_entropy(self.names(seen).permute(0, 3, 1, 2), shown, ignore_index=-1)
+            losses["names"] = error, (shown >= 0).sum()
         return losses
 
 
-def _yes_or_no(logits: Tensor, truth: Tensor, asked: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (B, H, W, 1) over the places asked about, (B, H, W); 0 where none is."""
+def _yes_or_no(logits: Tensor, truth: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of logits (B, H, W, 1) over the places asked about, (B, H, W), and their number."""
     error = F.binary_cross_entropy_with_logits(logits[..., 0], truth, reduction="none")
-    return (error * asked).sum() / asked.sum().clamp(min=1)
+    count = asked.sum()
+    return (error * asked).sum() / count.clamp(min=1), count
+
+
+def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Each gradient becomes the mean of all processes', by one message."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    means = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    for gradient, mean in zip(gradients, means.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(mean.view_as(gradient))
 
 
 SCAN_PARAMETERS = ("A_logs", "Ds", "dt_projs_bias")  # no matrices, whatever their shape
@@ -442,7 +453,9 @@ def teach_prompt_encoder(
     watch = modules["watch"] = Watch()
     start = saved = load_checkpoint(folder, modules, *optimizers) if args.resume else 0
     steps = range(start, args.encoder_steps)
-    order = draw_order(len(data), args.encoder_batch or args.batch, args.seed + 1, steps, 0, 1)
+    batch_size, accelerator = args.encoder_batch or args.batch, losses_of.accelerator
+    shares = accelerator.process_index, accelerator.num_processes
+    order = draw_order(len(data), batch_size, args.seed + 1, steps, *shares)
     loader = load_batches(data, losses_of.facts, order, args.workers)
     total = args.encoder_steps
     progress = tqdm(loader, "prompt encoder", total, initial=start, mininterval=2, disable=not is_main)
@@ -451,7 +464,8 @@ def teach_prompt_encoder(
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / args.encoder_steps)
         g = torch.Generator().manual_seed((args.seed + 1) * 1_000_003 + step)
-        keep = dropout(len(batch["index"]), losses_of.drop, g)
+        keep = dropout(batch_size * losses_of.processes, losses_of.drop, g)
+        keep = tuple(map(losses_of.share, keep))
         condition, x_0, facts, states = losses_of.draw(batch, keep, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             if projection is None:  # in fp16, gradients would have to be scaled
@@ -464,10 +478,15 @@ def teach_prompt_encoder(
         if auxiliary is not None:
             shown = None if classes is None else place_classes(facts)
             said = auxiliary(shown, place_changes(facts), keep)
+            said = {name: losses_of.over_all(*mean) for name, mean in said.items()}
             loss = loss + args.auxiliary_weight * sum(said.values())
             losses |= said
         loss.backward()
-        watch.see({"loss": loss, **losses})
+        losses = {"loss": loss, **losses}
+        if losses_of.processes > 1:
+            average_gradients([*hidden, *rest], accelerator)
+            losses = {name: accelerator.reduce(value.detach(), "mean") for name, value in losses.items()}
+        watch.see(losses)
         norm = nn.utils.get_total_norm([p.grad for p in (*hidden, *rest) if p.grad is not None])
         is_sound = watch.is_sound(norm)
         for optimizer in optimizers:
@@ -477,7 +496,7 @@ def teach_prompt_encoder(
         if step % 20 == 0 or not is_sound:
             progress.set_postfix(watch.text(), refresh=False)
         step += 1
-        stop.agree(losses_of.accelerator)
+        stop.agree(accelerator)
         if step % args.checkpoint_every == 0 or step == args.encoder_steps or stop.asked or watch.is_over:
             save = partial(save_checkpoint, folder, step, modules, *optimizers, keep=2)
             if is_main and tried(f"{folder}/checkpoint-{step:07d}", save):
@@ -674,7 +693,6 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
 
     backbone.check_numbers(args, BOUNDS)
 
-    adamw = new_adamw(args.optimizer)
     device = backbone.pick_device(args.device)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
@@ -687,6 +705,9 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
             raise ValueError("FSDP takes fsdp.yaml's settings: accelerate launch --config_file fsdp.yaml")
+        if args.optimizer != "adamw":
+            raise ValueError(f"--optimizer {args.optimizer} does not work with FSDP's shared-out weights")
+    adamw = new_adamw(args.optimizer)
     device = torch.device("cpu") if device.type == "cpu" else device  # not "cpu:0", which safetensors refuses
     backbone.choose_attention(device, args.precision)
     torch.manual_seed(args.seed)
@@ -742,14 +763,14 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
             raise ValueError(f"--{option} {folder}: an editor of another architecture") from None
     if is_main:
         note_settings(args, accelerator.num_processes)
-    if args.encoder_steps and not args.init and not begun:
-        teach_prompt_encoder(model, losses_of, data, args, is_main, stop)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
         sd.unet.enable_gradient_checkpointing()
         if clip is not None:  # L_es goes through the decoder and CLIP
             losses_of.decoder.enable_gradient_checkpointing()
             clip.set_grad_checkpointing()
+    if args.encoder_steps and not args.init and not begun:
+        teach_prompt_encoder(model, losses_of, data, args, is_main, stop)
     average = averaged(model, args.ema)
     taught = args.init or args.init_encoder or args.encoder_steps
     encoder_lr = args.encoder_lr if taught else 1.0

@@ -31,7 +31,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, ControlNetModel
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    conv_flop_count,
+    flop_registry,
+    register_flop_formula,
+)
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file's own folder is there already
@@ -58,6 +63,16 @@ ATTENTION = "_scaled_dot_product_flash_attention"
 for way in ("", "_backward"):  # PyTorch's counter does not know the names that a CPU has for it
     here, there = (getattr(torch.ops.aten, ATTENTION + where + way) for where in ("_for_cpu", ""))
     flop_registry[here] = flop_registry[there]
+# It counts the gradient of a depthwise convolution's weights as that of a full one's.
+del flop_registry[torch.ops.aten.convolution_backward]
+
+
+@register_flop_formula(torch.ops.aten.convolution_backward)
+def convolution_backward(
+    dy, x, weight, bias, stride, padding, dilation, transposed, more, groups, wanted, **_
+) -> int:
+    """Each of the gradients by x and by the weight (whichever is wanted) has as many as the way forward."""
+    return sum(wanted[:2]) * conv_flop_count(x, weight, dy, transposed)
 
 
 def preset(name: str, folder: Path) -> backbone.Preset:

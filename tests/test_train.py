@@ -140,9 +140,9 @@ def test_a_wrong_edit_weighs_as_much_as_a_missed_one():
     assert not answer.requires_grad  # else a large error could be had for a smaller weight
 
 
-def save_classes(folder):
+def save_classes(data, folder):
     """The same dataset, with class maps: the upper left eighth of each picture shows 2, the rest nothing."""
-    shutil.copytree(folder.parent / "data", folder)
+    shutil.copytree(data, folder)
     lines = (folder / "train" / "metadata.jsonl").read_text().splitlines()
     shown = np.zeros((P, P), np.uint8)
     shown[:4, :4] = 2
@@ -156,8 +156,7 @@ def save_classes(folder):
 def test_the_classes_of_the_places(parts, tmp_path):
     untold = Pairs(VisualPromptDataset(read_pairs(parts / "data"), P))
     assert set(untold[0]) == {"panels", "broken"}
-    shutil.copytree(parts / "data", tmp_path / "data")
-    told = Pairs(VisualPromptDataset(read_pairs(save_classes(tmp_path / "told")), P))
+    told = Pairs(VisualPromptDataset(read_pairs(save_classes(parts / "data", tmp_path / "told")), P))
     levels = torch.stack([told[i]["classes"] for i in range(6)])
     places = commonest_classes(levels, 4)  # of 8 × 8 pixels, a quarter of the first is 2
     assert places.shape == (6, 2, 4, 4) and places[0, 1, 0, 0] == 2 and places.sum() == 2 * 12
@@ -208,8 +207,10 @@ def test_the_auxiliary_heads_are_asked_only_what_can_be_known():
     losses = heads(classes, changes, told)
     asked = {}
     for name, i in (("names", 3), ("compares", 3), ("points", 5)):
-        gradient = torch.autograd.grad(losses[name], features[i], retain_graph=True)[0]
+        mean, count = losses[name]
+        gradient = torch.autograd.grad(mean, features[i], retain_graph=True)[0]
         asked[name] = gradient.abs().sum(-1) > 0
+        assert count == asked[name].sum()
     nothing, example, query, answer = torch.zeros(4, 8, 8, dtype=torch.bool).unbind()
     example[:4], query[4:, :4], answer[4:, 4:] = True, True, True
     assert torch.equal(asked["names"], torch.stack([example | query, example | query, query]))
@@ -217,13 +218,12 @@ def test_the_auxiliary_heads_are_asked_only_what_can_be_known():
     assert torch.equal(asked["points"], torch.stack([query | answer, query | answer, nothing]))
     assert list(heads(None, changes, told)) == ["compares", "points"]
     unknowing = torch.zeros(3).bool(), torch.zeros(3).bool()
-    assert all(loss == 0 for loss in heads(None, changes, unknowing).values())
+    assert all(mean == count == 0 for mean, count in heads(None, changes, unknowing).values())
 
 
 def test_the_auxiliary_heads_teach_the_encoder_and_resume(run, parts, tmp_path):
     quick = ("--no-esm", "--no-liu", "--no-sam", "--steps", "1", "--lr", "0", "--checkpoint-every", "2")
-    shutil.copytree(parts / "data", tmp_path / "data")
-    told = save_classes(tmp_path / "told")
+    told = save_classes(parts / "data", tmp_path / "told")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(*quick, "--encoder-steps", "4", data=told, output=whole)
     run(*quick, "--encoder-steps", "4", "--auxiliary-weight", "0", data=told, output=tmp_path / "unweighted")
@@ -337,14 +337,22 @@ def test_an_editor_folder_of_another_architecture_is_refused(run, tmp_path, caps
 
 
 @pytest.mark.parametrize("tiny", [False, True])
-def test_gradient_checkpointing_changes_nothing_that_is_learnt(run, tmp_path, tiny):
-    options = ["--steps", "2", "--noise-power", "0.05", "--encoder-steps", "0", "--no-liu"]
+def test_gradient_checkpointing_changes_nothing_that_is_learnt(run, tmp_path, tiny, monkeypatch):
+    options = ["--steps", "2", "--noise-power", "0.05", "--encoder-steps", "2", "--no-liu"]
+    teach, checkpointed = train.teach_prompt_encoder, []
+
+    def watched(model, *more):
+        checkpointed.append(model.prompt_encoder.gradient_checkpointing)
+        teach(model, *more)
+
+    monkeypatch.setattr(train, "teach_prompt_encoder", watched)
     if tiny:
         sizes = dict(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
         AutoencoderTiny(**sizes, latent_channels=4).save_pretrained(tmp_path / "tiny")
         options += ["--tiny-decoder", str(tmp_path / "tiny")]
     for name, more in (("plain", ()), ("checkpointed", ("--gradient-checkpointing",))):
         run(*options, *more, output=tmp_path / name)
+    assert checkpointed == [False, True]
     plain, same = weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")
     for key in plain:
         torch.testing.assert_close(same[key], plain[key], rtol=1e-4, atol=1e-6)
@@ -415,30 +423,32 @@ def test_an_optimizer_of_nested_state_comes_back(tmp_path):
 TOGETHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def assert_same_gradients(one, two):
-    """Of two runs after three steps, by their means; Adam's steps hide their sizes."""
-    states = (folder / "checkpoint-0000003" / "state.safetensors" for folder in (one, two))
+def assert_same_gradients(one, two, steps=3, least=100):
+    """Of two runs after so many steps, by their means; Adam's steps hide their sizes."""
+    states = (folder / f"checkpoint-{steps:07d}" / "state.safetensors" for folder in (one, two))
     one, two = map(load_file, states)
-    gradients = [key for key in one if key.endswith("/exp_avg")]
-    assert sum(one[key].norm() > 0 for key in gradients) > 100
+    gradients = [key for key in one if key.endswith(("/exp_avg", "/momentum_buffer"))]
+    assert sum(one[key].norm() > 0 for key in gradients) > least
     apart = [(two[key] - one[key]).norm() <= 1e-3 * one[key].norm() + 1e-9 for key in gradients]
     assert one.keys() == two.keys() and all(apart)
 
 
 def test_processes_share_a_step_as_if_they_were_one(run, parts, tmp_path):
     """Two processes of two samples learn what one of four does."""
-    more = ("--no-liu", "--validation-pictures", "0", "--steps", "3", "--encoder-steps", "0")
+    more = ("--no-liu", "--validation-pictures", "0", "--steps", "3", "--encoder-steps", "3")
     more += ("--noise-power", "0.3", "--batch")
-    run(*more, "4", output=tmp_path / "one")
-    program = [str(backbone.HERE / "train.py"), *tiny_options(parts, tmp_path / "two"), *more, "2"]
+    told = save_classes(parts / "data", tmp_path / "told")
+    run(*more, "4", data=told, output=tmp_path / "one")
+    program = [str(backbone.HERE / "train.py"), *tiny_options(parts, tmp_path / "two", data=told), *more, "2"]
     done = subprocess.run([*TOGETHER, *program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
-    assert_same_gradients(tmp_path / "one", tmp_path / "two")
+    for stage in (".", "prompt-encoder"):
+        assert_same_gradients(tmp_path / "one" / stage, tmp_path / "two" / stage)
 
 
 @pytest.mark.slow
 def test_fsdp_shares_out_the_weights_and_learns_the_same(run, parts, tmp_path):
-    more = ("--no-liu", "--validation-pictures", "0", "--steps", "3", "--encoder-steps", "0")
+    more = ("--no-liu", "--validation-pictures", "0", "--steps", "3", "--encoder-steps", "3")
     more += ("--noise-power", "0.3", "--checkpoint-every", "1", "--keep", "9", "--batch")
     run(*more, "4", output=tmp_path / "one")
     program = [str(backbone.HERE / "tests" / "fsdp_on_cpu.py"), *tiny_options(parts, tmp_path / "two"), *more]
@@ -452,6 +462,8 @@ def test_fsdp_shares_out_the_weights_and_learns_the_same(run, parts, tmp_path):
 
     refused = together(FSDP_CPU_RAM_EFFICIENT_LOADING="true")
     assert refused.returncode and "train.py: error: FSDP takes fsdp.yaml's" in refused.stderr
+    refused = together("--optimizer", "adamw-8bit")
+    assert refused.returncode and "train.py: error: --optimizer adamw-8bit does not work" in refused.stderr
     done = together()
     assert done.returncode == 0, done.stderr[-6000:]
     assert_same_gradients(tmp_path / "one", tmp_path / "two")
