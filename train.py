@@ -452,18 +452,19 @@ def teach_prompt_encoder(
     folder = args.output / "prompt-encoder"
     watch = modules["watch"] = Watch()
     start = saved = load_checkpoint(folder, modules, *optimizers) if args.resume else 0
-    steps = range(start, args.encoder_steps)
+    steps = range(start * args.accumulate, args.encoder_steps * args.accumulate)
     batch_size, accelerator = args.encoder_batch or args.batch, losses_of.accelerator
     shares = accelerator.process_index, accelerator.num_processes
     order = draw_order(len(data), batch_size, args.seed + 1, steps, *shares)
     loader = load_batches(data, losses_of.facts, order, args.workers)
     total = args.encoder_steps
-    progress = tqdm(loader, "prompt encoder", total, initial=start, mininterval=2, disable=not is_main)
+    progress = tqdm(desc="prompt encoder", total=total, initial=start, mininterval=2, disable=not is_main)
     stop.at_work = True
-    for step, batch in zip(steps, progress):
+    for micro, batch in zip(steps, loader):
+        step = micro // args.accumulate
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / args.encoder_steps)
-        g = torch.Generator().manual_seed((args.seed + 1) * 1_000_003 + step)
+        g = torch.Generator().manual_seed((args.seed + 1) * 1_000_003 + micro)
         keep = dropout(batch_size * losses_of.processes, losses_of.drop, g)
         keep = tuple(map(losses_of.share, keep))
         condition, x_0, facts, states = losses_of.draw(batch, keep, device)
@@ -481,12 +482,15 @@ def teach_prompt_encoder(
             said = {name: losses_of.over_all(*mean) for name, mean in said.items()}
             loss = loss + args.auxiliary_weight * sum(said.values())
             losses |= said
-        loss.backward()
+        (loss / args.accumulate).backward()
         losses = {"loss": loss, **losses}
         if losses_of.processes > 1:
-            average_gradients([*hidden, *rest], accelerator)
             losses = {name: accelerator.reduce(value.detach(), "mean") for name, value in losses.items()}
         watch.see(losses)
+        if (micro + 1) % args.accumulate:
+            continue
+        if losses_of.processes > 1:
+            average_gradients([*hidden, *rest], accelerator)
         norm = nn.utils.get_total_norm([p.grad for p in (*hidden, *rest) if p.grad is not None])
         is_sound = watch.is_sound(norm)
         for optimizer in optimizers:
@@ -496,6 +500,7 @@ def teach_prompt_encoder(
         if step % 20 == 0 or not is_sound:
             progress.set_postfix(watch.text(), refresh=False)
         step += 1
+        progress.update()
         stop.agree(accelerator)
         if step % args.checkpoint_every == 0 or step == args.encoder_steps or stop.asked or watch.is_over:
             save = partial(save_checkpoint, folder, step, modules, *optimizers, keep=2)
@@ -504,6 +509,7 @@ def teach_prompt_encoder(
             watch.check()
             if stop.asked:
                 stop.end(f"step {saved} of the prompt encoder's")
+    progress.close()
     for hook in auxiliary.hooks if auxiliary is not None else ():
         hook.remove()
     with torch.no_grad():

@@ -223,6 +223,7 @@ def test_the_auxiliary_heads_are_asked_only_what_can_be_known():
 
 def test_the_auxiliary_heads_teach_the_encoder_and_resume(run, parts, tmp_path):
     quick = ("--no-esm", "--no-liu", "--no-sam", "--steps", "1", "--lr", "0", "--checkpoint-every", "2")
+    quick += ("--accumulate", "2")
     told = save_classes(parts / "data", tmp_path / "told")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(*quick, "--encoder-steps", "4", data=told, output=whole)
@@ -420,17 +421,37 @@ def test_an_optimizer_of_nested_state_comes_back(tmp_path):
     assert torch.equal(back["momentum"], torch.ones(2)) and not back["quantized"]["codes"].any()
 
 
-TOGETHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-def assert_same_gradients(one, two, steps=3, least=100):
-    """Of two runs after so many steps, by their means; Adam's steps hide their sizes."""
-    states = (folder / f"checkpoint-{steps:07d}" / "state.safetensors" for folder in (one, two))
+def assert_same_gradients(one, two):
+    """Of two runs after three steps, by their means; the optimisers' steps hide their sizes."""
+    states = (folder / "checkpoint-0000003" / "state.safetensors" for folder in (one, two))
     one, two = map(load_file, states)
     gradients = [key for key in one if key.endswith(("/exp_avg", "/momentum_buffer"))]
-    assert sum(one[key].norm() > 0 for key in gradients) > least
+    assert sum(one[key].norm() > 0 for key in gradients) > 100
     apart = [(two[key] - one[key]).norm() <= 1e-3 * one[key].norm() + 1e-9 for key in gradients]
     assert one.keys() == two.keys() and all(apart)
+
+
+def test_a_step_learns_the_mean_of_its_batches(run, tmp_path, monkeypatch):
+    """Of two that are the same, as of one."""
+    same = torch.Generator().manual_seed(0).get_state()
+    call = train.Losses.__call__
+    monkeypatch.setattr(
+        train,
+        "draw_order",
+        lambda count, batch, seed, steps, *shares: ([(0, i) for i in range(batch)] for _ in steps),
+    )
+    monkeypatch.setattr(
+        train.Losses, "__call__", lambda self, model, batch, g: call(self, model, batch, g.set_state(same))
+    )
+    more = ("--no-liu", "--validation-pictures", "0", "--steps", "3", "--encoder-steps", "3")
+    more += ("--drop-text", "0", "--drop-example", "0", "--drop-both", "0", "--noise-power", "0.3")
+    for name, batches in (("one", "1"), ("two", "2")):
+        run(*more, "--accumulate", batches, output=tmp_path / name)
+    for stage in (".", "prompt-encoder"):
+        assert_same_gradients(tmp_path / "one" / stage, tmp_path / "two" / stage)
+
+
+TOGETHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def test_processes_share_a_step_as_if_they_were_one(run, parts, tmp_path):
