@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import scan
 
@@ -32,6 +33,20 @@ def rows(program, *options):
 def test_a_comparison_prints_a_row_for_each_scan():
     (cells,) = rows("scan.py", "--sizes", "1,4,2,16", "--repeat", "1", "--only", "chunked").values()
     assert cells[1] == "chunked" and cells[3] == "1.0" and float(cells[4]) >= 0
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+def test_a_convolutions_way_back_has_twice_the_operations(groups, monkeypatch):
+    monkeypatch.syspath_prepend(Path(scan.__file__).parent)
+    import train_step  # noqa: F401
+
+    convolution = torch.nn.Conv2d(6, 12, 3, padding=1, groups=groups)
+    with FlopCounterMode(display=False) as forward:
+        y = convolution(torch.zeros(2, 6, 5, 5, requires_grad=True))
+    with FlopCounterMode(display=False) as back:
+        y.sum().backward()
+    assert forward.get_total_flops() == 2 * 2 * 12 * 25 * 9 * 6 // groups
+    assert back.get_total_flops() == 2 * forward.get_total_flops()
 
 
 @pytest.mark.slow
