@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from dataset import read_json
 
 HERE = Path(__file__).resolve().parent
+# Of processes for each other: one looks at all the pictures while the others wait, on GPUs for ten minutes if
+# PyTorch is not told. Should that one fail, the launcher ends all.
+PATIENCE = timedelta(days=7)
 
 
 class BackboneError(ValueError):

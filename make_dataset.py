@@ -632,7 +632,7 @@ def _hash(value: Any) -> str:
 def processes(name: str) -> tuple[PartialState, torch.device]:
     """Which of how many processes this one is, and its device."""
     device = backbone.pick_device(name)
-    state = PartialState(cpu=device.type == "cpu")
+    state = PartialState(cpu=device.type == "cpu", timeout=backbone.PATIENCE)
     return state, state.device if state.num_processes > 1 and device.type != "cpu" else device
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -704,6 +705,7 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
         cpu=device.type == "cpu",
         mixed_precision=args.precision,
         gradient_accumulation_steps=args.accumulate,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=backbone.PATIENCE)],
     )
     device, is_main = accelerator.device, accelerator.is_main_process
     is_sharded = accelerator.distributed_type == DistributedType.FSDP

@@ -399,7 +399,7 @@ def test_processes_share_the_work_and_make_what_one_would(painted, tmp_path, mon
             device=torch.device("cpu"),
             wait_for_everyone=lambda: None,
         )
-        monkeypatch.setattr(make_dataset, "PartialState", lambda cpu, state=state: state)
+        monkeypatch.setattr(make_dataset, "PartialState", lambda state=state, **_: state)
         images(tmp_path / "two", "--min-image", "0")
         shares.append(painted.read_text().count("\n") - sum(shares))
     assert tree(tmp_path / "one") == tree(tmp_path / "two")

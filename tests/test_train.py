@@ -455,13 +455,16 @@ TOGETHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def test_processes_share_a_step_as_if_they_were_one(run, parts, tmp_path):
-    """Two processes of two samples learn what one of four does."""
+    """Two processes of two samples learn what one of four does, however long the first takes to begin."""
     more = ("--no-liu", "--validation-pictures", "0", "--steps", "3", "--encoder-steps", "3")
     more += ("--noise-power", "0.3", "--batch")
     told = save_classes(parts / "data", tmp_path / "told")
     run(*more, "4", data=told, output=tmp_path / "one")
-    program = [str(backbone.HERE / "train.py"), *tiny_options(parts, tmp_path / "two", data=told), *more, "2"]
-    done = subprocess.run([*TOGETHER, *program], capture_output=True, text=True)
+    program = [
+        str(backbone.HERE / "tests" / "slow_start.py"),
+        *tiny_options(parts, tmp_path / "two", data=told),
+    ]
+    done = subprocess.run([*TOGETHER, *program, *more, "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
     for stage in (".", "prompt-encoder"):
         assert_same_gradients(tmp_path / "one" / stage, tmp_path / "two" / stage)
