@@ -284,6 +284,12 @@ class Losses:
         count = torch.as_tensor(count, dtype=torch.float32, device=mean.device)
         return mean * count / self.accelerator.reduce(count, "mean").clamp(min=1e-9)
 
+    def of_all(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of a step of this process → those of all processes' together, without gradients."""
+        if self.processes == 1:
+            return losses
+        return {name: self.accelerator.reduce(value.detach(), "mean") for name, value in losses.items()}
+
     def mean(self, error: Tensor, query: Tensor, drawn: Tensor) -> Tensor:
         """Weighted mean of the errors of drawn grids, both (B, C, 2p, 2p); query (B, 2, C, p, p) as above."""
         weights = self.args.answer_weight, self.args.edit_weight
@@ -484,10 +490,7 @@ def teach_prompt_encoder(
             loss = loss + args.auxiliary_weight * sum(said.values())
             losses |= said
         (loss / args.accumulate).backward()
-        losses = {"loss": loss, **losses}
-        if losses_of.processes > 1:
-            losses = {name: accelerator.reduce(value.detach(), "mean") for name, value in losses.items()}
-        watch.see(losses)
+        watch.see(losses_of.of_all({"loss": loss, **losses}))
         if (micro + 1) % args.accumulate:
             continue
         if losses_of.processes > 1:
@@ -826,9 +829,7 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
             with accelerator.autocast():
                 losses = losses_of(wrapped, batch, g)
             accelerator.backward(losses["loss"])
-            if losses_of.processes > 1:
-                losses = {name: accelerator.reduce(value.detach(), "mean") for name, value in losses.items()}
-            watch.see(losses)
+            watch.see(losses_of.of_all(losses))
             if accelerator.sync_gradients:
                 norm = whole(accelerator.clip_grad_norm_(model.parameters(), args.clip_norm))
                 if is_sound := watch.is_sound(norm):
