@@ -1,6 +1,7 @@
 """Broken and hostile input: the fuzzer, the classic cases one by one, pickles and code that must not run,
 words that would steer the language model, and what holds for all grids, areas and scans."""
 
+import itertools
 import json
 import os
 import pickle
@@ -587,6 +588,11 @@ def test_a_chat_template_that_does_not_end(copy, template, reason):
     with pytest.raises(backbone.BackboneError, match=reason) as caught:
         backbone.load_llm(str(root))
     assert "\n" not in str(caught.value)
+
+
+def test_a_slow_machine_reads_the_same_chat_template(monkeypatch):
+    monkeypatch.setattr("time.monotonic", itertools.count(step=1000).__next__)
+    backbone.load_llm(backbone.PRESETS["toy"].llm)
 
 
 def test_an_autoencoder_whose_halves_do_not_agree(copy):
