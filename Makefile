@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint format docs docs-check toy ablations clean
+.PHONY: demo test test-slow doctor lint format docs docs-check toy ablations clean
 
 demo: $(VENV)/installed
 	$(RUN) edit.py --prompt-pair examples/before.png examples/after.png --input examples/input.png \
@@ -14,6 +14,9 @@ test: $(VENV)/installed  ## a process for each core, four at most, and a file's 
 
 test-slow: $(VENV)/installed
 	$(RUN) -m pytest -m slow
+
+doctor: $(VENV)/installed  ## what this machine computes with, and whether it edits right: for bug reports
+	$(RUN) -m toy.doctor
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
