@@ -1,0 +1,360 @@
+"""What README's commands draw with the shipped weights: the toy world's renderer knows what is right."""
+
+import copy
+import json
+import re
+import shlex
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import binomtest
+
+import app
+import edit
+import evaluate
+import train
+from dataset import answer_panel, load_image, tensor_to_image
+from docs import check
+from pipeline import InstructGIEPipeline
+from toy import doctor, score, world
+
+HERE = check.HERE
+README = (HERE / "README.md").read_text(encoding="utf-8")
+QUERIES = 32
+DEMO = {name: HERE / "examples" / f"{name}.png" for name in ("before", "after", "input")}
+
+
+def readme(start, *more):
+    """The words of the first command of README's that starts so; of `more`, which win, behind them."""
+    line = next(line for line in check.commands(HERE / "README.md") if line.startswith(start))
+    return [*shlex.split(line, comments=True), *map(str, more)]
+
+
+def told(way, *more):
+    """README's `edit.py`, as it stands by example; by words without the pair, and by both with them, too."""
+    command = readme("python edit.py", *more)
+    words, is_shown = doctor.WAYS[way]
+    if not is_shown:
+        at = command.index("--prompt-pair")
+        del command[at : at + 3]
+    return [*command, "--instruction", words] if words else command
+
+
+def in_process(monkeypatch, program, command):
+    """Runs a command's program here, in the repository's folder."""
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(sys, "argv", command[1:])
+    program.main()
+
+
+def assert_right(answer, truth):
+    right, numbers = doctor.judge(answer, truth)
+    assert right, numbers
+
+
+def answer_of(grid):
+    """The answer in a labelled grid: the lower right square, 192 pixels for its 64."""
+    return np.asarray(grid)[232:424:3, 192:384:3]
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return score.Truth(doctor.SCENE, doctor.EDIT)
+
+
+def test_the_examples_are_of_the_scenes_by_which_answers_are_judged():
+    scenes = {"before": doctor.EXAMPLE, "after": doctor.EDIT.apply(doctor.EXAMPLE), "input": doctor.SCENE}
+    for name, scene in scenes.items():
+        assert world.render(scene).tobytes() == load_image(DEMO[name]).tobytes()
+
+
+# --- The demo's edit ----------------------------------------------------------------------------------------
+
+
+def test_make_demo_is_the_command_that_readme_shows():
+    recipe = re.search(r"^demo:.*\n((?:\t.*\n)+)", (HERE / "Makefile").read_text(), re.MULTILINE)[1]
+    assert shlex.split(recipe.replace("$(RUN)", "python").replace("\\\n", "")) == readme("python edit.py")
+
+
+def test_by_the_command_as_readme_prints_it(truth, tmp_path):
+    output = tmp_path / "answer.png"
+    command = readme("python edit.py", "--output", output)
+    subprocess.run([sys.executable, *command[1:]], cwd=HERE, check=True, capture_output=True)
+    assert_right(load_image(output), truth)
+    assert_right(answer_of(load_image(tmp_path / "answer_grid.png")), truth)
+
+
+@pytest.mark.parametrize("way", ["words", "both"])
+def test_by_the_command(truth, tmp_path, monkeypatch, way):
+    output = tmp_path / "answer.png"
+    in_process(monkeypatch, edit, told(way, "--output", output))
+    assert_right(load_image(output), truth)
+
+
+@pytest.fixture(scope="module")
+def python():
+    """What README's block of Python has made, shown the pair that its words fit."""
+    night = world.Edit("night").apply(doctor.EXAMPLE)
+    given = {"image": load_image(DEMO["input"]), "before": load_image(DEMO["before"])}
+    names = given | {"after": world.render(night)}
+    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], names)
+    return SimpleNamespace(**{name: names[name] for name in ("pipe", "edited")})
+
+
+@pytest.fixture(scope="module")
+def pipe(python):
+    python.pipe.set_progress_bar_config(disable=True)
+    return python.pipe
+
+
+def test_by_python_as_readme_prints_it(python):
+    assert_right(python.edited, score.Truth(doctor.SCENE, world.Edit("night")))
+
+
+@pytest.fixture(scope="module")
+def drawn(pipe):
+    return {way: doctor.demo(pipe, way) for way in doctor.WAYS}
+
+
+@pytest.mark.parametrize("way", doctor.WAYS)
+def test_by_the_pipeline(drawn, truth, way):
+    assert_right(drawn[way], truth)
+
+
+@pytest.mark.parametrize("way", doctor.WAYS)
+def test_by_the_page(pipe, truth, tmp_path, way):
+    """What a click on Edit calls, with all settings as the page has them."""
+    page = app.build(app.Editor(pipe, "toy", tmp_path), [])
+    click = next(function for function in page.fns.values() if function.api_name == "edit")
+    words, is_shown = doctor.WAYS[way]
+    wish = {place.label: place.value for place in click.inputs}
+    wish |= {"Inputs": [(str(DEMO["input"]), None)], "Instruction": words}
+    if is_shown:
+        wish |= {"Example before": str(DEMO["before"]), "Example after": str(DEMO["after"])}
+    *_, (_, steps, _, files, grids) = click.fn(SimpleNamespace(session_hash="a page"), *wish.values())
+    assert_right(load_image(files[0]), truth)
+    assert_right(answer_of(load_image(grids[0])), truth)
+    last = truth.score(np.asarray(load_image(steps[-1][0])))  # not settled yet, and so less exact
+    assert last["right"]
+
+
+# --- Accuracy, and training ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """The first instructions of the toy world's own splits, with all their pairs of `seen`."""
+    out = tmp_path_factory.mktemp("data") / "toy"
+    world.write_dataset(out, sizes={"seen": (QUERIES, 2), "train": (4, 2)})
+    return out
+
+
+def evaluated(monkeypatch, toy, output, *more):
+    """Scenes, edits and answers of README's `evaluate.py`."""
+    command = readme("python evaluate.py", "--data", toy, "--output", output, *more)
+    in_process(monkeypatch, SimpleNamespace(main=lambda: evaluate.main(command[2:])), command)
+    (folder,) = (path.parent for path in output.rglob("answers.jsonl"))
+    records = score.read_queries(folder)
+    truths = [
+        (world.scene_from_json(json.loads(record["scene"])), world.Edit(**json.loads(record["edit"])))
+        for record in records
+    ]
+    return truths, [np.asarray(load_image(folder / record["answer"])) for record in records]
+
+
+@pytest.fixture(scope="module")
+def both(toy, tmp_path_factory):
+    """Truths and answers of the first queries, told and shown."""
+    with pytest.MonkeyPatch.context() as patch:
+        output = tmp_path_factory.mktemp("answers")
+        asked, answers = evaluated(patch, toy, output, "--count", QUERIES)
+    return [score.Truth(*query) for query in asked], answers
+
+
+def rights(answers, truths):
+    return [truth.score(answer)["right"] for truth, answer in zip(truths, answers)]
+
+
+def is_as_claimed(right, mode):
+    """Whether so many right answers are not too few for the accuracy that docs/toy.md claims.
+
+    right: a bool for each query. Such a number or a smaller one must not be rarer than one in a thousand.
+    """
+    page = (HERE / "docs" / "toy.md").read_text(encoding="utf-8")
+    claimed = float(re.search(rf"^\| seen \| {mode} \| \d+ \| ([\d.]+) ", page, re.MULTILINE)[1]) / 100
+    return binomtest(sum(right), len(right), claimed, alternative="less").pvalue > 1e-3
+
+
+def test_the_accuracy_is_the_one_that_is_claimed(both):
+    truths, answers = both
+    assert len(answers) == QUERIES and is_as_claimed(rights(answers, truths), "both")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["pair", "instruction"])
+def test_the_accuracy_of_other_modes(monkeypatch, both, toy, tmp_path, mode):
+    _, answers = evaluated(monkeypatch, toy, tmp_path, "--count", QUERIES, "--mode", mode)
+    assert is_as_claimed(rights(answers, both[0]), mode)
+
+
+@pytest.fixture(scope="module")
+def trained(toy, tmp_path_factory):
+    """The shipped editor after two steps of README's `train.py`."""
+    folder = tmp_path_factory.mktemp("train")
+    options = ["--init", HERE / "toy" / "weights" / "editor", "--steps", 2, "--batch", 4, "--workers", 0]
+    options += ["--data", toy, "--cache", folder / "cache", "--validation-pictures", 0]
+    with pytest.MonkeyPatch.context() as patch:
+        in_process(patch, train, readme("python train.py", *options, "--output", folder))
+    return folder / "editor"
+
+
+def test_two_steps_of_training_leave_the_editor_as_right_as_it_was(
+    pipe, trained, both, truth, toy, tmp_path, monkeypatch
+):
+    learnt = InstructGIEPipeline.from_pretrained(trained)
+    learnt.set_progress_bar_config(disable=True)
+    weights = zip(pipe.rcldm.parameters(), learnt.rcldm.parameters())
+    assert any(not torch.equal(before, after) for before, after in weights)
+    for way in doctor.WAYS:
+        assert_right(doctor.demo(learnt, way), truth)
+    command = monkeypatch, toy, tmp_path, "--count", 8
+    monkeypatch.setattr(InstructGIEPipeline, "from_pretrained", lambda _: learnt)
+    _, answers = evaluated(*command)
+    truths, before = (some[:8] for some in both)
+    assert sum(rights(answers, truths)) >= sum(rights(before, truths))
+
+
+# --- The judges bite ----------------------------------------------------------------------------------------
+
+
+def flat(picture):
+    return np.broadcast_to(picture.mean((0, 1)).round().astype(np.uint8), picture.shape)
+
+
+def mean_of_draft(pipe):
+    """What the demo's answer would be were the encoder's draft of it, and all that is drawn, its mean."""
+    drafts = []
+    hook = pipe.rcldm.prompt_encoder.register_forward_hook(lambda *given: drafts.append(given[-1][1]))
+    doctor.demo(pipe, "example", num_inference_steps=1)
+    hook.remove()
+    mean = answer_panel(drafts[0]).mean((2, 3), keepdim=True)
+    picture = pipe.decode_answers(mean.expand_as(drafts[0]))[0]
+    return np.asarray(tensor_to_image(picture))
+
+
+WRONG = {
+    "black": lambda pipe, truth: np.zeros_like(truth.picture),
+    "the input": lambda pipe, truth: truth.pictures[0],
+    "the mean of the draft": lambda pipe, truth: mean_of_draft(pipe),
+    "the mean of the truth": lambda pipe, truth: flat(truth.picture),
+    "the mean of all edits": lambda pipe, truth: truth.pictures.mean(0).round().astype(np.uint8),
+    "another query's answer": lambda pipe, truth: np.asarray(load_image(DEMO["after"])),
+    "a shade off": lambda pipe, truth: truth.picture + np.uint8(6) * truth.edited[..., None],
+    "half of it": lambda pipe, truth: np.where(np.arange(64)[:, None, None] < 24, 0, truth.picture),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_answer_of_the_demo_is_found(pipe, truth, wrong):
+    assert_right(truth.picture, truth)
+    answer = WRONG[wrong](pipe, truth)
+    assert answer.shape == truth.picture.shape
+    with pytest.raises(AssertionError, match="nearest of"):
+        assert_right(answer.astype(np.uint8), truth)
+
+
+def test_an_answer_of_another_size_is_wrong(truth):
+    assert not doctor.judge(Image.fromarray(truth.picture).resize((32, 32)), truth).right
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda truths, answers: [np.zeros_like(answer) for answer in answers],
+        lambda truths, answers: [truth.pictures[0] for truth in truths],
+        lambda truths, answers: [flat(answer) for answer in answers],
+        lambda truths, answers: [np.mean(answers, axis=0).round().astype(np.uint8)] * len(answers),
+        lambda truths, answers: [*answers[1:], answers[0]],
+        lambda truths, answers: [*answers[6:], *map(flat, answers[:6])],
+    ],
+    ids=["black", "the input", "its mean", "the mean of all", "another query's", "six are means"],
+)
+def test_wrong_answers_lower_the_accuracy_by_more_than_chance(both, wrong):
+    truths, answers = both
+    assert not is_as_claimed(rights(wrong(truths, answers), truths), "both")
+
+
+def test_an_editor_that_training_has_spoilt_is_found(pipe, truth):
+    spoilt = InstructGIEPipeline(**{**pipe.components, "rcldm": copy.deepcopy(pipe.rcldm)}, panel=pipe.panel)
+    spoilt.set_progress_bar_config(disable=True)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in spoilt.rcldm.prompt_encoder.parameters():
+            parameter += 0.3 * parameter.std(correction=0) * torch.randn(parameter.shape, generator=g)
+    assert not doctor.judge(doctor.demo(spoilt, "example"), truth).right
+
+
+# --- The command that a bug report wants ------------------------------------------------------------------
+
+
+@pytest.fixture
+def diagnose(monkeypatch, capsys):
+    """Runs toy/doctor.py with a pipeline → its exit code, and what it printed."""
+
+    def run(pipe):
+        monkeypatch.setattr(InstructGIEPipeline, "from_pretrained", lambda _: pipe)
+        try:
+            doctor.tell_versions()
+            doctor.main(["--device", "cpu"])
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def test_a_machine_that_edits_right(pipe, drawn, diagnose, monkeypatch):
+    demo = doctor.demo  # which one step of is drawn anew
+    known = lambda pipe, way, **options: demo(pipe, way, **options) if options else drawn[way]  # noqa: E731
+    monkeypatch.setattr(doctor, "demo", known)
+    monkeypatch.setenv("KMP_BLOCKTIME", "0")
+    code, out = diagnose(pipe)
+    assert code == 0 and out.endswith("\nverdict      right\n")
+    told = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert torch.__version__.startswith(told["torch"])
+    assert torch.backends.cpu.get_cpu_capability() in told["levels"]
+    assert "KMP_BLOCKTIME=0" in told["environment"]
+    assert told["scan"].startswith(("numba, because", "chunked, because"))
+    assert told["attention"].startswith(("flash_attention", "attention_math")) and told["device"] == "cpu"
+    assert out.count("right; nearest of 310 pictures") == 3
+
+
+def test_a_machine_that_draws_black(pipe, diagnose, monkeypatch):
+    black = [Image.new("RGB", (64, 64))]
+    monkeypatch.setattr(InstructGIEPipeline, "__call__", lambda *_, **__: SimpleNamespace(images=black))
+    code, out = diagnose(pipe)
+    assert code == 1 and out.endswith("\nverdict      WRONG by example, by words, by both\n")
+    assert 'WRONG; nearest of 310 pictures: "make the background black"; levels off: 52.9 inside' in out
+
+
+def test_a_machine_that_cannot_edit(pipe, diagnose, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("an odd kernel")
+
+    monkeypatch.setattr(InstructGIEPipeline, "__call__", fail)
+    code, out = diagnose(pipe)
+    assert code == 1 and out.endswith(
+        "RuntimeError: an odd kernel\nverdict      WRONG: the edit was not made\n"
+    )
+
+
+def test_a_device_that_is_not_there_is_one_line(capsys):
+    with pytest.raises(SystemExit) as exit:
+        doctor.main(["--device", "abacus"])
+    assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1
