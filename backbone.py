@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import inspect
 import itertools
 import math
@@ -112,13 +113,21 @@ def preset(name: str) -> Preset:
 
 
 def data_folder(source: str) -> str:
-    """A dataset's folder or hub id as it is; the toy world's folder is written first where it is missing."""
+    """A dataset's folder or hub id as it is; the toy world's folder is written first where it is missing.
+
+    Raises BackboneError where it cannot be written.
+    """
     if source != PRESETS["toy"].data:
         return source
     folder = HERE / source
     if not folder.exists():
         print(f"writing the toy world to {folder}, once", flush=True)
-        subprocess.run([sys.executable, HERE / "toy" / "world.py", "--out", folder], check=True)
+        command = [sys.executable, HERE / "toy" / "world.py", "--out", folder]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if not folder.is_dir():  # where another process was faster, its folder is as good
+            reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            way = "python toy/world.py --out FOLDER writes it elsewhere, for --data FOLDER"
+            raise BackboneError(f"the toy world cannot be written ({reason}); {way}")
     return str(folder)
 
 
@@ -159,14 +168,13 @@ class StableDiffusion(NamedTuple):
 
 
 def load_stable_diffusion(
-    source: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> StableDiffusion:
     """A Stable Diffusion folder or hub id → its frozen parts in `dtype`. Raises BackboneError."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    parts = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
-    folder = find_folder(source, [f"{part}/*" for part in parts])
+    folder = find_folder(source, _FOLDERS["stable_diffusion"])
     with clear_errors(source, "a Stable Diffusion folder in diffusers' layout", folder):
         vae, unet = (
             kind.from_pretrained(folder / part, torch_dtype=dtype, use_safetensors=True)
@@ -294,7 +302,7 @@ def load_segmenter(source: str, device: torch.device | str = "cpu") -> tuple[nn.
 
 
 def load_llm(
-    source: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[nn.Module, Any]:
     """A causal language model, frozen, and its tokenizer. dtype: None is bf16 on a GPU, float32 elsewhere."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -319,6 +327,10 @@ def load_editor(
         settings = read_json(folder / "instructgie.json")
         if not isinstance(settings, dict):
             raise ValueError("instructgie.json holds no settings")
+        for name in ("fingerprints", "relative"):
+            texts = settings.get(name, {})
+            if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+                raise ValueError(f"instructgie.json has {name} {repr(texts)[:80]}")
         model = RCLDM.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
         return _freeze(model, device), settings
 
@@ -422,6 +434,61 @@ def find_folder(source: str | Path, patterns: list[str] | None = None) -> Path:
     except (OSError, HfHubHTTPError, ValueError) as error:
         reason = f"the hub cannot be reached or has no such model ({type(error).__name__})"
         raise BackboneError(f"{source}: {reason}; check the id and the network, or give a folder") from None
+
+
+# Subfolders of each part that an edit needs besides the editor.
+_FOLDERS = {
+    "stable_diffusion": [f"{name}/*" for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")],
+    "llm": ["*"],
+}
+
+
+def lasting_name(source: str) -> str:
+    """A source by which it is found from any folder: a local one by its full path, or as this repository
+    names it; a hub id as it is."""
+    folder = local_folder(source)
+    if folder is None:
+        return source
+    return folder.relative_to(HERE).as_posix() if folder.is_relative_to(HERE) else str(folder)
+
+
+def fingerprint(source: str | Path, part: str) -> str:
+    """Of the weights of a part, "stable_diffusion" or "llm", to know them again wherever they lie.
+
+    A file of up to 64 MiB counts whole; a larger one by its size and 256 evenly spread blocks, which takes a
+    fraction of a second. Training moves every block; a change of single weights may fall between two. Raises
+    BackboneError.
+    """
+    folder, digest = find_folder(source, _FOLDERS[part]), hashlib.sha256()
+    files = sorted(file for pattern in _FOLDERS[part] for file in folder.glob(f"{pattern}.safetensors"))
+    for file in (file for file in files if not any(map(file.match, _VARIANTS))):
+        size, block = file.stat().st_size, 1 << 18
+        digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
+        with file.open("rb") as weights:
+            for start in range(0, size, max(block, math.ceil(size / 256))):
+                weights.seek(start)
+                digest.update(weights.read(block))
+    return digest.hexdigest()[:16]
+
+
+def find_part(editor: Path, settings: dict[str, Any], part: str) -> Path:
+    """The folder of a part that an editor needs, "stable_diffusion" or "llm".
+
+    It is looked for by its name, from here and from this repository; then beside the editor, as when both
+    were moved; then on the hub. Raises BackboneError where there is none, or only one of another fingerprint
+    than the editor's settings have. Settings without a fingerprint take the first.
+    """
+    source, wanted = settings[part], settings.get("fingerprints", {}).get(part)
+    beside = settings.get("relative", {}).get(part)
+    names = [Path(source), HERE / source, *([editor / beside] if beside else [])]
+    folders = [name for name in names if name.is_dir()] or [find_folder(source, _FOLDERS[part])]
+    for folder in folders:
+        if wanted in (None, fingerprint(folder, part)):
+            return folder.resolve()
+    raise BackboneError(
+        f"{folders[0]}: not the weights that the editor was trained with; put those there, "
+        'or remove "fingerprints" from its instructgie.json'
+    )
 
 
 @contextlib.contextmanager

@@ -139,10 +139,12 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
         if missing:
             raise backbone.BackboneError(f"{source}: instructgie.json lacks {', '.join(sorted(missing))}")
         _check_settings(f"{source}: instructgie.json", settings)
+        wanted = ["stable_diffusion", *(["llm"] if settings["llm"] and "llm" not in options else [])]
+        found = {name: backbone.find_part(folder, settings, name) for name in wanted}
         parts = {"rcldm": rcldm, "llm": None, "llm_tokenizer": None}
-        parts |= backbone.load_stable_diffusion(settings["stable_diffusion"], dtype=dtype)._asdict()
-        if settings["llm"] and "llm" not in options:
-            parts["llm"], parts["llm_tokenizer"] = backbone.load_llm(settings["llm"], dtype=dtype)
+        parts |= backbone.load_stable_diffusion(found["stable_diffusion"], dtype=dtype)._asdict()
+        if "llm" in found:
+            parts["llm"], parts["llm_tokenizer"] = backbone.load_llm(found["llm"], dtype=dtype)
         return cls(**{**parts, **options}, panel=settings["panel"], settings=settings)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
