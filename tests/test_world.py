@@ -2,8 +2,11 @@
 
 import json
 import random
+import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import backbone
 from dataset import load_image, read_pairs
 from toy import world
 
@@ -352,11 +356,50 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert written and not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_exists_is_left_alone(tmp_path, monkeypatch):
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository whose toy world is small, and not yet written."""
+    (tmp_path / "toy").mkdir()
+    program = re.sub(r"(?m)^SPLITS = .*", f"SPLITS = {SIZES}", Path(world.__file__).read_text())
+    (tmp_path / "toy" / "world.py").write_text(program)
+    monkeypatch.setattr(backbone, "HERE", tmp_path)
+    return tmp_path
+
+
+def test_two_first_runs_write_one_world(checkout):
+    with ThreadPoolExecutor() as pool:
+        folders = list(pool.map(backbone.data_folder, ["data/toy"] * 2))
+    assert folders == [str(checkout / "data" / "toy")] * 2
+    assert len(read_pairs(folders[0], "train")) == 12
+    assert [path.name for path in (checkout / "data").iterdir()] == ["toy"]
+
+
+def test_where_another_was_faster_its_world_stays(tmp_path, monkeypatch):
+    out = tmp_path / "toy"
+
+    def write_and_be_late(folder, pairs):
+        folder.mkdir(parents=True)
+        out.mkdir(exist_ok=True)
+        (out / "first").touch()
+
+    monkeypatch.setattr(world, "write_split", write_and_be_late)
+    world.write_dataset(out, sizes=SIZES)
+    assert [path.name for path in tmp_path.rglob("*")] == ["toy", "first"]
+
+
+def test_a_world_that_cannot_be_written_is_one_line(checkout, capfd):
+    (checkout / "data").write_text("a file in the folder's place, as no right to write would be")
+    with pytest.raises(backbone.BackboneError, match=r"cannot be written \(world.py: error: .*data.*--data"):
+        backbone.data_folder("data/toy")
+    assert not capfd.readouterr().err
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").write_text("mine")
     monkeypatch.setattr("sys.argv", ["world.py", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="exists already"):
+    with pytest.raises(SystemExit, match="2"):
         world.main()
+    assert "exists already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -366,8 +409,9 @@ def test_train_has_the_pairs_asked_for(tmp_path, monkeypatch, capsys):
     world.main()
     assert [len(read_pairs(tmp_path / "toy", split)) for split in ("train", "seen")] == [12, 4]
     monkeypatch.setattr("sys.argv", ["world.py", "--out", str(tmp_path / "other"), "--pairs", "1"])
-    with pytest.raises(SystemExit, match="--pairs 1"):
+    with pytest.raises(SystemExit, match="2"):
         world.main()
+    assert "--pairs 1" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

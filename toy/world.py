@@ -19,15 +19,16 @@ import functools
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
@@ -1146,15 +1147,27 @@ def _write_pair(folder: Path, i: int, pair: Pair) -> str:
 
 
 def write_dataset(out: Path, seed: int = 0, sizes: dict[str, tuple[int, int]] = SPLITS) -> None:
-    """All splits below `out`; written beside it first, so that a killed run leaves nothing half-written."""
+    """All splits below `out`; written beside it first, so that a killed run leaves nothing half-written.
+
+    Where another process has made `out` meanwhile, that stays. Raises OSError.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")  # a number that no other machine takes
     try:
         for split, (instructions, pairs_each) in sizes.items():
             write_split(temporary / split, draw_split(split, instructions, pairs_each, seed))
-        temporary.rename(out)
+        try:
+            temporary.rename(out)
+        except OSError:
+            if not out.is_dir():
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _end(reason: str) -> NoReturn:
+    print(f"world.py: error: {reason}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def main() -> None:
@@ -1170,10 +1183,13 @@ def main() -> None:
         print("\n".join(random_scene(rng).caption() for _ in range(args.captions)))
         return
     if args.out.exists():
-        sys.exit(f"world.py: error: {args.out} exists already; remove it or choose another --out")
+        _end(f"{args.out} exists already; remove it or choose another --out")
     if args.pairs < 2:
-        sys.exit(f"world.py: error: --pairs {args.pairs}: give 2 or more, an example and a query")
-    write_dataset(args.out, args.seed, SPLITS | {"train": (instructions, args.pairs)})
+        _end(f"--pairs {args.pairs}: give 2 or more, an example and a query")
+    try:
+        write_dataset(args.out, args.seed, SPLITS | {"train": (instructions, args.pairs)})
+    except OSError as error:
+        _end(str(error))
     for split in SPLITS:
         lines = (args.out / split / "metadata.jsonl").read_text().splitlines()
         print(
