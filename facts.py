@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -25,7 +26,7 @@ import esm
 import liu
 import sam_loss
 from checkpoint import begin_worker, tried, write_whole
-from dataset import DatasetError, ImageError, VisualPromptDataset, from_bytes, to_bytes
+from dataset import DatasetError, ImageError, TableImage, VisualPromptDataset, from_bytes, to_bytes
 
 
 class Facts(NamedTuple):
@@ -79,12 +80,69 @@ class Frozen(NamedTuple):
         return Facts(latents.unflatten(0, panels.shape[:2]), embeddings, areas)
 
     def key(self) -> list[str]:
-        """What facts depend on besides the pictures: a sample of each part's weights, and the classes."""
+        """What facts depend on besides the pictures: all that the frozen parts compute by."""
         models = [self.vae, self.clip, self.areas and self.areas.model]
-        weights = [
-            list(model.parameters())[-1].flatten()[:512].tolist() for model in models if model is not None
-        ]
-        return [repr(weights), repr(self.areas and self.areas.classes), repr(self.clip is None)]
+        areas = self.areas and (self.areas.classes, self.areas.threshold, self.areas.processor.to_dict())
+        return ["" if model is None else fingerprint(model) for model in models] + [repr(areas)]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's tensors, its config, and the numbers and words among its modules' attributes.
+
+    CLIP has no config: its picture size, mean, deviation and number of heads are such attributes. Paths and
+    versions, which a config notes too, do not count.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    config = getattr(model, "config", {})
+    config = dict(config) if isinstance(config, dict) else config.to_dict()
+    own = {"name_or_path", "transformers_version"}
+    parts = [(f"{name} {type(part).__name__}", vars(part)) for name, part in model.named_modules()]
+    for name, found in [("config", config), *parts]:
+        plain = {k: v for k, v in found.items() if k[0] != "_" and k not in own and _is_plain(v)}
+        digest.update(f"{name} {sorted(plain.items())}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return _is_plain(list(value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def fingerprint_pictures(data: VisualPromptDataset) -> str:
+    """SHA-256 of which picture each pair has, row by row, and of each file's name, size and times.
+
+    Choice: not of the pixels, for which a large dataset would have to be read whole. A file that is written
+    again has another time of change, even where its size and its time of modification are set to the old.
+    """
+    digest, tables = hashlib.sha256(), {}
+    for pair in data.pairs:
+        for source in (pair.input, pair.output, *(pair.classes or ())):
+            if isinstance(source, TableImage):
+                table = source.column
+                if id(table) not in tables:
+                    files = [_file_state(file["filename"]) for file in table.cache_files]
+                    tables[id(table)] = f"{table._fingerprint} {table.column_names} {files}"
+                state = f"{tables[id(table)]} {source.row}"
+            else:
+                state = _file_state(source)
+            digest.update(f"{state}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _file_state(path: str) -> str:
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError):
+        return f"{path!r} is missing"
+    return f"{path!r} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
 
 
 class Pairs(Dataset):
@@ -128,21 +186,13 @@ def observe_all(
     data: VisualPromptDataset, frozen: Frozen, args: argparse.Namespace, device: torch.device
 ) -> tuple[VisualPromptDataset, Facts]:
     """The dataset without the pairs that cannot be read, and facts of all others, from the cache on disk
-    where an earlier run has left them. Raises DatasetError where those are more than one in twenty."""
+    where an earlier run has left them. Where a picture, a row or a frozen part has changed since, all are
+    looked at anew. Raises DatasetError where the unreadable pairs are more than one in twenty."""
     side = data.size
-    key = [
-        str(args.data),
-        args.split,
-        len(data),
-        side,
-        str(data.pairs[0]),
-        str(data.pairs[-1]),
-        frozen.key(),
-        Facts._fields,
-    ]
+    key = [fingerprint_pictures(data), side, frozen.key(), Facts._fields]
     path = args.cache / f"facts-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
     in_memory = len(data) * 2 * 3 * side**2 <= IN_MEMORY
-    if not path.is_file():
+    if (cached := load_tensors(path)) is None:
         columns: dict[str, list[Tensor]] = {name: [] for name in Facts._fields}
         broken: dict[int, str] = {}
         for batch in look_at_all(data, args, broken):
@@ -158,7 +208,7 @@ def observe_all(
         tensors = {name: torch.cat(column) for name, column in columns.items() if column}
         tried(f"the cache {path}", lambda: save_tensors(tensors, path, broken))
     else:
-        tensors, broken = load_tensors(path)
+        tensors, broken = cached
     tensors = {name: fact.to(device) if in_memory else fact for name, fact in tensors.items()}
     facts = Facts(*(tensors.get(name) for name in Facts._fields))
     if not broken:
@@ -210,10 +260,14 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, broken: dict[int, str])
     write_whole(path, lambda file: save_file(tensors, file, {"broken": json.dumps(broken)}))
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[int, str]]:
-    with safe_open(path, "pt") as file:
-        broken = json.loads((file.metadata() or {}).get("broken", "{}"))
-    return load_file(path), {int(k): reason for k, reason in broken.items()}
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[int, str]] | None:
+    """What `save_tensors` has written; None where there is nothing, or it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            broken = json.loads((file.metadata() or {}).get("broken", "{}"))
+        return load_file(path), {int(k): reason for k, reason in broken.items()}
+    except (OSError, ValueError, SafetensorError):
+        return None
 
 
 def load_batches(

@@ -122,7 +122,10 @@ class InstructionUnifier:
         self.device: torch.device | None = None  # where the model works, should that not be where it is
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self._cache = cache and ReplyCache(Path(cache), _name(model), _fingerprint(model, tokenizer))
+        self._cache = None
+        if cache:
+            fingerprint = _fingerprint(model, tokenizer, max_new_tokens)
+            self._cache = ReplyCache(Path(cache), _name(model), fingerprint)
         self._replies: dict[str, str] = self._cache.load() if self._cache else {}
         self._unified = {"": ""}  # an edit by the example alone has no instruction, and needs no model
 
@@ -237,11 +240,19 @@ def _name(model: PreTrainedModel) -> str:
     return re.sub(r"[^\w.-]+", "_", Path(model.config._name_or_path or "model").name)
 
 
-def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Differs where the prompt, the model's name or its weights do: a folder may be trained anew."""
-    weights = list(model.parameters())[-1].flatten()[:4096].float().cpu().numpy().tobytes()
-    prompt = f"{model.config._name_or_path}\n{tokenizer.chat_template}\n{few_shot_prompt('')}"
-    return hashlib.sha256(weights + prompt.encode()).hexdigest()[:16]
+def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int) -> str:
+    """Differs where a weight, a config, the tokenizer, the prompt or the longest reply does."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    configs = [model.config.to_dict(), model.generation_config.to_dict()]
+    for config in configs:
+        for name in ("_name_or_path", "transformers_version"):
+            config.pop(name, None)
+    prompt = few_shot_prompt("")
+    words = sorted(tokenizer.get_vocab().items()), tokenizer(prompt)["input_ids"], tokenizer.chat_template
+    digest.update(repr((configs, words, prompt, longest, GREEDY)).encode())
+    return digest.hexdigest()[:16]
 
 
 def main() -> None:

@@ -114,15 +114,12 @@ class SelectiveAreas:
         self._ids = torch.tensor([ids[name.lower()] for name in self.classes])
         self._folder = cache and Path(cache)
         self._known: dict[str, bytes] = {}  # 1-bit PNGs, where an area costs little more than its outline
-        # What an area depends on besides the image; a sample of the weights, as a folder may be retrained.
-        weights = list(model.parameters())[-1].flatten()[:4096].float().cpu().numpy().tobytes()
-        setting = (
-            model.config._name_or_path,
-            sorted(self._ids.tolist()),
-            threshold,
-            self.processor.to_dict(),
-        )
-        self._setting = weights + repr(setting).encode()
+        # What an area depends on besides the image. On disk also all weights: a folder may be trained anew.
+        weights = hashlib.sha256()
+        for tensor in model.state_dict().values() if cache else ():
+            weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        setting = sorted(self._ids.tolist()), threshold, self.processor.to_dict()
+        self._setting = weights.digest() + repr(setting).encode()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] → areas (B, 1, H, W), float32, 0 or 1, on the images' device."""

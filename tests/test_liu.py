@@ -132,6 +132,22 @@ def test_the_cache_knows_the_model_and_the_prompt(tmp_path, monkeypatch):
     assert len(other_prompt.asked) == 1 and len(list(tmp_path.iterdir())) == 3
 
 
+def test_the_cache_knows_every_weight_the_configs_and_the_tokenizer(tmp_path):
+    def file(change=lambda model, tokenizer: None, **more):
+        model, tokenizer = tiny_llama(), byte_tokenizer(LAST_TURN)
+        change(model, tokenizer)
+        return InstructionUnifier(model, tokenizer, cache=tmp_path, **more)._cache.path
+
+    changes = [
+        lambda model, tokenizer: model.get_input_embeddings().weight.data[3, 5].add_(1),
+        lambda model, tokenizer: setattr(model.config, "rms_norm_eps", 0.1),
+        lambda model, tokenizer: setattr(model.generation_config, "no_repeat_ngram_size", 2),
+        lambda model, tokenizer: tokenizer.add_tokens(["Wish"]),
+        lambda model, tokenizer: setattr(tokenizer, "chat_template", ALL_TURNS),
+    ]
+    assert len({file(), *map(file, changes), file(max_new_tokens=3)}) == 7
+
+
 def test_a_cached_fallback_warns_again(tmp_path):
     for _ in range(2):
         with pytest.warns(UserWarning, match="empty"):

@@ -144,6 +144,12 @@ def test_cache_knows_a_segmenter_trained_anew(segmenter, images, tmp_path):
     trained = copy.deepcopy(segmenter)
     trained.class_predictor.bias.data[1] = 20.0  # now it finds cats
     assert SelectiveAreas(trained, cache=tmp_path)(images).sum() == 0
+    trained = copy.deepcopy(segmenter)
+    next(trained.parameters()).data.add_(1.0)  # not the last weight alone
+    areas = SelectiveAreas(trained, cache=tmp_path)
+    calls = count_calls(areas)
+    areas(images)
+    assert calls
 
 
 def test_broken_cache_file_is_made_anew(segmenter, images, tmp_path):
