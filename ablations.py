@@ -159,7 +159,8 @@ def train(name: str, seed: int, args: argparse.Namespace) -> str | None:
             (folder / "copying").rename(folder / "prompt-encoder")
         steps = ("--encoder-steps", arm.times * args.encoder_steps, "--steps", arm.times * args.steps)
         steps += ("--validate-every", arm.times * args.steps)
-        call("train.py", "--output", folder, "--resume", *budget, *steps, *arm.options)
+        begun = ("--resume",) if folder.exists() else ()
+        call("train.py", "--output", folder, *begun, *budget, *steps, *arm.options)
     else:
         total = arm.times * (args.encoder_steps + args.steps)
         call("baselines.py", arm.method, "--output", folder, *budget, "--steps", total)

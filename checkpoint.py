@@ -7,6 +7,7 @@ Checkpoints are safetensors and JSON alone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -70,6 +71,35 @@ def whole_folder(path: Path) -> Iterator[Path]:
             old.rename(path)
         for left in (temporary, old):
             shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a folder to this process while it is entered; its threads and workers have no lock of their own.
+
+    The operating system holds the lock, and drops it when the process ends, however that ends. Where the file
+    system knows no locks there is none. Raises ValueError where another process holds it, and OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "ab") as file:
+        try:
+            _lock(file.fileno())
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                reason = "another process writes there; wait for its end, or give another --output"
+                raise ValueError(f"{folder}: {reason}") from None
+        yield
+
+
+def _lock(file: int) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    else:  # not flock, which a loader's worker would share, and keep when its parent is killed
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def tried(what: str, write: Callable[[], Any]) -> bool:

@@ -22,6 +22,7 @@ Symbols: P panel size (pixels, or latent pixels); C channels. Images are RGB in 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -346,6 +347,15 @@ def _image_file(source: str | Path | TableImage) -> io.RawIOBase:
     if not os.path.isfile(source):  # nor is a folder, a pipe or a device a picture
         raise ImageError(source, "no such file")
     return io.FileIO(source)
+
+
+def picture_digest(source: str | Path | TableImage) -> str:
+    """SHA-256 of a picture's bytes as they lie there; "" for one that cannot be read."""
+    try:
+        with _image_file(source) as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    except (ImageError, OSError):
+        return ""
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -27,8 +27,16 @@ from tqdm import tqdm
 
 import backbone
 from baselines import InstructPix2Pix, PromptDiffusion, SDEdit
-from checkpoint import other_settings, write_whole
-from dataset import VisualPromptDataset, lines_of, load_image, parse_json, read_pairs, tensor_to_image
+from checkpoint import locked, other_settings, write_whole
+from dataset import (
+    VisualPromptDataset,
+    lines_of,
+    load_image,
+    parse_json,
+    picture_digest,
+    read_pairs,
+    tensor_to_image,
+)
 from pipeline import InstructGIEPipeline
 
 # What the editor is given besides the query. "other-pair" is a pair of another instruction, and no words: who
@@ -110,6 +118,13 @@ def describe(data: VisualPromptDataset, query: Query) -> dict[str, Any]:
         "instruction": pair.instruction,
         "seed": query.seed,
     }
+
+
+def fingerprint_pictures(data: VisualPromptDataset, queries: list[Query]) -> str:
+    """Of the bytes of every picture that the queries and their examples show."""
+    shown = [data.pairs[index] for query in queries for index in (query.index, query.example)]
+    digests = [picture_digest(source) for pair in shown for source in (pair.input, pair.output)]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
 # --- The file of answers ------------------------------------------------------------------------------------
@@ -301,7 +316,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     method, preset = METHODS[args.method], backbone.preset(args.backbone)
-    ours = args.method == "instructgie"
     default = {"instructgie": preset.editor, "sdedit": preset.stable_diffusion}.get(args.method)
     model, source = args.model or default, args.data or preset.data
     for name, value in (("a MODEL of this method", model), ("--data", source)):
@@ -318,10 +332,14 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--{strange[0].replace('_', '-')}: {args.method} samples without it")
     sampling = {name: editor.settings[name] for name in SAMPLING if name in editor.settings} | given
     told = args.told or method.told
+    folder, parts = backbone.local_folder(model), []
+    if folder and (folder / "instructgie.json").is_file():  # an editor, whose other parts lie elsewhere
+        parts = [name for name in ("stable_diffusion", "llm") if editor.settings[name]]
+        parts = [str(backbone.find_part(folder, editor.settings, name)) for name in parts]
     settings = {
         "method": args.method,
         "model": str(model),
-        "model_fingerprint": fingerprint([model, *([editor.settings["stable_diffusion"]] if ours else [])]),
+        "model_fingerprint": fingerprint([model, *parts]),
         "data": str(source),
         "split": args.split,
         "count": min(args.count, len(data)),
@@ -336,11 +354,13 @@ def run(args: argparse.Namespace) -> None:
         queries = draw_queries(data, args.count, args.seed, mode, args.caption)
         asked = json.dumps([describe(data, query) for query in queries], sort_keys=True)
         asked = hashlib.sha256(asked.encode()).hexdigest()[:16]
-        check_settings(folder, {**settings, "queries_fingerprint": asked, "mode": mode})
-        answer_all(editor, data, queries, folder, mode, told, sampling, args.batch)
-        if args.sheet > 0:
-            sheet = contact_sheet(data, queries[: args.sheet], folder, mode)
-            write_whole(folder / "sheet.png", lambda file, sheet=sheet: sheet.save(file, format="PNG"))
+        known = {"queries_fingerprint": asked, "pictures_fingerprint": fingerprint_pictures(data, queries)}
+        with locked(folder):
+            check_settings(folder, {**settings, **known, "mode": mode})
+            answer_all(editor, data, queries, folder, mode, told, sampling, args.batch)
+            if args.sheet > 0:
+                sheet = contact_sheet(data, queries[: args.sheet], folder, mode)
+                write_whole(folder / "sheet.png", lambda file, sheet=sheet: sheet.save(file, format="PNG"))
         print(f"{len(queries)} answers in {folder}", flush=True)
 
 

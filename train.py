@@ -19,8 +19,10 @@ frozen parts make of the data, once, is in facts.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -44,6 +46,7 @@ from checkpoint import (
     Watch,
     averaged,
     load_checkpoint,
+    locked,
     other_settings,
     save_checkpoint,
     share_out_state,
@@ -532,8 +535,12 @@ def teach_prompt_encoder(
 
 def save_editor(model: RCLDM, args: argparse.Namespace, step: int, measured: dict[str, float]) -> None:
     """The averaged weights, the settings and a model card, in the folder that `edit.py --model` takes."""
+    folders = {part: backbone.local_folder(getattr(args, part)) for part in args.fingerprints}
+    beside = (args.output / "editor").resolve()
+    relative = {part: os.path.relpath(folder, beside) for part, folder in folders.items() if folder}
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     record |= {"llm": None if args.no_liu else args.llm, "trained_steps": step} | SAMPLING
+    record["relative"] = relative  # where the parts lie, seen from the editor
     with whole_folder(args.output / "editor") as folder:
         model.save_pretrained(folder)
         (folder / "instructgie.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -686,20 +693,26 @@ def validation_data(data: VisualPromptDataset, source: str, args: argparse.Names
 
 @backbone.one_line_errors("train.py")
 def main() -> None:
-    with Stop() as stop:
-        train(settings(), stop)
+    with Stop() as stop, contextlib.ExitStack() as held:
+        train(settings(), stop, held)
 
 
-def train(args: argparse.Namespace, stop: Stop) -> None:
+def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack) -> None:
+    """held: what is given back in the end, however that comes."""
     preset = backbone.preset(args.backbone)
     for setting in ("stable_diffusion", "clip", "segmenter", "llm", "panel", "data", "lr"):
         if getattr(args, setting) is None:
             setattr(args, setting, getattr(preset, setting))
     if args.data is None:
         raise ValueError(f"--backbone {args.backbone} has no dataset of its own; give one with --data")
+    for part in ("stable_diffusion", "clip", "segmenter", "llm"):
+        setattr(args, part, backbone.lasting_name(getattr(args, part)))
     begun = any(args.output.glob("checkpoint-*"))
-    if (begun or (args.output / "prompt-encoder").exists()) and not args.resume:
+    there = begun or (args.output / "prompt-encoder").exists()
+    if there and not args.resume:
         raise ValueError(f"--output {args.output} holds a run already; add --resume or choose another folder")
+    if args.resume and not (there or (args.output / "lock").exists()):
+        raise ValueError(f"--resume: --output {args.output} holds no run; name its folder, or begin without")
 
     backbone.check_numbers(args, BOUNDS)
 
@@ -711,6 +724,9 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=backbone.PATIENCE)],
     )
     device, is_main = accelerator.device, accelerator.is_main_process
+    if accelerator.num_processes == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
+        way = "torchrun --nproc_per_node N train.py --device cpu starts N"
+        print(f"one process trains: on a CPU, accelerate launch starts no more; {way}", flush=True)
     is_sharded = accelerator.distributed_type == DistributedType.FSDP
     if is_sharded:
         plugin = accelerator.state.fsdp_plugin
@@ -738,6 +754,9 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
                 classes = sam_loss.propose_classes(*llm, segmenter.config.id2label.values())
             areas = sam_loss.SelectiveAreas(segmenter, processor, classes)
         frozen = Frozen(sd.vae, clip, areas)
+        decoder = args.tiny_decoder and backbone.load_tiny_decoder(args.tiny_decoder, sd.vae, device)
+        if is_main:
+            held.enter_context(locked(args.output))
         if args.flip:  # encoded at every step; but what cannot be read is to be known now
             data, facts = readable(data, args), None
         else:
@@ -750,7 +769,6 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
         del unifier
         if facts is not None:
             frozen = frozen._replace(areas=None)  # the segmenter has seen everything
-        decoder = args.tiny_decoder and backbone.load_tiny_decoder(args.tiny_decoder, sd.vae, device)
     losses_of = Losses(args, sd, frozen, facts, texts, rows, decoder, accelerator)
 
     design = "conv" if args.no_rcldm else args.encoder
@@ -773,6 +791,8 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
             option, folder = option.replace("_", "-"), folders[option]
             raise ValueError(f"--{option} {folder}: an editor of another architecture") from None
     if is_main:
+        needed = ("stable_diffusion", *(() if args.no_liu else ("llm",)))
+        args.fingerprints = {part: backbone.fingerprint(getattr(args, part), part) for part in needed}
         note_settings(args, accelerator.num_processes)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()

@@ -27,7 +27,7 @@ from tiny import options, save_all  # noqa: E402
 import checkpoint  # noqa: E402
 import train  # noqa: E402
 
-STEPS = ("--encoder-steps", "3", "--steps", "5", "--checkpoint-every", "1", "--resume")
+STEPS = ("--encoder-steps", "3", "--steps", "5", "--checkpoint-every", "1")
 WATCHED = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.unlink")
 
 
@@ -63,7 +63,8 @@ def run(parts: Path, output: Path, die: str | None = None, at: float = 0) -> tup
             sys.addaudithook(count)
         if die == "tensors":
             checkpoint.save_file = half
-        sys.argv = ["train.py", *options(parts, output), *STEPS]
+        begun = ("--resume",) if (output / "lock").exists() else ()
+        sys.argv = ["train.py", *options(parts, output), *STEPS, *begun]
         train.main()
         status = 0
     finally:

@@ -2,7 +2,11 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -194,6 +198,39 @@ def test_answers_of_other_settings_are_refused(data, tmp_path, editor, capsys):
     assert stopped.value.code == 2
     assert message.count("\n") == 1 and "steps 7, now 9" in message
     assert (tmp_path / "seen" / "both" / "answers.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("side", ["input", "output", "example_input", "example_output"])
+def test_answers_to_other_pictures_are_refused(data, tmp_path, editor, capsys, side):
+    again = shutil.copytree(data, tmp_path / "data")
+    run(again, tmp_path / "out", "--count", "2")
+    picture = Path(lines(tmp_path / "out" / "seen" / "both")[1][side])
+    before = picture.read_bytes()
+    run(again, tmp_path / "out", "--count", "2")
+    Image.new("RGB", (64, 64), "red").save(picture)
+    with pytest.raises(SystemExit) as stopped:
+        run(again, tmp_path / "out", "--count", "2")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and "pictures_fingerprint" in message and "another --output" in message
+    picture.write_bytes(before)  # with another time, but it is the picture that counts
+    run(again, tmp_path / "out", "--count", "2")
+    assert len(editor.calls) == 1
+
+
+def test_a_second_evaluation_into_one_folder_is_refused(data, tmp_path, editor, capsys):
+    folder = tmp_path / "seen" / "both"
+    hold = "import checkpoint, pathlib, sys\n"
+    hold += "with checkpoint.locked(pathlib.Path(sys.argv[1])): print(1, flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    other = subprocess.Popen([sys.executable, "-c", hold, folder], cwd=evaluate.backbone.HERE, **pipes)
+    other.stdout.readline()
+    with pytest.raises(SystemExit) as stopped:
+        run(data, tmp_path)
+    assert stopped.value.code == 2 and "another process writes there" in capsys.readouterr().err
+    other.kill()
+    other.communicate()
+    run(data, tmp_path)
+    assert len(lines(folder)) == 8
 
 
 def test_settings_without_an_answer_bind_nobody(data, tmp_path, editor):

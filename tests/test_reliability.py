@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,9 @@ from torch import nn
 import backbone
 import edit
 import esm
+import facts
 import rcldm
+import sam_loss
 import train
 from checkpoint import Stop, Watch, begin_worker, load_checkpoint, save_checkpoint, verified, whole_folder
 from dataset import VisualPromptDataset, read_pairs
@@ -422,6 +425,147 @@ def test_more_than_one_in_twenty_stop_it(run, tmp_path, capsys):
     shown = capsys.readouterr()
     assert stopped.value.code == 2 and shown.out.count("left out: ") == 2
     assert "2 of 24 pairs cannot be read, more than one in twenty; the first: " in shown.err
+
+
+# --- Caches -------------------------------------------------------------------------------------------------
+
+
+def draw(path, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (P, P, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def redraw(data, frozen):
+    """In the middle, under the same name, of the same size and time of modification."""
+    path = data / "train" / "9_after.png"
+    times = path.stat().st_mtime_ns
+    draw(path, 7)
+    os.utime(path, ns=(times, times))
+
+
+def exchange_rows(data, frozen):
+    path = data / "train" / "metadata.jsonl"
+    lines = path.read_text().splitlines()
+    lines[8], lines[9] = lines[9], lines[8]
+    path.write_text("\n".join(lines))
+
+
+def mend(data, frozen):
+    draw(data / "train" / "3_after.png", 8)
+
+
+def save_table(folder, order):
+    """24 pairs of two instructions as a Parquet file, their pictures in some order."""
+    rng, image = np.random.default_rng(0), datasets.Image()
+    images = list(rng.integers(0, 256, (2, 24, P, P, 3), dtype=np.uint8))
+    rows = {name: [Image.fromarray(side[k]) for k in order] for name, side in zip(SIDES, images)}
+    rows["instruction"] = [("make it night", "remove the dog")[k // 12] for k in range(24)]
+    features = datasets.Features(dict.fromkeys(SIDES, image) | {"instruction": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features).to_parquet(folder / "train.parquet")
+
+
+SIDES = ("input_image", "edited_image")
+
+
+def rewrite_the_table(data, frozen):
+    save_table(data, [0, 2, 1, *range(3, 24)])
+
+
+def change_the_first_weight(data, frozen):
+    next(iter(frozen.vae.encoder.parameters())).data.mul_(1.1)
+
+
+def change_the_scaling(data, frozen):
+    frozen.vae.register_to_config(scaling_factor=0.5)
+
+
+def change_clips_mean(data, frozen):
+    frozen.clip.visual.image_mean = [0.4] * 3
+
+
+def change_the_threshold(data, frozen):
+    frozen.areas.threshold = 0.0
+
+
+def write_captions(data, frozen):
+    path = data / "train" / "metadata.jsonl"
+    rows = [json.loads(line) | {"input_caption": "a street"} for line in path.read_text().splitlines()]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+CHANGES = (redraw, exchange_rows, mend, rewrite_the_table, change_the_first_weight, change_the_scaling)
+CHANGES += (change_clips_mean, change_the_threshold)
+
+
+@pytest.mark.parametrize("change", [*CHANGES, write_captions])
+def test_the_cache_knows_every_picture_row_and_weight(parts, tmp_path, monkeypatch, change):
+    """What has changed is looked at anew, and the facts are those without a cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hub"))
+    data = save_data(tmp_path / "data", pairs=12)
+    if change is mend:
+        empty(data / "train" / "3_after.png")
+    if change is rewrite_the_table:
+        save_table(data, range(24))
+        shutil.rmtree(data / "train")
+    vae, clip = backbone.load_stable_diffusion(str(parts / "sd")).vae, backbone.load_clip(str(parts / "clip"))
+    areas = sam_loss.SelectiveAreas(*backbone.load_segmenter(str(parts / "segmenter")))
+    frozen, seen = Frozen(vae, clip, areas), []
+    look = facts.look_at_all
+    monkeypatch.setattr(facts, "look_at_all", lambda *args: seen.append(None) or look(*args))
+
+    def observed(cache):
+        args = SimpleNamespace(data="data", split="train", cache=tmp_path / cache, workers=0)
+        kept, found = observe_all(VisualPromptDataset(read_pairs(data), P), frozen, args, torch.device("cpu"))
+        return [str(pair.output) for pair in kept.pairs], found
+
+    observed("cache")
+    names, _ = observed("cache")
+    assert len(seen) == 1
+    change(data, frozen)
+    (again, after), (_, fresh) = observed("cache"), observed("another")
+    assert len(seen) == (2 if change is write_captions else 3)
+    assert (again != names) == (change in (mend, exchange_rows)) and len(again) == 24
+    columns = [(one, other) for one, other in zip(after, fresh) if one is not None]
+    assert len(columns) == 4 and all(torch.equal(one, other) for one, other in columns)
+
+
+def test_a_damaged_cache_is_made_anew(parts, tmp_path):
+    data = VisualPromptDataset(read_pairs(parts / "data"), P)
+    args = SimpleNamespace(data="data", split="train", cache=tmp_path, workers=0)
+    frozen = Frozen(backbone.load_stable_diffusion(str(parts / "sd")).vae, None, None)
+    _, first = observe_all(data, frozen, args, torch.device("cpu"))
+    truncate(*tmp_path.iterdir())
+    _, again = observe_all(data, frozen, args, torch.device("cpu"))
+    assert torch.equal(first.latents, again.latents)
+
+
+# --- Two at once, and nothing there -------------------------------------------------------------------------
+
+
+def test_a_second_training_into_one_folder_is_refused_until_the_first_is_gone(run, parts, tmp_path, capsys):
+    endless = ("--encoder-steps", "0", "--steps", "100000", "--checkpoint-every", "100000")
+    first = start(parts, tmp_path / "run", *endless, "--flip", "--workers", "1")
+    assert any("parameters to train" in line for line in iter(first.stdout.readline, ""))
+    for more in ((), ("--resume",)):
+        with pytest.raises(SystemExit) as stopped:
+            run(*QUICK, "--steps", "1", *more)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert stopped.value.code == 2 and f"{tmp_path / 'run'}: another process writes there" in error
+    first.kill()
+    first.wait()
+    run(*QUICK, "--steps", "1", "--resume")  # though a worker of the first may still be there
+    assert (tmp_path / "run" / "editor").exists()
+
+
+def test_resuming_where_nothing_lies_is_refused(run, tmp_path, capsys):
+    for folder in (tmp_path / "typo", tmp_path):
+        with pytest.raises(SystemExit) as stopped:
+            run(*QUICK, "--steps", "1", "--resume", output=folder)
+        error = capsys.readouterr().err
+        assert (
+            stopped.value.code == 2 and f"train.py: error: --resume: --output {folder} holds no run" in error
+        )
+    assert not list(tmp_path.iterdir())
 
 
 # --- Numbers ------------------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from diffusers import AutoencoderTiny, DDIMScheduler
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import P, save_data
@@ -449,6 +450,73 @@ def test_a_step_learns_the_mean_of_its_batches(run, tmp_path, monkeypatch):
         run(*more, "--accumulate", batches, output=tmp_path / name)
     for stage in (".", "prompt-encoder"):
         assert_same_gradients(tmp_path / "one" / stage, tmp_path / "two" / stage)
+
+
+def test_an_editor_finds_its_parts_from_anywhere_and_no_others(run, parts, tmp_path, monkeypatch):
+    work, quick = tmp_path / "work", ("--no-esm", "--no-sam", "--steps", "1", "--encoder-steps", "0")
+    for name in ("sd", "llm"):
+        shutil.copytree(parts / name, work / name)
+    other = tmp_path / "other"
+    shutil.copytree(work / "sd", other / "sd")
+    vae = AutoencoderKL.from_pretrained(other / "sd" / "vae")
+    vae.decoder.conv_out.bias.data.add_(1)
+    vae.save_pretrained(other / "sd" / "vae")
+    monkeypatch.chdir(work)
+    run(*quick, stable_diffusion="sd", llm="llm", output=Path("runs/train"))
+
+    def bias(folder):
+        return InstructGIEPipeline.from_pretrained(folder).vae.decoder.conv_out.bias
+
+    right = bias("runs/train/editor")
+    monkeypatch.chdir(other)  # where another lies under the same name
+    assert torch.equal(bias(work / "runs/train/editor"), right)
+    work = work.rename(tmp_path / "moved")
+    assert torch.equal(bias(work / "runs/train/editor"), right)
+    shutil.rmtree(work / "sd")
+    with pytest.raises(backbone.BackboneError, match="no such folder"):
+        bias(work / "runs/train/editor")
+    shutil.move(other / "sd", work / "sd")
+    with pytest.raises(
+        backbone.BackboneError, match="not the weights that the editor was trained with"
+    ) as told:
+        bias(work / "runs/train/editor")
+    assert "\n" not in str(told.value)
+
+
+def test_the_shipped_editor_knows_its_parts(parts, tmp_path, monkeypatch):
+    shutil.copytree(parts / "sd", tmp_path / "toy/weights/stable-diffusion")
+    monkeypatch.chdir(tmp_path)
+    editor, settings = (
+        backbone.HERE / "toy/weights/editor",
+        json.loads((backbone.HERE / "toy/weights/editor/instructgie.json").read_text()),
+    )
+    for part, name in (("stable_diffusion", "stable-diffusion"), ("llm", "llm")):
+        assert backbone.find_part(editor, settings, part) == backbone.HERE / "toy/weights" / name
+
+
+def test_the_fingerprint_of_a_large_file_has_its_size_and_blocks_from_all_over(tmp_path):
+    weights, size = tmp_path / "model.safetensors", 2**28
+    weights.touch()
+    os.truncate(weights, size)
+    found = {backbone.fingerprint(tmp_path, "llm")}
+    for place in (0, size // 4, size - 2**20):
+        with weights.open("r+b") as file:
+            file.seek(place)
+            file.write(b"\1")
+        found.add(backbone.fingerprint(tmp_path, "llm"))
+    os.truncate(weights, size + 1)
+    assert len({*found, backbone.fingerprint(tmp_path, "llm")}) == 5
+
+
+def test_a_launch_that_starts_one_process_where_two_were_asked_for_says_so(parts, tmp_path):
+    quick = ("--no-esm", "--no-liu", "--no-sam", "--steps", "1", "--encoder-steps", "0")
+    launch = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--mixed_precision", "no")
+    for count in ("1", "2"):
+        program = [str(backbone.HERE / "train.py"), *tiny_options(parts, tmp_path / count), *quick]
+        command = [*launch, "--num_processes", count, *program, "--validation-pictures", "0"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("one process trains" in done.stdout) == (count == "2")
 
 
 TOGETHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
