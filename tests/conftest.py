@@ -27,6 +27,14 @@ def parts(tmp_path_factory):
 
 
 @pytest.fixture
+def nan_until_written():
+    """New memory holds NaN: weights that were left on the disk cannot be right by accident."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def run(parts, monkeypatch, tmp_path):
     """Runs train.py's main in this process; options override the tiny defaults."""
 

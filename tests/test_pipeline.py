@@ -508,6 +508,31 @@ def test_offloading_draws_the_same(folders, pictures):
         torch.testing.assert_close(answers(pipe, pictures), wanted, atol=1e-5, rtol=1e-5)
 
 
+BY_GROUPS = [{"offload_type": "leaf_level"}, *({"num_blocks_per_group": n} for n in (1, 2))]
+
+
+@pytest.mark.usefixtures("nan_until_written")
+@pytest.mark.parametrize("how", BY_GROUPS)
+def test_offloaded_in_groups_it_draws_the_same(folders, pictures, how, tmp_path):
+    pipe = load(folders / "editor")
+    wanted = answers(pipe, pictures)
+    pipe.enable_group_offload(torch.device("cpu"), **how, offload_to_disk_path=str(tmp_path))
+    assert all(p.isnan().all() for p in [*pipe.rcldm.parameters(), *pipe.unet.parameters()])
+    for _ in range(2):
+        torch.testing.assert_close(answers(pipe, pictures), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("use_stream", [False, True])
+@pytest.mark.parametrize("how", BY_GROUPS[:2])
+def test_on_a_gpu_offloaded_in_groups(folders, pictures, how, use_stream):
+    wanted = answers(load(folders / "editor"), pictures)
+    pipe = load(folders / "editor")
+    pipe.enable_group_offload(torch.device("cuda"), **how, use_stream=use_stream)
+    for _ in range(2):
+        torch.testing.assert_close(answers(pipe, pictures).cpu(), wanted, atol=1e-2, rtol=1e-2)
+
+
 def test_less_memory_draws_the_same(pipe, pictures):
     wanted = answers(pipe, pictures)
     pipe.enable_attention_slicing()

@@ -5,9 +5,11 @@ import math
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.hooks import apply_group_offloading
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -856,6 +858,78 @@ def test_the_worked_example_runs(capsys):
     rcldm.main()
     printed = capsys.readouterr().out
     assert printed.count("unchanged to the last bit: True") == 3 and "backend: " in printed
+
+
+# ------------------------------------------------------------------------------- hooks of diffusers and accelerate
+
+
+def residuals_of(model, inputs, grid, dtype=torch.float32):
+    """All residuals of the grid, then those of its encoding, made alone."""
+    latents, timestep, text = inputs
+    inputs = latents.to(dtype), timestep, text.to(dtype)
+    options = dict(known=latents.to(dtype)) if model.config.prompt_encoder_latents else {}
+    with torch.no_grad():
+        encoding, _ = model.encode_condition(grid, inputs[2], **options)
+        outputs = [model(*inputs, seen, return_dict=False, **options) for seen in (grid, encoding)]
+    return [residual for down, mid in outputs for residual in (*down, mid)]
+
+
+def new_model(unet, design, dtype=torch.float32):
+    torch.manual_seed(0)
+    options = dict(prompt_encoder_depth=3, prompt_encoder_latents=design != "conv")
+    model = awake(RCLDM.from_unet(unet, design, **options))
+    if design != "conv":
+        model.prompt_encoder.text_whitening.normal_(generator=torch.Generator().manual_seed(5))
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("design", rcldm.DESIGNS)
+def test_cast_layer_by_layer_it_has_the_stored_weights(unet, inputs, grid, design, storage, compute):
+    """To the last bit those of a model whose layers are rounded; norms, scans and buffers stay as they are."""
+    rounded, cast = (new_model(unet, design, compute) for _ in range(2))
+    cast.enable_layerwise_casting(storage_dtype=storage, compute_dtype=compute)
+    for name, layer in rounded.named_modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            assert next(cast.get_submodule(name).parameters()).dtype == storage, name
+            layer.to(storage).to(compute)
+    wanted, found = (residuals_of(model, inputs, grid, compute) for model in (rounded, cast))
+    assert all(w.any() and torch.equal(w, f) for w, f in zip(wanted, found))
+
+
+@pytest.mark.parametrize("design", rcldm.DESIGNS)
+def test_cast_to_half_for_its_layers_alone_it_runs(unet, inputs, grid, design):
+    wanted = residuals_of(new_model(unet, design), inputs, grid)
+    cast = new_model(unet, design)
+    cast.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
+    for w, f in zip(wanted, residuals_of(cast, inputs, grid, torch.bfloat16)):
+        assert f.dtype == torch.bfloat16 and (w - f).norm() < 0.03 * w.norm()
+
+
+@pytest.mark.usefixtures("nan_until_written")
+@pytest.mark.parametrize("how", [{"offload_type": "leaf_level"}, *({"num_blocks_per_group": n} for n in (1, 2))])
+@pytest.mark.parametrize("design", rcldm.DESIGNS)
+def test_offloaded_in_groups_it_computes_the_same(unet, inputs, grid, design, how, tmp_path):
+    wanted = residuals_of(new_model(unet, design), inputs, grid)
+    by_method, by_function = (new_model(unet, design) for _ in range(2))
+    how = {"onload_device": torch.device("cpu"), "offload_type": "block_level"} | how
+    by_method.enable_group_offload(**how, offload_to_disk_path=str(tmp_path / "method"))
+    apply_group_offloading(by_function, **how, offload_to_disk_path=str(tmp_path / "function"))
+    for model in (by_method, by_function):
+        assert all(p.isnan().all() for p in model.parameters() if p.is_floating_point())
+        for _ in range(2):
+            assert all(map(torch.equal, residuals_of(model, inputs, grid), wanted))
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("design", rcldm.DESIGNS)
+def test_offloaded_by_accelerate_it_computes_the_same(unet, inputs, grid, design, buffers):
+    wanted = residuals_of(new_model(unet, design), inputs, grid)
+    model = accelerate.cpu_offload(new_model(unet, design), torch.device("cpu"), offload_buffers=buffers)
+    assert all(p.is_meta for p in model.parameters())
+    for _ in range(2):
+        assert all(map(torch.equal, residuals_of(model, inputs, grid), wanted))
 
 
 @pytest.mark.slow
