@@ -103,6 +103,8 @@ class Editor:
         try:
             yield from iter(shown.get, None)
             job.result()
+            for line in backbone.cut_off(self.pipe.tokenizer, [edit.unified]).values():
+                gr.Warning(html.escape(line))
             if edit.stopped:
                 gr.Info("Stopped.")
         except (ValueError, NotImplementedError) as error:  # the latter of samplers that do not fit the U-Net

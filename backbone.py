@@ -220,6 +220,17 @@ def encode_text(sd: StableDiffusion, texts: list[str], device: torch.device | No
     return sd.text_encoder(inputs.input_ids.to(device or sd.text_encoder.device)).last_hidden_state
 
 
+def cut_off(tokenizer: Any, texts: Iterable[str]) -> dict[str, str]:
+    """Those of the texts that `encode_text` does not read to their end, each with a line that shows it."""
+    longest, distinct, cut = tokenizer.model_max_length, list(dict.fromkeys(texts)), {}
+    whole = tokenizer(distinct, return_offsets_mapping=True, verbose=False) if distinct else {}
+    for text, places in zip(distinct, whole.get("offset_mapping", ())):
+        if len(places) > longest:  # the last of its tokens is the end's
+            end = " ".join(text[places[longest - 1][0] :].split())[:200]
+            cut[text] = f'the text encoder reads {longest} tokens of an instruction; cut off: "{end}"'
+    return cut
+
+
 def encode_images(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Images (B, 3, H, W) in [-1, 1] → latents (B, C, h, w) of about unit variance, float32."""
     latents = vae.encode(images.to(vae.dtype)).latent_dist.mean.float()

@@ -322,6 +322,8 @@ def read_instructions(
     if unifier:
         texts = unifier.unify(instructions)
         print(f"{len(instructions)} instructions unified to {len(set(texts))} forms", flush=True)
+    if cut := backbone.cut_off(sd.tokenizer, texts):
+        print(f"{len(cut)} instructions are too long; of the first, {next(iter(cut.values()))}", flush=True)
     states = [backbone.encode_text(sd, texts[k : k + 64]) for k in range(0, len(texts), 64)]
     states.append(backbone.encode_text(sd, [""]))
     return torch.cat(states), torch.tensor([row[pair.instruction] for pair in data.pairs])

@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,6 +50,8 @@ from dataset import (
     tensor_to_image,
 )
 from rcldm import RCLDM
+
+log = logging.getLogger(__name__)
 
 # Choice: how an editor samples unless told otherwise; `train.py` records it with what it trained. A scale of
 # 1 is no guidance: one branch instead of three. On the toy world 1.5 makes a few more edits right, and what
@@ -193,7 +197,10 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     @torch.no_grad()
     def encode_prompt(self, texts: list[str]) -> Tensor:
-        """Instructions, unified already → text embeddings (B, T, D) for cross-attention."""
+        """Instructions, unified already → text embeddings (B, T, D) for cross-attention. A warning, once for
+        each, where one is longer than the text encoder reads."""
+        for text, line in backbone.cut_off(self.tokenizer, texts).items():
+            _warn_once(text, line)
         return backbone.encode_text(self, texts, self._execution_device)
 
     def as_panel(self, picture: Picture) -> tuple[Tensor, tuple[int, int, int, int]]:
@@ -454,6 +461,11 @@ def _check_settings(where: str, settings: dict[str, Any]) -> None:
         endless = isinstance(value, float) and not math.isfinite(value)
         if not isinstance(value, kinds[name]) or endless or (name == "panel" and not 0 < value <= 4096):
             raise backbone.BackboneError(f"{where} has {name} {repr(value)[:80]}")
+
+
+@lru_cache(maxsize=1024)
+def _warn_once(text: str, line: str) -> None:
+    log.warning("%s", line)
 
 
 def call_options(sampling: dict[str, Any]) -> dict[str, Any]:

@@ -102,6 +102,17 @@ def test_an_example_may_be_absent(editor):
     assert Image.open(grids[0]).getpixel((96, 96)) == (128, 128, 128)
 
 
+def test_the_page_says_where_an_instruction_is_cut(editor, monkeypatch):
+    said = []
+    monkeypatch.setattr(app.gr, "Warning", said.append)
+    monkeypatch.setattr(editor.pipe, "unify", lambda texts: texts)
+    edit(editor, instruction="make it night", steps=1)
+    assert said == []
+    edit(editor, instruction=f"{'make it night ' * 25}& add <b>", steps=1)
+    (line,) = said
+    assert "reads 64 tokens" in line and line.endswith("add &lt;b&gt;&quot;")
+
+
 def test_of_many_steps_ten_are_shown(editor):
     _, steps, *_ = edit(editor, steps=25)[-1]
     assert [caption for _, caption in steps] == ["3", "6", "9", "12", "15", "18", "21", "24", "25"]

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from tiny import P, save_parts
 
 import backbone
 import edit
+import facts
 import liu
 from dataset import compose_grid, repeat_query, split_grid, tensor_to_image
 from pipeline import InstructGIEPipeline, fit_panel, model_card, seeded, settle, unfit
@@ -563,6 +566,68 @@ def test_prompts_are_encoded_alone(pipe):
     (together, alone) = pipe.encode_prompt(["add a hat", "night"]), pipe.encode_prompt(["night"])
     assert together.shape == (2, 16, 32)
     torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------ instructions longer than what is read
+
+LONG = "make it night and add a hat and remove the dog and "
+
+
+def words_that_fit(pipe):
+    """As many words of `LONG`, over and over, as the text encoder reads."""
+    words = (LONG * 9).split()
+    lengths = [len(pipe.tokenizer(" ".join(words[:n])).input_ids) for n in range(len(words))]
+    return words[: max(n for n, length in enumerate(lengths) if length <= pipe.tokenizer.model_max_length)]
+
+
+def test_what_is_cut_off_is_what_no_embedding_knows_of(pipe):
+    fits = " ".join(words_that_fit(pipe))
+    assert backbone.cut_off(pipe.tokenizer, []) == backbone.cut_off(pipe.tokenizer, ["", fits]) == {}
+    longer = f"{fits}\nZoë  &  all"
+    ((text, line),) = backbone.cut_off(pipe.tokenizer, ["", fits, longer, longer]).items()
+    assert text == longer and line.startswith("the text encoder reads 16 tokens") and "\n" not in line
+    end = line.split("cut off: ")[1].strip('"')
+    assert end and "Zoë & all".endswith(end)
+    states = pipe.encode_prompt([longer, longer.removesuffix("& all") + "and a moustache", fits[:-1] + "x"])
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+
+def test_a_cut_instruction_is_logged_once(pipe, pictures, caplog):
+    told = [" ".join([*words_that_fit(pipe), "blue", f"hat{k}"]) for k in (1, 2)]
+    for _ in range(2):
+        answers(pipe, pictures, told, guidance_scale=2.0)
+    ends = [record.message.split()[-1] for record in caplog.records if record.name == "pipeline"]
+    assert ends == ['hat1"', 'hat2"']
+    answers(pipe, pictures, "make it night", guidance_scale=2.0)
+    assert len(caplog.records) == 2
+
+
+def test_the_users_words_that_no_reply_replaces_may_be_cut(pipe, pictures, caplog, monkeypatch):
+    monkeypatch.setattr(liu.InstructionUnifier, "_generate", lambda self, texts: [""] * len(texts))
+    told = InstructGIEPipeline(**pipe.components, panel=P)
+    told.llm, told.llm_tokenizer = pipe.text_encoder, pipe.tokenizer  # stand-ins
+    with pytest.warns(UserWarning, match="used as it stands"):
+        answers(told, pictures, " ".join([*words_that_fit(pipe), "green", "hat"]))
+    assert 'cut off: "green hat"' in caplog.text
+
+
+def test_training_tells_how_many_instructions_are_cut(pipe, capsys):
+    fits = " ".join(words_that_fit(pipe))
+    told = ["night", fits, f"{fits} red", f"{fits} red hat", f"{fits} red"]
+    data = SimpleNamespace(pairs=[SimpleNamespace(instruction=text) for text in told])
+    facts.read_instructions(data, pipe, unifier=None)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("2 instructions are too long; of the first, ") and line.endswith('cut off: "red"')
+
+
+def test_the_command_prints_where_it_cuts_in_a_line(pipe, folders, pictures, tmp_path):
+    pictures[2].save(tmp_path / "x.png")
+    told = " ".join([*words_that_fit(pipe), "and", "blue"])
+    command = [sys.executable, edit.__file__, "--model", folders / "editor", "--instruction", told]
+    command += ["--input", tmp_path / "x.png", "--output", tmp_path / "y.png", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stderr.splitlines() if "cut off" in line]
+    assert lines == ['the text encoder reads 16 tokens of an instruction; cut off: "and blue"']
 
 
 def test_it_is_pushed_to_the_hub_with_its_card(pipe, monkeypatch):
