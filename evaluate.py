@@ -6,7 +6,8 @@
     python toy/score.py out/eval/seen/both                    # exact metrics of what is saved
 
 Below `--output` each split and mode has a folder: `<k>.png` the answer to query k, lossless; `answers.jsonl`
-with a line for each; `settings.json`. A run that was stopped goes on where it stood when it is started again.
+with a line for each; `settings.json`; `pictures/`, where the dataset is a table, with the inputs and outputs.
+A run that was stopped goes on where it stood when it is started again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -29,6 +31,7 @@ import backbone
 from baselines import InstructPix2Pix, PromptDiffusion, SDEdit
 from checkpoint import locked, other_settings, write_whole
 from dataset import (
+    TableImage,
     VisualPromptDataset,
     lines_of,
     load_image,
@@ -103,17 +106,33 @@ def draw_queries(
     return [Query(i, example, seed + k) for k, (i, example) in enumerate(zip(order, examples))]
 
 
+def place(picture: str | TableImage) -> str:
+    """What `answers.jsonl` calls a picture: its full path, or that of a table's from the folder of answers,
+    where `keep` lays a copy."""
+    if isinstance(picture, TableImage):
+        return f"pictures/{quote(picture.column.column_names[0], safe='')}_{picture.row:06d}.png"
+    return picture
+
+
+def keep(picture: str | TableImage, folder: Path) -> None:
+    """Copies a table's picture to the folder of answers, lossless: nothing else could open it by name."""
+    if isinstance(picture, TableImage):
+        path = folder / place(picture)
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, lambda file: load_image(picture).save(file, format="PNG"))
+
+
 def describe(data: VisualPromptDataset, query: Query) -> dict[str, Any]:
     """What a line of `answers.jsonl` says of the query; the metadata's further keys are kept."""
     pair, example = data.pairs[query.index], data.pairs[query.example]
     return {
         **pair.extra,
-        "input": str(pair.input),
-        "output": str(pair.output),
+        "input": place(pair.input),
+        "output": place(pair.output),
         "input_caption": pair.input_caption,
         "output_caption": pair.output_caption,
-        "example_input": str(example.input),
-        "example_output": str(example.output),
+        "example_input": place(example.input),
+        "example_output": place(example.output),
         "example": example.extra,
         "instruction": pair.instruction,
         "seed": query.seed,
@@ -231,6 +250,9 @@ def answer_all(
             for k, answer in zip(ks, answers):
                 image = tensor_to_image(answer)
                 write_whole(folder / names[k], lambda file, image=image: image.save(file, format="PNG"))
+            for pair in (data.pairs[i] for k in ks for i in (queries[k].index, queries[k].example)):
+                keep(pair.input, folder)
+                keep(pair.output, folder)
             records = ({"answer": names[k], "mode": mode, "unified": unified[k]} for k in ks)
             records = [record | describe(data, queries[k]) for k, record in zip(ks, records)]
             lines.write("".join(json.dumps(record) + "\n" for record in records))

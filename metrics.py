@@ -118,8 +118,8 @@ def embed_all(records: list[dict], folder: Path, clip, tokenizer, features, devi
     for start in tqdm(range(0, len(records), batch), desc=str(folder), unit="batch", mininterval=1):
         rows = records[start : start + batch]
         paths = {
-            "input": [Path(row["input"]) for row in rows],
-            "truth": [Path(row["output"]) for row in rows],
+            "input": [folder / row["input"] for row in rows],
+            "truth": [folder / row["output"] for row in rows],
         }
         for name, files in (paths | {"answer": [folder / row["answer"] for row in rows]}).items():
             pictures = load_pictures(files).to(device)

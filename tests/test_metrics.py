@@ -1,15 +1,22 @@
 """metrics.py: each formula against another's, and the metrics of answers whose worth is known beforehand."""
 
 import json
+import shutil
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from PIL import Image
+from test_evaluate import FakeEditor
 
 import backbone
+import evaluate
 import metrics
+from dataset import load_image, read_pairs
+from toy import world
 
 COUNT = 70  # more than the toy CLIP's 64 features
 
@@ -111,6 +118,48 @@ def test_perfect_answers_and_copies_of_the_input(answers, tmp_path, capsys):
     assert low < right["directional_similarity"] < high
     table = capsys.readouterr().out.splitlines()
     assert "FID (clip)" in table[0] and table[2].startswith(f"| seen | right | {COUNT} | ")
+
+
+def parquet(folder):
+    """The pictures and texts of a folder dataset, as a table."""
+    rows = []
+    for pair in read_pairs(folder, "seen"):
+        files = {"original_image": pair.input, "edited_image": pair.output}
+        row = {column: {"bytes": Path(file).read_bytes(), "path": None} for column, file in files.items()}
+        row |= {"original_prompt": pair.input_caption, "edited_prompt": pair.output_caption}
+        rows.append(row | {"edit_prompt": pair.instruction})
+    table = datasets.Dataset.from_list(rows)
+    for column in files:
+        table = table.cast_column(column, datasets.Image())
+    (folder.parent / "table").mkdir()
+    table.to_parquet(folder.parent / "table" / "seen.parquet")
+    return "table"
+
+
+@pytest.mark.parametrize("as_table", [False, True])
+def test_answers_are_measured_from_anywhere_whatever_layout_they_came_from(tmp_path, monkeypatch, as_table):
+    world.write_dataset(tmp_path / "toy", seed=2, sizes={"seen": (12, 6)})
+    monkeypatch.chdir(tmp_path)
+    editor = FakeEditor("toy")  # answers with the truth
+    ours = evaluate.METHODS["instructgie"]._replace(load=lambda *_, **__: editor)
+    monkeypatch.setitem(evaluate.METHODS, "instructgie", ours)
+    source = parquet(tmp_path / "toy") if as_table else "toy"
+    evaluate.main(["model", "--data", source, "--output", "out"])
+    if as_table:
+        shutil.rmtree("toy"), shutil.rmtree("table")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.move("out", elsewhere)
+    monkeypatch.chdir("/")
+    metrics.main([str(elsewhere / "out/seen/both"), "--json", str(tmp_path / "metrics.json")])
+    (result,) = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    assert result["n"] == 72 and result["fid"] == pytest.approx(0, abs=1e-6)
+    assert result["directional_similarity"] == result["true_directional_similarity"] > 0
+    for line in (elsewhere / "out/seen/both/answers.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        files = [elsewhere / "out/seen/both" / row[k] for k in ("answer", "output", "example_input")]
+        answer, truth, shown = (load_image(file).tobytes() for file in files)
+        assert answer == truth != shown
 
 
 @pytest.mark.parametrize(

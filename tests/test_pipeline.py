@@ -568,7 +568,7 @@ def test_prompts_are_encoded_alone(pipe):
     torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------ instructions longer than what is read
+# --------------------------------------------------------------------- instructions longer than what is read
 
 LONG = "make it night and add a hat and remove the dog and "
 

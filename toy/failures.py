@@ -60,8 +60,9 @@ def sheet(folder: Path, rows: list[dict]) -> Image.Image:
         scene = world.scene_from_json(json.loads(record["scene"]))
         truth = score.Truth(scene, world.Edit(**json.loads(record["edit"])))
         nearest = truth.nearest(load_image(folder / row["answer"]))
-        files = record["example_input"], record["example_output"], record["input"], folder / row["answer"]
-        panels = [*map(load_image, files), *map(Image.fromarray, (truth.picture, truth.pictures[nearest]))]
+        files = record["example_input"], record["example_output"], record["input"], row["answer"]
+        panels = [load_image(folder / file) for file in files]
+        panels += map(Image.fromarray, (truth.picture, truth.pictures[nearest]))
         lines.append((f"{record['canonical']}; nearest: {row['nearest_edit']}", panels))
     return panel_rows(lines, PANELS, side=96, columns=2)
 
