@@ -546,13 +546,15 @@ def test_a_second_training_into_one_folder_is_refused_until_the_first_is_gone(ru
     endless = ("--encoder-steps", "0", "--steps", "100000", "--checkpoint-every", "100000")
     first = start(parts, tmp_path / "run", *endless, "--flip", "--workers", "1")
     assert any("parameters to train" in line for line in iter(first.stdout.readline, ""))
-    for more in ((), ("--resume",)):
-        with pytest.raises(SystemExit) as stopped:
-            run(*QUICK, "--steps", "1", *more)
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert stopped.value.code == 2 and f"{tmp_path / 'run'}: another process writes there" in error
-    first.kill()
-    first.wait()
+    try:
+        for more in ((), ("--resume",)):
+            with pytest.raises(SystemExit) as stopped:
+                run(*QUICK, "--steps", "1", *more)
+            error = capsys.readouterr().err.splitlines()[-1]
+            assert stopped.value.code == 2 and f"{tmp_path / 'run'}: another process writes there" in error
+    finally:
+        first.kill()
+        first.wait()
     run(*QUICK, "--steps", "1", "--resume")  # though a worker of the first may still be there
     assert (tmp_path / "run" / "editor").exists()
 
