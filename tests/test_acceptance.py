@@ -139,8 +139,8 @@ def test_by_the_page(pipe, truth, tmp_path, way):
     *_, (_, steps, _, files, grids) = click.fn(SimpleNamespace(session_hash="a page"), *wish.values())
     assert_right(load_image(files[0]), truth)
     assert_right(answer_of(load_image(grids[0])), truth)
-    last = truth.score(np.asarray(load_image(steps[-1][0])))  # not settled yet, and so less exact
-    assert last["right"]
+    # Steps are not settled on the draft, and so are a little less exact.
+    assert len(steps) == 10 and all(truth.score(np.asarray(load_image(file)))["right"] for file, _ in steps)
 
 
 # --- Accuracy, and training ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import io
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ import backbone
 from dataset import load_image
 from edit import SCHEDULERS, labelled_grid
 from pipeline import InstructGIEPipeline, seeded
-from toy import world
+from toy import doctor, score, world
 
 EXAMPLES = backbone.HERE / "examples"
 BEFORE, AFTER, INPUT = (str(EXAMPLES / f"{name}.png") for name in ("before", "after", "input"))
@@ -345,7 +346,10 @@ def test_by_gradio_client(server, tmp_path):
 
     _, steps, _, files, _ = ask(handle_file(BEFORE), handle_file(AFTER), INPUT)[-1]
     assert len(steps) == 2
-    assert json.loads(Image.open(files[0]).text["instructgie"])["seed"] == 5
+    answer = Image.open(files[0])
+    assert json.loads(answer.text["instructgie"])["seed"] == 5
+    right, numbers = doctor.judge(answer, score.Truth(doctor.SCENE, doctor.EDIT))
+    assert right, numbers
     Image.new("1", (1001, 1000)).save(tmp_path / "large.png")
     Image.new("RGB", (60, 60)).save(tmp_path / "programme.eps")
     for name, message in (
@@ -420,6 +424,43 @@ def shown(page, label, count):
     expect(place(page, label).locator("img")).to_have_count(count)
 
 
+def pictures(page, label):
+    """What is shown there, (H, W, 3) uint8 each, from where the browser has it."""
+    sources = place(page, label).locator("img").evaluate_all("images => images.map(image => image.src)")
+    files = [io.BytesIO(httpx.get(source).content) for source in sources]
+    return [np.asarray(Image.open(file).convert("RGB")) for file in files]
+
+
+def look(truths, steps, answers, grids):
+    """Judges by the renderer what the page shows: an answer and a grid for each input, and the last one's
+    steps, which are a little less exact."""
+    assert len(truths) == len(answers) == len(grids)
+    for truth, answer, grid in zip(truths, answers, grids):
+        right, numbers = doctor.judge(answer, truth)
+        assert right, numbers
+        assert np.array_equal(grid[232:424:3, 192:384:3], answer)  # its lower right square
+    assert steps and all(truths[-1].score(step)["right"] for step in steps)
+
+
+def test_the_look_at_the_page_finds_black_pictures(editor):
+    _, steps, _, files, grids = edit(editor, steps=20)[-1]
+    files = [file for file, _ in steps], files, grids
+    steps, answers, grids = ([np.asarray(load_image(file)) for file in place] for place in files)
+    truths = [score.Truth(doctor.SCENE, doctor.EDIT)]
+    look(truths, steps, answers, grids)
+    black = [[np.zeros_like(picture) for picture in place] for place in (steps, answers, grids)]
+    for wrong in (
+        [black[0], answers, grids],
+        [[*steps[:-1], *black[0][-1:]], answers, grids],
+        [[*black[0][:1], *steps[1:]], answers, grids],
+        [steps, black[1], black[2]],
+        [steps, answers, black[2]],
+        [steps, [truths[0].pictures[0]], grids],
+    ):
+        with pytest.raises(AssertionError):
+            look(truths, *wrong)
+
+
 def test_in_a_browser(page, pipe, tmp_path):
     """APP_SCREENSHOT=docs/app.png pytest tests/test_app.py -k browser makes the picture of docs/app.md."""
     from playwright.sync_api import expect
@@ -429,6 +470,7 @@ def test_in_a_browser(page, pipe, tmp_path):
     scene = world.Scene(
         "cream", (world.Thing("star", "purple", "top left"), world.Thing("face", "tan", "bottom right"))
     )
+    truths = [score.Truth(one, doctor.EDIT) for one in (doctor.SCENE, scene)]
     world.render(scene).save(tmp_path / "scene.png")
     query, scene = Path(INPUT).read_bytes(), (tmp_path / "scene.png").read_bytes()
     drop(page, "Example before", ("before.png", Path(BEFORE).read_bytes()))
@@ -445,6 +487,7 @@ def test_in_a_browser(page, pipe, tmp_path):
     for label, count in (("Steps", 10), ("Answers", 2), ("Grids", 2)):
         shown(page, label, count)
     expect(unified).to_have_value("make the background navy")
+    look(truths, *(pictures(page, label) for label in ("Steps", "Answers", "Grids")))
     drawn = [url for url in loaded if url.endswith(("_0.png", "_0_grid.png")) or "/step_" in url]
     before_the_answer = drawn[: next(i for i, url in enumerate(drawn) if url.endswith("_0.png"))]
     assert len({httpx.get(url).content for url in before_the_answer}) >= 2  # the steps, as they came
@@ -456,6 +499,7 @@ def test_in_a_browser(page, pipe, tmp_path):
     with page.expect_download() as download:
         page.get_by_test_id("download-link").first.click()
     answer = Image.open(download.value.path())
+    assert doctor.judge(answer, truths[0]).right
     assert (download.value.suggested_filename, answer.format, answer.size) == ("input_0.png", "PNG", (64, 64))
     assert json.loads(answer.text["instructgie"])["unified"] == "make the background navy"
 
