@@ -320,9 +320,12 @@ def diagnose(monkeypatch, capsys):
 
 
 def test_a_machine_that_edits_right(pipe, drawn, diagnose, monkeypatch):
-    demo = doctor.demo  # which one step of is drawn anew
-    known = lambda pipe, way, **options: demo(pipe, way, **options) if options else drawn[way]  # noqa: E731
-    monkeypatch.setattr(doctor, "demo", known)
+    demo = doctor.demo
+
+    def draw(pipe, way, **options):  # anew where it is not what is known
+        return demo(pipe, way, **options) if options else drawn[way]
+
+    monkeypatch.setattr(doctor, "demo", draw)
     monkeypatch.setenv("KMP_BLOCKTIME", "0")
     code, out = diagnose(pipe)
     assert code == 0 and out.endswith("\nverdict      right\n")

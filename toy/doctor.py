@@ -104,12 +104,14 @@ def judge(answer: Image.Image | np.ndarray, truth: score.Truth) -> Verdict:
     answer = np.asarray(answer)
     if answer.shape != truth.picture.shape or answer.dtype != np.uint8:
         return Verdict(False, f"an answer of shape {answer.shape} and type {answer.dtype}")
-    found, errors = truth.score(answer), truth.errors(answer)
-    off = [(region, errors[region], most) for region, most in MOST.items() if errors[region] is not None]
-    told = ", ".join(f"{error:.1f} {region} the edit (at most {most:g})" for region, error, most in off)
-    right = found["right"] and all(error <= most for _, error, most in off)
+    found = truth.score(answer)
+    off = {region: found[f"mae_{region}"] for region in MOST if found[f"mae_{region}"] is not None}
+    told = ", ".join(
+        f"{error:.1f} {region} the edit (at most {MOST[region]:g})" for region, error in off.items()
+    )
+    right = found["right"] and all(error <= MOST[region] for region, error in off.items())
     nearest = f'nearest of {found["candidates"]} pictures: "{found["nearest_edit"]}"'
-    return Verdict(right, f"{nearest}; levels off: {told}")
+    return Verdict(right, f"{nearest}; levels off: {', '.join(told)}")
 
 
 def demo(pipe: InstructGIEPipeline, way: str, **options: object) -> Image.Image:
