@@ -111,7 +111,7 @@ def judge(answer: Image.Image | np.ndarray, truth: score.Truth) -> Verdict:
     )
     right = found["right"] and all(error <= MOST[region] for region, error in off.items())
     nearest = f'nearest of {found["candidates"]} pictures: "{found["nearest_edit"]}"'
-    return Verdict(right, f"{nearest}; levels off: {', '.join(told)}")
+    return Verdict(right, f"{nearest}; levels off: {told}")
 
 
 def demo(pipe: InstructGIEPipeline, way: str, **options: object) -> Image.Image:
