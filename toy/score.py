@@ -88,8 +88,8 @@ class Truth:
 
     def nearest(self, answer: np.ndarray | Image.Image) -> int:
         """The index of the candidate nearest to an answer (P, P, 3) uint8, in mean squared error."""
-        answer = np.asarray(answer, np.float32)
-        return int(np.square(self.pictures - answer).mean(axis=(1, 2, 3)).argmin())
+        apart = self.pictures - np.asarray(answer, np.int32)  # whole numbers: ties are the same everywhere
+        return int(np.square(apart).sum(axis=(1, 2, 3), dtype=np.int64).argmin())
 
     def is_right(self, candidate: int) -> bool:
         """Whether the candidate of this index is the truth."""
@@ -244,7 +244,8 @@ def main(argv: list[str] | None = None) -> None:
     with backbone.one_line_errors("score.py"):
         results = score(args.folders, args.stable_diffusion)
         table = markdown(results)
-        for path, text in ((args.json, json.dumps(results, indent=1) + "\n"), (args.markdown, table)):
+        numbers = json.dumps(results, indent=1, allow_nan=False) + "\n"
+        for path, text in ((args.json, numbers), (args.markdown, table)):
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8")

@@ -399,13 +399,19 @@ def _apply_pose(image: Image.Image, pose: str) -> Image.Image:
     return image.resize(image.size, Image.Resampling.NEAREST, (left, top, left + side // 2, top + side // 2))
 
 
-_GREY = np.array([0.299, 0.587, 0.114], np.float32)
+_GREY = np.array([[0.299], [0.587], [0.114]], np.float32)
 
 
 def _turn_hues(pixels: np.ndarray, degrees: int) -> np.ndarray:
     """Rotates colours (…, 3) around the axis of greys."""
     a, b, c = (math.cos(math.radians(degrees + shift)) * 2 / 3 + 1 / 3 for shift in (0, 120, 240))
-    return pixels @ np.array([[a, c, b], [b, a, c], [c, b, a]], np.float32)
+    return _mix(pixels, np.array([[a, c, b], [b, a, c], [c, b, a]], np.float32))
+
+
+def _mix(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """pixels @ weights, of three channels (H, W, 3): term by term, because what a matrix product rounds to
+    differs from machine to machine, and a level may hang on it."""
+    return sum(pixels[..., k, None] * weights[k] for k in range(3))
 
 
 def _apply_look(image: Image.Image, look: str) -> Image.Image:
@@ -415,7 +421,7 @@ def _apply_look(image: Image.Image, look: str) -> Image.Image:
     if what == "pixelated":
         return image.reduce(8).resize(image.size, Image.Resampling.NEAREST)
     pixels = np.asarray(image, np.float32)
-    grey = (pixels @ _GREY)[..., None]
+    grey = _mix(pixels, _GREY)
     if what == "night":
         pixels = pixels * np.array([0.28, 0.32, 0.55], np.float32) + np.array([0, 0, 18], np.float32)
     elif what == "inverted":
