@@ -205,10 +205,19 @@ def gather(name: str, each: str, args: argparse.Namespace) -> dict[int, dict]:
     for seed in args.seeds:
         out = args.out / f"{name}-{seed}" / each
         if (out / "score.json").exists():
-            (measured,) = json.loads((out / "metrics.json").read_text())["results"]
-            (scored,) = json.loads((out / "score.json").read_text())
+            (measured,) = _read(out / "metrics.json")["results"]
+            (scored,) = _read(out / "score.json")
             rows[seed] = measured | scored
     return rows
+
+
+def _read(path: Path) -> dict | list:
+    """What was measured. Raises ValueError for NaN and infinity, of which no table is made."""
+
+    def refuse(number: str) -> None:
+        raise ValueError(f"{path}: holds {number}; remove its folder and measure anew")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
 
 
 def numbers(rows: list[dict], key: str, interval: str | None = None, unit: float = 1) -> Numbers | None:

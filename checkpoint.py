@@ -22,13 +22,13 @@ from typing import Any, Protocol
 
 import psutil
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel
 
-from dataset import read_json
+from dataset import check_finite, read_json
 
 # --- Files --------------------------------------------------------------------------------------------------
 
@@ -48,7 +48,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """A new folder to write to, which takes the place of `path` when all is written, and only then.
 
     What a killed process has left of such folders is cleared away. Raises OSError, also for what safetensors
-    makes of one, and then leaves `path` as it was.
+    makes of one, and ValueError for weights that are not finite, and then leaves `path` as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{path.name}.*"):
@@ -57,6 +57,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        for file in temporary.rglob("*.safetensors"):
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 (no dict)
+                    check_finite(weights.get_tensor(name), f"{name}: {path} is not written")
         for file in temporary.rglob("*"):  # in the file system before its name is, should the power fail
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
@@ -188,7 +192,7 @@ def save_checkpoint(
 
     Safetensors only: weights under their module's name, the n-th optimiser's state under
     `optimizer/<n>/<index>/<name>`, one name more where it is nested, as bitsandbytes has it. Raises OSError
-    where the disk takes no more; older checkpoints are then all there.
+    where the disk takes no more, and ValueError for what is not finite; older checkpoints are then all there.
     """
     tensors = {f"{name}/{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
     for n, optimizer in enumerate(optimizers):

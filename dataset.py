@@ -392,7 +392,7 @@ def image_to_tensor(image: Image.Image) -> Tensor:
 def tensor_to_image(tensor: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1], of any float type on any device, to a PIL image; what lies beyond is clipped.
 
-    The exact inverse of `image_to_tensor`. Raises ValueError for another shape.
+    The exact inverse of `image_to_tensor`. Raises ValueError for another shape, and for NaN or infinity.
     """
     if tensor.ndim != 3 or tensor.shape[0] != 3:
         raise ValueError(f"an image is (3, H, W), not {tuple(tensor.shape)}")
@@ -405,8 +405,21 @@ def from_bytes(pixels: Tensor) -> Tensor:
 
 
 def to_bytes(tensor: Tensor) -> Tensor:
-    """The exact inverse of `from_bytes`, for any float type; what lies beyond [-1, 1] is clipped."""
-    return ((tensor.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    """The exact inverse of `from_bytes`, for any float type; what lies beyond [-1, 1] is clipped.
+
+    Raises ValueError for NaN, which would become black, and for infinity.
+    """
+    return ((check_finite(tensor, "a picture").float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def check_finite(tensor: Tensor, what: str) -> Tensor:
+    """The tensor itself. Raises ValueError where it holds NaN or infinity; `what` names it in the message.
+
+    Everything that is written passes here: pictures, weights, checkpoints, embeddings, metrics.
+    """
+    if not tensor.isfinite().all():
+        raise ValueError(f"NaN or infinity in {what}")
+    return tensor
 
 
 def to_panel(image: Image.Image, size: int) -> Tensor:

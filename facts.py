@@ -26,7 +26,15 @@ import esm
 import liu
 import sam_loss
 from checkpoint import begin_worker, tried, write_whole
-from dataset import DatasetError, ImageError, TableImage, VisualPromptDataset, from_bytes, to_bytes
+from dataset import (
+    DatasetError,
+    ImageError,
+    TableImage,
+    VisualPromptDataset,
+    check_finite,
+    from_bytes,
+    to_bytes,
+)
 
 
 class Facts(NamedTuple):
@@ -204,7 +212,8 @@ def observe_all(
                 facts = facts._replace(pictures=to_bytes(batch["panels"]))
             for name, fact in facts._asdict().items():
                 if fact is not None:
-                    columns[name].append(fact.half().cpu() if fact.is_floating_point() else fact.cpu())
+                    fact = fact.half() if fact.is_floating_point() else fact
+                    columns[name].append(check_finite(fact, f"{args.data}: the {name}").cpu())
         tensors = {name: torch.cat(column) for name, column in columns.items() if column}
         tried(f"the cache {path}", lambda: save_tensors(tensors, path, broken))
     else:
@@ -326,4 +335,5 @@ def read_instructions(
         print(f"{len(cut)} instructions are too long; of the first, {next(iter(cut.values()))}", flush=True)
     states = [backbone.encode_text(sd, texts[k : k + 64]) for k in range(0, len(texts), 64)]
     states.append(backbone.encode_text(sd, [""]))
+    check_finite(torch.cat(states), "an instruction's embedding")
     return torch.cat(states), torch.tensor([row[pair.instruction] for pair in data.pairs])

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import backbone
 import esm
 from checkpoint import write_whole
-from dataset import image_to_tensor, load_image
+from dataset import check_finite, image_to_tensor, load_image
 from evaluate import read_answers
 
 FEATURES = ("clip", "inception")
@@ -64,7 +64,8 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
         roots.append(torch.linalg.qr(x, mode="r").R)
     own = sum(root.square().sum() for root in roots)
     common = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
-    return (apart.square().sum() + own - 2 * common).item()
+    distance = apart.square().sum() + own - 2 * common  # of equal clouds 0, but for a rounding to either side
+    return distance.clamp(min=0).item()
 
 
 def bootstrap(statistic: Callable[[Tensor], float], count: int, draws: int = 500, seed: int = 0) -> Tensor:
@@ -113,7 +114,10 @@ def inception(device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def embed_all(records: list[dict], folder: Path, clip, tokenizer, features, device, batch: int) -> dict:
-    """Embeddings of inputs, truths, answers and captions, (N, E) each, and features for the FID, (N, d)."""
+    """Embeddings of inputs, truths, answers and captions, (N, E) each, and features for the FID, (N, d).
+
+    Raises ValueError where one is not finite.
+    """
     found: dict[str, list[Tensor]] = {}
     for start in tqdm(range(0, len(records), batch), desc=str(folder), unit="batch", mininterval=1):
         rows = records[start : start + batch]
@@ -129,7 +133,8 @@ def embed_all(records: list[dict], folder: Path, clip, tokenizer, features, devi
         for key in ("input_caption", "output_caption"):
             tokens = tokenizer([row[key] for row in rows]).to(device)
             found.setdefault(key, []).append(clip.encode_text(tokens, normalize=True).float().cpu())
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    of = f"{folder}: the embeddings of"
+    return {name: check_finite(torch.cat(parts), f"{of} {name}") for name, parts in found.items()}
 
 
 # --- Folders of answers -------------------------------------------------------------------------------------
@@ -213,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
         results = [measure(folder, *common) for folder in args.folders]
         settings = {"clip": args.clip, "features": args.features}
         table = markdown(results, args.features)
-        text = json.dumps({**settings, "results": results}, indent=1) + "\n"
+        text = json.dumps({**settings, "results": results}, indent=1, allow_nan=False) + "\n"
         for path, content in ((args.json, text), (args.markdown, table)):
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
