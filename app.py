@@ -76,7 +76,6 @@ class Wish(NamedTuple):
     seed: int
     answers: int  # to each input
     steps: int
-    eta: float
     guidance_text: float
     guidance_visual: float
     scheduler: str
@@ -258,9 +257,7 @@ def build(editor: Editor, examples: list[list]) -> gr.Blocks:
                     with gr.Row():
                         text = gr.Slider(0, 10, usual["guidance_text"], label="Guidance by the instruction")
                         visual = gr.Slider(0, 10, usual["guidance_visual"], label="Guidance by the example")
-                    with gr.Row():
-                        eta = gr.Slider(0, 1, usual["eta"], label="Eta: fresh noise at every step, of ddim")
-                        scheduler = gr.Dropdown(list(SCHEDULERS), value="ddim", label="Scheduler")
+                    scheduler = gr.Dropdown(list(SCHEDULERS), value="ddim", label="Scheduler")
                 if examples:
                     gr.Examples(examples, [before, after, inputs, instruction])
             with gr.Column():
@@ -269,7 +266,7 @@ def build(editor: Editor, examples: list[list]) -> gr.Blocks:
                 made = pictures("Answers", 4)
                 files = gr.File(label="Answers, to download", file_count="multiple", interactive=False)
                 grids = pictures("Grids", 2, elem_classes=[])
-        wish = [before, after, inputs, instruction, seed, answers, steps, eta, text, visual, scheduler]
+        wish = [before, after, inputs, instruction, seed, answers, steps, text, visual, scheduler]
         seen = [unified, shown, made, files, grids]
         go.click(editor.edit, wish, seen, concurrency_limit=1, show_progress_on=unified)
         stop.click(editor.stop, queue=False)

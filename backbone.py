@@ -182,8 +182,11 @@ def load_stable_diffusion(
         )
         text_encoder = _transformer(CLIPTextModel, folder / "text_encoder", dtype)
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        # Whatever sampler the folder names, its noise schedule is what training needs.
-        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+        # Whatever sampler the folder names, its noise schedule is what training needs. Latents have no
+        # bounds to clip to, and PNDM ends at the first noise level: so `StableDiffusionPipeline` reads it.
+        config = DDIMScheduler.load_config(folder / "scheduler")
+        config.setdefault("set_alpha_to_one", config.get("_class_name") != "PNDMScheduler")
+        scheduler = DDIMScheduler.from_config(config | {"clip_sample": False, "steps_offset": 1})
         check_types(scheduler)
         check_tokenizer(tokenizer, text_encoder)
         models = [_freeze(model, device) for model in (vae, unet, text_encoder)]
@@ -238,15 +241,46 @@ def encode_images(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def decode_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """Its inverse: latents (B, C, h, w) → images (B, 3, H, W), float32, clipped to [-1, 1]."""
+    """Its inverse: latents (B, C, h, w) → images (B, 3, H, W), float32, clipped to [-1, 1].
+
+    Where they are not finite they are NaN, also for infinity, of which the clip would make a picture.
+    """
     z = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
-    return vae.decode(z).sample.float().clamp(-1, 1)
+    images = vae.decode(z).sample.float()
+    return images.clamp(-1, 1).where(images.isfinite(), math.nan)
+
+
+def set_timesteps(scheduler: Any, steps: int, device: str | torch.device | None = None) -> None:
+    """The timesteps of an edit, each within those of training and no two alike.
+
+    Raises ValueError where there are too many steps for that.
+    """
+    scheduler.set_timesteps(steps, device=device)
+    timesteps, sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", None)
+    inside = timesteps >= 0
+    if not inside.all():
+        # Spaced "trailing", so many steps of T / steps come short of T by a rounding for some numbers, and
+        # diffusers takes one more, at -1: it would index the noise levels from their end.
+        scheduler.timesteps = timesteps[inside]
+        if sigmas is not None:
+            scheduler.sigmas = sigmas = torch.cat([sigmas[:-1][inside.cpu()], sigmas[-1:]])
+    is_twice = sigmas is not None and scheduler.order == 1 and (sigmas.diff() == 0).any()
+    if timesteps.max() >= scheduler.config.num_train_timesteps or is_twice:
+        raise ValueError(f"{steps} steps are more than this sampler has timesteps for: take fewer")
 
 
 def vae_factor(vae: nn.Module) -> int:
-    """Pixels along the side of a latent pixel. Raises BackboneError where its two halves do not agree."""
-    down = sum(block.downsamplers is not None for block in vae.encoder.down_blocks)
-    up = sum(block.upsamplers is not None for block in vae.decoder.up_blocks)
+    """Pixels along the side of a latent pixel.
+
+    Raises BackboneError where its two halves do not agree, and for an autoencoder of another class.
+    """
+    try:
+        down = sum(block.downsamplers is not None for block in vae.encoder.down_blocks)
+        up = sum(block.upsamplers is not None for block in vae.decoder.up_blocks)
+    except AttributeError:
+        raise BackboneError(
+            f"the autoencoder is of class {type(vae).__name__}: give one of class AutoencoderKL"
+        ) from None
     if down != up:
         raise BackboneError(
             f"the autoencoder makes pictures {2**down} times smaller and {2**up} times larger"

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import backbone
 from checkpoint import averaged, load_checkpoint, save_checkpoint, whole_folder
-from dataset import VisualPromptDataset, read_pairs
+from dataset import VisualPromptDataset, check_finite, read_pairs
 from facts import Frozen, load_batches, look_up, observe_all, read_instructions
 from train import draw_order, dropout, prediction_target
 
@@ -69,18 +69,20 @@ class Baseline:
     def unify(self, texts: list[str]) -> list[str]:
         return list(texts)
 
-    def draw(self, texts: list[str], seeds: list[int], steps: int, eta: float, **inputs: Any) -> Tensor:
+    def draw(self, texts: list[str], seeds: list[int], steps: int, **inputs: Any) -> Tensor:
         """Pictures (B, 3, P, P). Each depends on its own seed, not on the batch around it."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        sampling = {"num_inference_steps": steps, "eta": eta, "generator": generators, "output_type": "pt"}
-        return self.pipeline(prompt=texts, **sampling, **inputs).images.float() * 2 - 1
+        sampling = {"num_inference_steps": steps, "generator": generators, "output_type": "latent"}
+        latents = self.pipeline(prompt=texts, **sampling, **inputs).images
+        check_finite(latents, f"the latents after {steps} steps")
+        return check_finite(backbone.decode_latents(self.sd.vae, latents), "the VAE's picture")
 
 
 class SDEdit(Baseline):
     """The query with noise, `strength` of the way to pure noise, denoised to what the caption says."""
 
     kind = diffusers.StableDiffusionImg2ImgPipeline
-    settings: ClassVar = {"steps": 20, "eta": 0.0, "guidance_text": 7.5, "strength": 0.6}
+    settings: ClassVar = {"steps": 20, "guidance_text": 7.5, "strength": 0.6}
 
     def answer(
         self, examples, has_example, queries, texts, seeds, guidance_text, strength, **sampling
@@ -94,7 +96,7 @@ class InstructPix2Pix(Baseline):
     """A U-Net of twice the input channels: the noisy latents, and the query's, which are not scaled."""
 
     kind = diffusers.StableDiffusionInstructPix2PixPipeline
-    settings: ClassVar = {"steps": 20, "eta": 0.0, "guidance_text": 7.5, "guidance_visual": 1.5}
+    settings: ClassVar = {"steps": 20, "guidance_text": 7.5, "guidance_visual": 1.5}
 
     def answer(
         self, examples, has_example, queries, texts, seeds, guidance_text, guidance_visual, **sampling
@@ -134,7 +136,7 @@ class PromptDiffusion(Baseline):
     """Stable Diffusion under a ControlNet that reads an example pair and a query."""
 
     kind = diffusers.StableDiffusionControlNetPipeline
-    settings: ClassVar = {"steps": 20, "eta": 0.0, "guidance_text": 7.5}
+    settings: ClassVar = {"steps": 20, "guidance_text": 7.5}
 
     @classmethod
     def load(cls, source: str, device: str | torch.device = "auto", panel: int = 256) -> PromptDiffusion:

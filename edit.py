@@ -41,7 +41,6 @@ def arguments() -> argparse.Namespace:
     add("--num-images", type=int, default=1, help="answers to each input, of seeds S, S + 1, …")
     add("--seed", type=int, default=0, help="of the first answer to each input")
     add("--steps", type=int, help="of the sampler (default: the editor's)")
-    add("--eta", type=float, help="fresh noise at every step, 0 … 1, of ddim (default: the editor's)")
     add("--guidance-text", type=float, help="weight of the instruction, 1 for none (default: the editor's)")
     add("--guidance-visual", type=float, help="weight of the example, 1 for none (default: the editor's)")
     add("--scheduler", default="ddim", choices=SCHEDULERS, help="the sampler")

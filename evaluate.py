@@ -68,7 +68,7 @@ METHODS = {
     "instruct-pix2pix": Method(InstructPix2Pix.load, "instruction", ("instruction",)),
     "prompt-diffusion": Method(PromptDiffusion.load, "instruction", MODES),
 }
-SAMPLING = ("steps", "eta", "guidance_text", "guidance_visual", "strength")
+SAMPLING = ("steps", "guidance_text", "guidance_visual", "strength")
 
 
 class Query(NamedTuple):
@@ -123,17 +123,19 @@ def keep(picture: str | TableImage, folder: Path) -> None:
 
 
 def describe(data: VisualPromptDataset, query: Query) -> dict[str, Any]:
-    """What a line of `answers.jsonl` says of the query; the metadata's further keys are kept."""
+    """What a line of `answers.jsonl` says of the query; the metadata's further keys are kept, with null for
+    what is no finite number."""
     pair, example = data.pairs[query.index], data.pairs[query.example]
+    extra, example_extra = map(_finite, (pair.extra, example.extra))
     return {
-        **pair.extra,
+        **extra,
         "input": place(pair.input),
         "output": place(pair.output),
         "input_caption": pair.input_caption,
         "output_caption": pair.output_caption,
         "example_input": place(example.input),
         "example_output": place(example.output),
-        "example": example.extra,
+        "example": example_extra,
         "instruction": pair.instruction,
         "seed": query.seed,
     }
@@ -144,6 +146,11 @@ def fingerprint_pictures(data: VisualPromptDataset, queries: list[Query]) -> str
     shown = [data.pairs[index] for query in queries for index in (query.index, query.example)]
     digests = [picture_digest(source) for pair in shown for source in (pair.input, pair.output)]
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def _finite(extra: dict[str, Any]) -> dict[str, Any]:
+    """The same with None for NaN and infinity, which JSON does not have."""
+    return json.loads(json.dumps(extra), parse_constant=lambda name: None)
 
 
 # --- The file of answers ------------------------------------------------------------------------------------
@@ -255,7 +262,7 @@ def answer_all(
                 keep(pair.output, folder)
             records = ({"answer": names[k], "mode": mode, "unified": unified[k]} for k in ks)
             records = [record | describe(data, queries[k]) for k, record in zip(ks, records)]
-            lines.write("".join(json.dumps(record) + "\n" for record in records))
+            lines.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
             lines.flush()
             progress.update(len(ks))
 
@@ -324,7 +331,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--count", type=int, default=512, help="queries, or all where the split has fewer")
     add("--batch", type=int, default=32, help="edited at a time")
     add("--steps", type=int, help="of sampling (default: the editor's)")
-    add("--eta", type=float, help="fresh noise at every step, 0 … 1 (default: the editor's)")
     add("--guidance-text", type=float, help="guidance scale of the instruction (default: the editor's)")
     add("--guidance-visual", type=float, help="guidance scale of the example (default: the editor's)")
     add("--strength", type=float, help="SDEdit: how much noise, 0 … 1 (default: the editor's)")

@@ -402,7 +402,7 @@ def draw_pairs(
     plain = unet.attn_processors
     unet.set_attn_processor(control)
     try:
-        sd.scheduler.set_timesteps(steps, device=device)
+        backbone.set_timesteps(sd.scheduler, steps, device)
         latents = latents * sd.scheduler.init_noise_sigma
         for i, t in enumerate(sd.scheduler.timesteps):
             control.cross, control.own = i < cross * steps, i < part * steps

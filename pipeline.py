@@ -21,6 +21,7 @@ import inspect
 import json
 import logging
 import math
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,6 +43,7 @@ import backbone
 import liu
 from dataset import (
     answer_panel,
+    check_finite,
     compose_grid,
     drop_example,
     image_to_tensor,
@@ -55,9 +57,8 @@ log = logging.getLogger(__name__)
 
 # Choice: how an editor samples unless told otherwise; `train.py` records it with what it trained. A scale of
 # 1 is no guidance: one branch instead of three. On the toy world 1.5 makes a few more edits right, and what
-# they leave alone more wrong. An eta of 1 is fresh noise at every step: later steps can mend what the first
-# ones drew.
-SAMPLING = {"steps": 20, "eta": 1.0, "guidance_text": 1.0, "guidance_visual": 1.0}
+# they leave alone more wrong. DDIM without fresh noise is as good as with it.
+SAMPLING = {"steps": 20, "guidance_text": 1.0, "guidance_visual": 1.0}
 
 Picture = Image.Image | np.ndarray | Tensor
 
@@ -74,8 +75,9 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
     """The frozen Stable Diffusion, the trained RCLDM and the unification module: load once, edit many.
 
     vae … scheduler: of a Stable Diffusion. rcldm: trained for its U-Net. llm, llm_tokenizer: of the module U;
-    None leaves instructions as they stand. panel: P. settings: what `train.py` recorded, among it how to
-    sample best. Raises BackboneError where the U-Net, the autoencoder and the RCLDM do not fit.
+    None leaves instructions as they stand. panel: P; None takes the RCLDM's own. settings: what `train.py`
+    recorded, among it how to sample best. Raises BackboneError where the U-Net, the autoencoder and the RCLDM
+    do not fit, and where nothing tells P.
     """
 
     model_cpu_offload_seq = "llm->text_encoder->vae->unet"
@@ -93,7 +95,7 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
         rcldm: RCLDM,
         llm: PreTrainedModel | None = None,
         llm_tokenizer: PreTrainedTokenizerBase | None = None,
-        panel: int = 256,
+        panel: int | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -103,6 +105,11 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
                 reason = f"its U-Net has {name} {theirs[name]}, the editor's {mine[name]}"
                 raise backbone.BackboneError(f"the editor does not fit this Stable Diffusion: {reason}")
         self.factor = backbone.vae_factor(vae)  # P / p
+        if panel is None and rcldm.config.panel is None:
+            raise backbone.BackboneError("the RCLDM does not tell its panels' size: give panel=P")
+        panel = operator.index(rcldm.config.panel if panel is None else panel)
+        if rcldm.config.panel is None:  # so that `components` tell it to another pipeline
+            rcldm.register_to_config(panel=panel)
         if rcldm.config.factor != self.factor or panel % self.factor:
             reason = f"the autoencoder's factor is {self.factor}, the editor's {rcldm.config.factor}"
             raise backbone.BackboneError(f"panels of {panel} pixels do not fit: {reason}")
@@ -112,6 +119,7 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
         self.register_to_config(panel=panel, settings=SAMPLING | (settings or {}))
         self.unifier: liu.InstructionUnifier | None = None
         self._interrupt, self._num_timesteps = False, 0
+        self._guidance_scale, self._visual_guidance_scale = 1.0, 1.0
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> InstructGIEPipeline:
@@ -183,6 +191,16 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
         """Set by a callback (`pipe._interrupt = True`): the rest of the steps is left out."""
         return self._interrupt
 
+    @property
+    def guidance_scale(self) -> float:
+        """Of the instruction; a callback that sets `pipe._guidance_scale` changes it for the next steps."""
+        return self._guidance_scale
+
+    @property
+    def visual_guidance_scale(self) -> float:
+        """Of the example pair; a callback may set `pipe._visual_guidance_scale`."""
+        return self._visual_guidance_scale
+
     # --- What goes in ---------------------------------------------------------------------------------------
 
     def unify(self, instructions: Iterable[str]) -> list[str]:
@@ -236,7 +254,6 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         visual_guidance_scale: float | None = None,
-        eta: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -252,8 +269,8 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
             prompt: the instruction, or one for each picture; "" edits by the example alone.
             image: the query, or several: see `as_panel`.
             prompt_pair: the example, (before, after), or one, or None, for each picture.
-            num_inference_steps, eta, guidance_scale (of the instruction), visual_guidance_scale (of the
-                example): the editor's own settings where they are None. See `sample`.
+            num_inference_steps, guidance_scale (of the instruction), visual_guidance_scale (of the example):
+                the editor's own settings where they are None. See `sample`.
             num_images_per_prompt: answers to each picture, which stand together.
             generator: of the noise: one for all, or one for each answer, which then depends on its own alone.
             latents: the noise itself, (B, C, 2p, 2p).
@@ -263,9 +280,11 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
             callback_on_step_end: called after each step with the pipeline, the step's number, its timestep
                 and the tensors that `callback_on_step_end_tensor_inputs` names; what it returns of
                 `latents`, `prompt_embeds` and `condition` takes their place. `pred_original_sample` is the
-                scheduler's x̂_0, or None.
+                scheduler's x̂_0, or None. The two scales that it sets hold from the next step on; where they
+                need other branches than before, these are encoded anew.
 
-        Returns `InstructGIEPipelineOutput`, or without `return_dict` its two fields. Raises ValueError.
+        Returns `InstructGIEPipelineOutput`, or without `return_dict` its two fields. Raises ValueError, also
+        where anything that is drawn is not finite.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         batched = isinstance(image, np.ndarray | Tensor) and image.ndim == 4
@@ -284,6 +303,7 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
             raise ValueError("nothing says which edit to make: give prompt, prompt_pair or both")
         if output_type not in ("pil", "pt", "np", "latent"):
             raise ValueError(f'output_type must be "pil", "pt", "np" or "latent", not {output_type!r}')
+        num_images_per_prompt = _whole(num_images_per_prompt, "num_images_per_prompt")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}")
 
@@ -298,7 +318,7 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
             return [one for one in given for _ in range(num_images_per_prompt)]
 
         told, boxes = for_each(told), for_each(boxes)
-        given = {"steps": num_inference_steps, "eta": eta}
+        given = {"steps": num_inference_steps}
         given |= {"guidance_text": guidance_scale, "guidance_visual": visual_guidance_scale}
         drawn = self.sample(
             torch.stack(for_each(shown)),
@@ -333,7 +353,6 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
         instructions: list[str],
         generator: torch.Generator | list[torch.Generator] | None = None,
         steps: int = SAMPLING["steps"],
-        eta: float = SAMPLING["eta"],
         guidance_text: float = SAMPLING["guidance_text"],
         guidance_visual: float = SAMPLING["guidance_visual"],
         latents: Tensor | None = None,
@@ -348,11 +367,10 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
             queries: (B, 3, P, P) in [-1, 1].
             instructions: B texts, unified already; "" for none.
             generator: one for all, or one for each sample: see `seeded`.
-            eta: share of fresh noise at every step, from 0 (DDIM) to 1 (DDPM), where the scheduler has it.
             guidance_text, guidance_visual: 1 is no guidance, 0 is no instruction and no example pair.
 
-        Raises ValueError for lists of another length than B, more steps than there are timesteps, an eta
-        outside 0 … 1, and noise of another shape.
+        Raises ValueError for lists of another length than B, more steps than there are timesteps, noise of
+        another shape, and latents that are not finite: the message names the step and the part.
 
         Choice: two guidance scales, after InstructPix2Pix (Brooks et al., 2023, section 3.2.1). With the
         prediction e(text, pair), where 0 is an empty text or a grey example row, and the query stays:
@@ -364,46 +382,60 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
         if lengths != {batch}:
             raise ValueError("examples, has_example, queries, instructions and generators differ in length")
         timesteps = self.scheduler.config.num_train_timesteps
-        if not isinstance(steps, int) or not 1 <= steps <= timesteps:
+        steps = _whole(steps, "the number of steps")
+        if not 1 <= steps <= timesteps:
             raise ValueError(f"the number of steps must be 1 … {timesteps}, not {steps}")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be 0 … 1, not {eta}")
         if unknown := set(callback_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"a callback is given {self._callback_tensor_inputs}, not {sorted(unknown)}")
         scheduler, device, dtype = self.scheduler, self._execution_device, self.unet.dtype
 
-        # The formula as weights, without the branches whose weight is zero. Where no sample has a pair (or
-        # a text), the first (the last) difference is zero whatever its scale: take the one that saves most.
-        s_visual = guidance_visual if any(has_example) else 1.0
-        s_text = guidance_text if any(instructions) else s_visual
-        weights = {(False, False): 1 - s_visual, (False, True): s_visual - s_text, (True, True): s_text}
-        branches = {branch: weight for branch, weight in weights.items() if weight != 0}  # K of them
+        self._guidance_scale, self._visual_guidance_scale = guidance_text, guidance_visual
+
+        def weigh() -> dict[tuple[bool, bool], float]:
+            """The formula as weights, without the branches whose weight is zero: (text, pair) → weight."""
+            # Where no sample has a pair (or a text), the first (the last) difference is zero whatever its
+            # scale: take the one that saves most.
+            s_visual = float(self._visual_guidance_scale) if any(has_example) else 1.0
+            s_text = float(self._guidance_scale) if any(instructions) else s_visual
+            weights = {(False, False): 1 - s_visual, (False, True): s_visual - s_text, (True, True): s_text}
+            return {branch: weight for branch, weight in weights.items() if weight != 0}  # K of them
 
         examples, queries = examples.to(device, dtype), queries.to(device, dtype)
         shown = mask_query(compose_grid(*examples.unbind(1), queries, queries))  # (B, 3, 2P, 2P)
         alone = drop_example(shown)
         has_pair = torch.tensor(has_example, device=device).view(-1, 1, 1, 1)
         shown = torch.where(has_pair, shown, alone)
-        condition = torch.cat([shown if pair else alone for _, pair in branches])  # (K·B, 3, 2P, 2P)
         told, silent = self.encode_prompt(instructions), self.encode_prompt([""] * batch)
-        states = torch.cat([told if text else silent for text, _ in branches])  # (K·B, tokens, D)
-        known = known_latents(self.vae, condition) if self.rcldm.config.prompt_encoder_latents else None
-        condition, draft = self.rcldm.encode_condition(condition, states, known)
 
-        scheduler.set_timesteps(steps, device=device)
+        def encode() -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+            """Text embeddings and encoded condition of all branches, known latents and draft."""
+            condition = torch.cat([shown if pair else alone for _, pair in branches])  # (K·B, 3, 2P, 2P)
+            states = torch.cat([told if text else silent for text, _ in branches])  # (K·B, tokens, D)
+            known = known_latents(self.vae, condition) if self.rcldm.config.prompt_encoder_latents else None
+            return states, *self.rcldm.encode_condition(condition, states, known), known
+
+        branches = weigh()
+        states, condition, draft, known = encode()
+
+        backbone.set_timesteps(scheduler, steps, device)
         shape = (batch, self.unet.config.in_channels, *[2 * self.panel // self.factor] * 2)
         if latents is None:
             latents = _noise(shape, generator)
         elif latents.shape != shape:
             raise ValueError(f"latents must be {shape}, not {tuple(latents.shape)}")
-        x_t = latents.to(device, torch.float32) * scheduler.init_noise_sigma
+        x_t = (
+            check_finite(latents, "the given latents").to(device, torch.float32) * scheduler.init_noise_sigma
+        )
         taken = inspect.signature(scheduler.step).parameters
-        extra = {k: v for k, v in (("generator", generator), ("eta", eta)) if k in taken}
+        extra = {"generator": generator} if "generator" in taken else {}
         self._interrupt, self._num_timesteps = False, len(scheduler.timesteps)
         with self.progress_bar(total=len(scheduler.timesteps)) as progress:
             for i, t in enumerate(scheduler.timesteps):
                 if self._interrupt:
                     continue
+                before, branches = branches, weigh()
+                if branches.keys() != before.keys():
+                    states, condition, draft, known = encode()
                 inputs = scheduler.scale_model_input(torch.cat([x_t] * len(branches)), t).to(dtype)
                 down, mid = self.rcldm(inputs, t, states, condition, return_dict=False)
                 residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
@@ -411,6 +443,11 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
                 prediction = sum(weight * e for weight, e in zip(branches.values(), predictions))
                 step = scheduler.step(prediction, t, x_t, **extra)
                 x_t = step.prev_sample
+                if not x_t.isfinite().all():
+                    parts = {"the instruction's embedding": [states], "the condition's encoding": [condition]}
+                    parts |= {"the RCLDM's residuals": [*down, mid], "the guided prediction": [prediction]}
+                    where = f"step {i + 1} of {self._num_timesteps}"
+                    _refuse_step(where, parts | {"what the sampler makes of it": [x_t]})
                 if callback is not None:
                     tensors = {"latents": x_t, "prompt_embeds": states, "condition": condition}
                     tensors["pred_original_sample"] = getattr(step, "pred_original_sample", None)
@@ -418,9 +455,9 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
                     x_t, states = changed.get("latents", x_t), changed.get("prompt_embeds", states)
                     condition = changed.get("condition", condition)
                 progress.update()
-        if draft is None:
-            return x_t
-        return settle(x_t, known[-batch:], draft[-batch:])  # the last branch is told most
+        if draft is not None:
+            x_t = settle(x_t, known[-batch:], draft[-batch:])  # the last branch is told most
+        return check_finite(x_t, "the grid as drawn")
 
     # --- What comes out -------------------------------------------------------------------------------------
 
@@ -439,8 +476,11 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     @torch.no_grad()
     def decode_answers(self, latents: Tensor) -> Tensor:
-        """Latents of grids (B, C, 2p, 2p) → the answers (B, 3, P, P) in [-1, 1], float32."""
-        return backbone.decode_latents(self.vae, answer_panel(latents))
+        """Latents of grids (B, C, 2p, 2p) → the answers (B, 3, P, P) in [-1, 1], float32.
+
+        Raises ValueError for what is not finite.
+        """
+        return check_finite(backbone.decode_latents(self.vae, answer_panel(latents)), "the VAE's picture")
 
     def decode_grids(self, latents: Tensor) -> Tensor:
         """Latents of grids (B, C, 2p, 2p) → all that was drawn, (B, 3, 2P, 2P) in [-1, 1], float32.
@@ -455,7 +495,7 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
 def _check_settings(where: str, settings: dict[str, Any]) -> None:
     """Raises BackboneError for an editor's settings that nothing can be drawn with."""
     kinds = {"stable_diffusion": str, "llm": str | None, "panel": int, "steps": int}
-    kinds |= dict.fromkeys(("eta", "guidance_text", "guidance_visual"), int | float)
+    kinds |= dict.fromkeys(("guidance_text", "guidance_visual"), int | float)
     for name in kinds.keys() & settings.keys():
         value = settings[name]
         endless = isinstance(value, float) and not math.isfinite(value)
@@ -470,14 +510,30 @@ def _warn_once(text: str, line: str) -> None:
 
 def call_options(sampling: dict[str, Any]) -> dict[str, Any]:
     """What `SAMPLING` names, by the names that a call of the pipeline gives it."""
-    names = {"steps": "num_inference_steps", "eta": "eta"}
+    names = {"steps": "num_inference_steps"}
     names |= {"guidance_text": "guidance_scale", "guidance_visual": "visual_guidance_scale"}
     return {name: sampling[ours] for ours, name in names.items()}
 
 
 def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
     """A generator for each seed; on the CPU, so that a seed means the same noise on every device."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [torch.Generator().manual_seed(operator.index(seed)) for seed in seeds]
+
+
+def _whole(number: Any, what: str) -> int:
+    """An integer of any library as Python's. Raises ValueError for anything else."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise ValueError(f"{what} must be a whole number, not {number!r}") from None
+
+
+def _refuse_step(where: str, parts: dict[str, list[Tensor]]) -> None:
+    """Raises ValueError for the first part of a step, in the order of their making, that is not finite."""
+    for part, tensors in parts.items():
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            advice = "take float32, or another sampler or number of steps"
+            raise ValueError(f"{where}: NaN or infinity in {part}; {advice}")
 
 
 def _noise(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None) -> Tensor:

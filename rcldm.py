@@ -851,6 +851,7 @@ class RCLDM(ModelMixin, ConfigMixin):
         prompt_encoder_d_state: numbers of state per channel in its VMamba blocks.
         prompt_encoder_text: whether the `VisualPromptEncoder` reads the instruction too.
         prompt_encoder_latents: whether it is gated, and wants the latents that are known.
+        panel: P, pixels along the side of the panels that it is trained for; None where nobody has told it.
         ssm_d_state: numbers of state per channel in the links. ssm_ratio: of all VMamba blocks.
 
     Untrained, every design leaves the U-Net's output exactly as it is: the condition comes in through a
@@ -877,6 +878,7 @@ class RCLDM(ModelMixin, ConfigMixin):
         mlp_ratio: float = 2.0,
         ssm_d_state: int = 1,
         ssm_ratio: float = 1.0,
+        panel: int | None = None,
     ):
         super().__init__()
         if design not in DESIGNS:

@@ -780,7 +780,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack) -> N
     width = next(filter(None, widths), None)  # what weights are given for need not be told
     encoder = {"prompt_encoder_width": width, "prompt_encoder_text": not args.no_encoder_text}
     encoder["prompt_encoder_latents"] = not args.no_encoder_latents
-    model = RCLDM.from_unet(sd.unet, design, factor=factor, **encoder).to(device)
+    model = RCLDM.from_unet(sd.unet, design, factor=factor, panel=args.panel, **encoder).to(device)
     if design != "conv" and not args.no_encoder_text:
         model.prompt_encoder.whiten(texts[:-1])
     for option, other in trained.items():

@@ -57,7 +57,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
             before, after, query = pictures.unbind(1)
             condition = (mask_query(compose_grid(before, after, query, query)) + 1) / 2
             options = {"image": condition, "guidance_scale": args.guidance}
-            return pipeline.draw(texts, seeds, args.steps, eta=0.0, **options)
+            return pipeline.draw(texts, seeds, args.steps, **options)
     else:
         factor = backbone.vae_factor(sd.vae)
         model = RCLDM.from_unet(sd.unet, factor=factor, prompt_encoder_latents=True).to(device, dtype).eval()
@@ -68,7 +68,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
             pipe.rcldm.compile()
 
         def edit() -> torch.Tensor:
-            options = {"steps": args.steps, "eta": 0.0, "guidance_text": args.guidance}
+            options = {"steps": args.steps, "guidance_text": args.guidance}
             return pipe.answer(pictures[:, :2], None, pictures[:, 2], texts, seeds, **options)
 
     seconds = []

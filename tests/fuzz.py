@@ -511,10 +511,10 @@ def checkpoint_case(rng: random.Random, folder: Path, seeds: SimpleNamespace) ->
 
 COMMANDS = (
     "edit.py --prompt-pair before.png after.png --input x.png --output out --instruction hat --model editor "
-    "--num-images 1 --seed 0 --steps 1 --eta 1 --guidance-text 1 --guidance-visual 1 --scheduler ddim "
+    "--num-images 1 --seed 0 --steps 1 --guidance-text 1 --guidance-visual 1 --scheduler ddim "
     "--device cpu --dtype float32 --grid",
     "evaluate.py editor --data data --split train --output out --mode pair --told instruction --count 2 "
-    "--batch 2 --steps 1 --eta 1 --guidance-text 1 --guidance-visual 1 --seed 0 --device cpu --sheet 1",
+    "--batch 2 --steps 1 --guidance-text 1 --guidance-visual 1 --seed 0 --device cpu --sheet 1",
     "metrics.py run --clip clip --features clip --device cpu --batch 2 --json out/a --markdown out/b",
     "train.py --data data --split train --validation-split train --output out --seed 0 --device cpu "
     "--steps 1 --batch 2 --accumulate 1 --lr 0.1 --warmup 1 --encoder-steps 1 --encoder-batch 1 "
@@ -578,9 +578,7 @@ def page_case(rng: random.Random, folder: Path, seeds: SimpleNamespace) -> tuple
     what = [spoil(path, rng, seeds.outside) for path in rng.sample(names, rng.choice([0, 0, 1, 2]))]
     before, after, *inputs = map(str, names)
     odd = [None, 1.5, 0.0, 1.0, float("nan")]
-    wish = app.Wish(
-        before, after, [(file, None) for file in inputs], "add a hat", 0, 1, 2, 0.0, 1.0, 1.0, "ddim"
-    )
+    wish = app.Wish(before, after, [(file, None) for file in inputs], "add a hat", 0, 1, 2, 1.0, 1.0, "ddim")
     for _ in range(rng.choice([0, 1, 1, 2])):
         name = rng.choice(wish._fields)
         values = {"before": [None, *PATHS], "inputs": [None, [], [(path, None) for path in PATHS]]}

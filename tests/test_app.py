@@ -52,7 +52,7 @@ def editor(pipe, tmp_path):
 def wish(**changes):
     """An edit by the example pair alone, in two steps."""
     given = {"before": BEFORE, "after": AFTER, "inputs": [(INPUT, None)], "instruction": ""}
-    given |= {"seed": 0, "answers": 1, "steps": 2, "eta": 1.0, "guidance_text": 1.0, "guidance_visual": 1.0}
+    given |= {"seed": 0, "answers": 1, "steps": 2, "guidance_text": 1.0, "guidance_visual": 1.0}
     return app.Wish(**given | {"scheduler": "ddim"} | changes)
 
 
@@ -85,7 +85,7 @@ def test_steps_come_first_then_answers_that_tell_how_they_were_made(editor, pipe
 
     record = json.loads(Image.open(files[3]).text["instructgie"])
     wanted = {"instruction": "maybe night view looks better", "unified": "make it night", "seed": 4}
-    wanted |= {"input": "wide.png", "prompt_pair": ["before.png", "after.png"], "steps": 4, "eta": 1.0}
+    wanted |= {"input": "wide.png", "prompt_pair": ["before.png", "after.png"], "steps": 4}
     wanted |= {"guidance_text": 1.0, "guidance_visual": 1.0, "scheduler": "ddim", "model": "toy"}
     assert record == wanted | {"dtype": "float32", "device": "cpu"}
     pictures = [load_image(path) for path in (BEFORE, AFTER, wide)]
@@ -168,10 +168,9 @@ def error(editor, **changes):
         ({"before": None, "after": None, "instruction": "  "}, "nothing says which edit to make"),
         ({"instruction": "night " * 100}, "an instruction has at most 500 letters, not 599"),
         ({"instruction": "a \udcff hat"}, "codec can&#x27;t encode"),
-        ({"eta": float("nan")}, "every setting must be a finite number"),
+        ({"guidance_text": float("nan")}, "every setting must be a finite number"),
         ({"seed": None}, "every setting must be a finite number"),
         ({"seed": 0.5}, "seed, answers and steps must be whole numbers"),
-        ({"eta": 2.0}, "eta must be 0 … 1, not 2"),
         ({"steps": 2000}, "the number of steps must be 1 … 1000, not 2000"),
         ({"inputs": [(INPUT, None), ("BROKEN", None)]}, "broken.png: corrupt or truncated picture"),
         ({"before": "TEXT"}, "text.png: not a picture that is read here (PNG, JPEG, WEBP, GIF, BMP, TIFF)"),
@@ -322,7 +321,7 @@ def test_a_port_that_is_taken_is_one_line(server):
 def test_the_disk_is_not_served(server, path):
     assert httpx.get(f"{server}/gradio_api/file={path}").status_code in (403, 404)
     given = [{"path": path, "meta": {"_type": "gradio.FileData"}}] * 2
-    given += [[{"image": given[0], "caption": None}], "make it night", 0, 1, 1, 1, 1, 1, "ddim"]
+    given += [[{"image": given[0], "caption": None}], "make it night", 0, 1, 1, 1, 1, "ddim"]
     event = httpx.post(f"{server}/gradio_api/call/edit", json={"data": given}).json()["event_id"]
     assert httpx.get(f"{server}/gradio_api/call/edit/{event}", timeout=60).text.startswith("event: error")
 
@@ -335,7 +334,7 @@ def test_a_large_upload_is_refused(server):
 
 def test_by_gradio_client(server, tmp_path):
     client = Client(server, verbose=False, download_files=str(tmp_path))
-    settings = 5, 1, 2, 1.0, 1.0, 1.0, "ddim"
+    settings = 5, 1, 2, 1.0, 1.0, "ddim"
 
     def ask(before, after, query):
         given = [{"image": handle_file(query), "caption": None}]

@@ -83,7 +83,6 @@ def test_settings_are_stored_and_make_the_answer_again(command):
     command(*common, "--output", "c.png")  # the editor's own settings, and the class's where it has none
     record = json.loads(Image.open("c.png").text["instructgie"])
     assert (record["steps"], record["guidance_text"], record["guidance_visual"]) == (2, 1.0, 1.0)
-    assert record["eta"] == 1.0
 
 
 def test_folders_clashing_stems_several_images_and_grids(command, here):
@@ -139,7 +138,6 @@ INPUT, OUTPUT = ("--input", "x.png"), ("--output", "out")
         ((*PAIR, *INPUT, *OUTPUT, "--num-images", "0"), "--num-images must be 1 … 10000, not 0"),
         ((*PAIR, *INPUT, *OUTPUT, "--guidance-text", "nan"), "--guidance-text must be a finite number"),
         ((*PAIR, *INPUT, *OUTPUT, "--guidance-visual", "inf"), "--guidance-visual must be a finite number"),
-        ((*PAIR, *INPUT, *OUTPUT, "--eta", "1.5"), "eta must be 0 … 1"),
         ((*PAIR, *INPUT, *OUTPUT, "--seed", "-1"), "--seed must be 0 … 4611686018427387904, not -1"),
         ((*PAIR, *INPUT, "--output", "out.png", "--num-images", "2"), "several go to a folder"),
         ((*PAIR, *INPUT, "--output", "out.jpg"), "one answer goes to a .png file"),

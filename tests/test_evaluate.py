@@ -35,7 +35,6 @@ class FakeEditor:
         self.settings = {
             "stable_diffusion": "sd",
             "steps": 7,
-            "eta": 0.5,
             "guidance_text": 1.5,
             "guidance_visual": 1.0,
         }
@@ -106,7 +105,7 @@ def test_each_mode_withholds_what_it_says(data, tmp_path, editor):
     pair, instruction = editor.calls
     assert (pair[0], pair[1]) == ([True, True], ["", ""])
     assert instruction[0] == [False, False] and all(text.startswith("unified") for text in instruction[1])
-    assert pair[3] == {"steps": 7, "eta": 0.5, "guidance_text": 3.0, "guidance_visual": 1.0}
+    assert pair[3] == {"steps": 7, "guidance_text": 3.0, "guidance_visual": 1.0}
     assert [record["mode"] for record in lines(tmp_path / "seen" / "pair")] == ["pair"] * 2
     assert {record["unified"] for record in lines(tmp_path / "seen" / "pair")} == {""}
 

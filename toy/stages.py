@@ -46,7 +46,7 @@ def stages(
     rcldm, encode = pipe.rcldm, pipe.rcldm.encode_condition
     told = [""] * len(panels) if mode == "pair" else texts
     inputs = panels[:, :2], [mode != "instruction"] * len(panels), panels[:, 2], told
-    sampling = {name: pipe.settings[name] for name in ("steps", "eta")}
+    sampling = {"steps": pipe.settings["steps"]}
     drafts: list[Tensor] = []
     kept: list[tuple[Tensor, Tensor | None]] = []
 
