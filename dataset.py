@@ -33,13 +33,14 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from struct import unpack_from
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -235,7 +236,7 @@ class VisualPromptDataset(Dataset):
         none of them; None where the dataset does not tell. Raises ImageError."""
         if self.pairs[i].classes is None:
             return None
-        levels = (load_image(file).getchannel(0) for file in self.pairs[i].classes)
+        levels = (load_image(file, managed=False).getchannel(0) for file in self.pairs[i].classes)
         maps = (ImageOps.fit(one, (self.size, self.size), Image.Resampling.NEAREST) for one in levels)
         return torch.stack([torch.from_numpy(np.array(one)) for one in maps])
 
@@ -288,8 +289,8 @@ _one_at_a_time = threading.Lock()
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-def load_image(source: str | Path | TableImage) -> Image.Image:
-    """A picture in one of `FORMATS` as upright 8-bit RGB (EXIF orientation applied; first frame of several).
+def load_image(source: str | Path | TableImage, managed: bool = True) -> Image.Image:
+    """A picture in one of `FORMATS`, the first frame of several, as `to_rgb` has it.
 
     Raises ImageError, one line naming the file, for a missing, corrupt or truncated picture; for more pixels
     than Pillow's `Image.MAX_IMAGE_PIXELS` (89 million), where Pillow alone would only warn; and for one whose
@@ -303,7 +304,7 @@ def load_image(source: str | Path | TableImage) -> Image.Image:
             with image:
                 if image.format in ("JPEG", "MPO") and file.scans() > 100:  # libtiff's limit, too
                     raise ImageError(source, "more than 100 scans")
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return to_rgb(image, managed)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -344,8 +345,8 @@ def _image_file(source: str | Path | TableImage) -> io.RawIOBase:
         if not (cell and cell["bytes"]):  # a mere path is not followed: a stranger's table may name any file
             raise ImageError(source, "the row holds no image bytes")
         return io.BytesIO(cell["bytes"])
-    if not os.path.isfile(source):  # nor is a folder, a pipe or a device a picture
-        raise ImageError(source, "no such file")
+    if not os.path.isfile(source):  # nor is a pipe or a device a picture
+        raise ImageError(source, "is a folder" if os.path.isdir(source) else "no such file")
     return io.FileIO(source)
 
 
@@ -358,15 +359,49 @@ def picture_digest(source: str | Path | TableImage) -> str:
         return ""
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, managed: bool = True) -> Image.Image:
+    """A PIL image of any mode as upright 8-bit sRGB, of mode "RGB": the one way in which a picture is seen.
+
+    EXIF orientation is applied. A colour profile is converted, unless not `managed`: class maps hold numbers,
+    not colours. Transparency shows white (Choice: as on a page). The result's `info` has the orientation that
+    it was stored with, and no more: a second pass changes nothing. Raises ValueError for grey values outside
+    0 … 65,535.
+    """
+    stored = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if stored != 1:
+        image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_8_bits(image)
-    if image.has_transparency_data:  # Choice: it shows white, as a page would
-        image = image.convert("RGBA")
-        page = Image.new("RGB", image.size, "white")
-        page.paste(image, mask=image)
-        return page
-    return image.convert("RGB")
+    mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")  # of its colours alone
+    opacity = None
+    if image.has_transparency_data:
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        opacity = image.getchannel("A")
+    if managed and profile and (to_srgb := _to_srgb(profile, mode)):
+        image = to_srgb.apply(image.convert(mode))
+    page = Image.new("RGB", image.size, "white")
+    page.paste(image, mask=opacity)
+    page.info = {"orientation": stored}
+    return page
+
+
+@lru_cache(maxsize=16)  # a dataset's pictures share a few
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """What turns pixels of a mode, by their ICC profile, into sRGB; None where they stay as they are.
+
+    Choice: a profile that is broken, or is another mode's, is passed over, as browsers do. One by which no
+    colour moves by more than two levels is sRGB under another name.
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        to_srgb = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return None
+    cube = 17 * np.indices((16, 16, 16), np.uint8).reshape(3, -1, 1).T  # (1, 4096, 3)
+    colours = Image.fromarray(cube).convert(mode)
+    before, after = (np.asarray(x, np.int16) for x in (colours.convert("RGB"), to_srgb.apply(colours)))
+    return to_srgb if np.abs(after - before).max() > 2 else None
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -379,13 +414,17 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     if not (values.min() >= 0 and values.max() <= 65535):  # false for NaN, too
         raise ValueError("grey values outside 0 … 65,535")
     whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+    clear = values == image.info.get("transparency")
     values *= 255 / next(white for white in whites if values.max() <= white)
-    return Image.fromarray(values.round(out=values).astype(np.uint8))
+    grey = Image.fromarray(values.round(out=values).astype(np.uint8))
+    if np.any(clear):
+        grey.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
-    """PIL image of (H, W) to float32 (3, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image.convert("RGB")))  # (H, W, 3) uint8
+    """PIL image of (H, W), of any mode, to float32 (3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(to_rgb(image)))  # (H, W, 3) uint8
     return from_bytes(pixels.permute(2, 0, 1).contiguous())
 
 
@@ -428,7 +467,7 @@ def to_panel(image: Image.Image, size: int) -> Tensor:
     Choice: Lanczos, which antialiases, and no random crop: before and after, which have one size, keep one
     frame, and a panel's latent can be cached.
     """
-    return image_to_tensor(ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS))
+    return image_to_tensor(ImageOps.fit(to_rgb(image), (size, size), method=Image.Resampling.LANCZOS))
 
 
 # --- Readers ------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ from dataset import (
     mask_query,
     split_grid,
     tensor_to_image,
+    to_rgb,
 )
 from rcldm import RCLDM
 
@@ -224,21 +225,13 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
     def as_panel(self, picture: Picture) -> tuple[Tensor, tuple[int, int, int, int]]:
         """One picture → a panel (3, P, P) in [-1, 1], and the box in it that the picture fills.
 
-        As diffusers has it: a PIL image; an array (H, W, 3) or tensor (3, H, W), of floats in [0, 1] or of
-        bytes. Raises ValueError for anything else, and for values that are no numbers.
+        As diffusers has it: a PIL image, of any mode; or what `pixels_of` takes. Raises ValueError.
         """
-        if isinstance(picture, np.ndarray) and picture.ndim == 3:
-            picture = torch.tensor(picture).permute(2, 0, 1)
-        if isinstance(picture, Tensor):
-            if picture.ndim != 3 or len(picture) != 3:
-                raise ValueError(f"a picture is (3, H, W) or an array (H, W, 3), not {tuple(picture.shape)}")
-            picture = picture / 255 if picture.dtype == torch.uint8 else picture
-            if not picture.isfinite().all():
-                raise ValueError("a picture holds values that are no finite numbers")
-            picture = 2 * picture.float().clamp(0, 1) - 1
-            if picture.shape[1:] == (self.panel, self.panel):
-                return picture, (0, 0, self.panel, self.panel)
-            picture = tensor_to_image(picture)
+        if isinstance(picture, np.ndarray | Tensor):
+            pixels = pixels_of(picture)
+            if pixels.shape[1:] == (self.panel, self.panel):
+                return pixels, (0, 0, self.panel, self.panel)
+            picture = tensor_to_image(pixels)
         if not isinstance(picture, Image.Image):
             raise ValueError(f"a picture is a PIL image, an array or a tensor, not {type(picture).__name__}")
         return fit_panel(picture, self.panel)
@@ -579,7 +572,32 @@ def settle(drawn: Tensor, known: Tensor, draft: Tensor) -> Tensor:
     return show_through(show_through(drawn, draft, drawn - draft, 0.04), known, draft - known, 0.01)
 
 
-# --- Pictures of any shape ----------------------------------------------------------------------------------
+# --- Pictures of any kind and shape -------------------------------------------------------------------------
+
+
+def pixels_of(picture: np.ndarray | Tensor) -> Tensor:
+    """An array (H, W, 3) or a tensor (3, H, W) to float32 (3, H, W) in [-1, 1], on the CPU.
+
+    Floats are in [0, 1], integers in 0 … 255, booleans black or white. Raises ValueError for another shape,
+    and for values outside: of such a picture nobody can tell which range it means.
+    """
+    if isinstance(picture, np.ndarray):
+        if picture.dtype.kind not in "buif":
+            raise ValueError(f"a picture is an array of numbers, not of {picture.dtype}")
+        has_levels, values = picture.dtype.kind in "ui", torch.from_numpy(picture.astype(np.float32))
+        values = values.permute(2, 0, 1) if values.ndim == 3 else values
+    else:
+        has_levels = not (picture.is_floating_point() or picture.dtype == torch.bool)
+        values = picture.detach().float().cpu()
+    if values.ndim != 3 or len(values) != 3 or values.numel() == 0:
+        raise ValueError(f"a picture is (3, H, W) or an array (H, W, 3), not {tuple(picture.shape)}")
+    if not values.isfinite().all():
+        raise ValueError("a picture holds values that are no finite numbers")
+    low, high = (extreme.item() for extreme in values.aminmax())
+    kind, white = ("integers", 255) if has_levels else ("floats", 1)
+    if low < -1e-3 or high > white + 1e-3:  # floats may have been rounded
+        raise ValueError(f"a picture of {kind} has a range of 0 … {white}, this one of {low:g} … {high:g}")
+    return values.clamp(0, white) / (white / 2) - 1
 
 
 def fit_panel(image: Image.Image, size: int) -> tuple[Tensor, tuple[int, int, int, int]]:
@@ -588,6 +606,7 @@ def fit_panel(image: Image.Image, size: int) -> tuple[Tensor, tuple[int, int, in
     Choice: the long side is resized to P = `size` (Lanczos), the picture centred, and its border repeated
     to fill the square. Training crops instead; but whoever edits a picture wants all of it.
     """
+    image = to_rgb(image)
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     left, top = (size - width) // 2, (size - height) // 2

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import zlib
 
 import datasets
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader
 
 import dataset as ds
@@ -111,8 +112,9 @@ def test_panel_is_the_centred_square():
     )  # a panel of the right size stays as it is
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path, orientation):
+def test_exif_orientation_is_applied(tmp_path, orientation, ending):
     upright = Image.new("RGB", (48, 32), "white")
     upright.paste("red", (0, 0, 16, 16))  # the upper-left corner, once the picture stands upright
     undo = {
@@ -127,8 +129,8 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     stored = upright.transpose(undo[orientation]) if orientation in undo else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "photo.jpg", exif=exif, quality=95)
-    loaded = ds.load_image(tmp_path / "photo.jpg")
+    stored.save(tmp_path / f"photo.{ending}", exif=exif, quality=95)
+    loaded = ds.load_image(tmp_path / f"photo.{ending}")
     assert loaded.size == (48, 32)
     red, green, _ = loaded.getpixel((4, 4))
     assert red > 200 and green < 60 and min(loaded.getpixel((40, 28))) > 200
@@ -140,12 +142,15 @@ MODES = {
     "la.png": (Image.new("LA", (4, 4), (100, 0)), (255, 255, 255)),
     "rgba.png": (Image.new("RGBA", (4, 4), (200, 0, 0, 128)), (227, 127, 127)),
     "clear.png": (Image.new("RGBA", (4, 4), (9, 9, 9, 0)), (255, 255, 255)),
+    "hidden.png": (Image.new("LA", (4, 4), (0, 128)), (127, 127, 127)),
     "cmyk.jpg": (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (254, 0, 0)),
     "palette.gif": (Image.new("RGB", (4, 4), (255, 0, 0)).quantize(4), (255, 0, 0)),
     "float.tiff": (Image.fromarray(np.full((4, 4), 0.5, np.float32)), (128, 128, 128)),
     "float255.tiff": (Image.fromarray(np.full((4, 4), 200, np.float32)), (200, 200, 200)),
     "int32.tiff": (Image.fromarray(np.full((4, 4), 51400, np.int32)), (200, 200, 200)),
     "sixteen.png": (Image.fromarray(np.full((4, 4), 25700, np.uint16)), (100, 100, 100)),
+    "sixteen_big_endian.tiff": (Image.frombytes("I;16B", (4, 4), b"\x64\x64" * 16), (100, 100, 100)),
+    "clear.gif": (Image.new("RGBA", (4, 4), (200, 0, 0, 0)), (255, 255, 255)),
     "sixteen.tiff": (Image.fromarray(np.full((4, 4), 65535, np.uint16)), (255, 255, 255)),
     "rgb.webp": (Image.new("RGB", (4, 4), (0, 0, 255)), (0, 0, 255)),
 }
@@ -167,6 +172,150 @@ def test_palette_with_transparency_shows_white(tmp_path):
     image.save(tmp_path / "p.png", transparency=1)
     loaded = ds.load_image(tmp_path / "p.png")
     assert [loaded.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
+
+
+def test_palette_with_shades_of_transparency_shows_white_through(tmp_path, recwarn):
+    image = Image.new("P", (3, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255, 0, 0, 0])
+    image.putdata([0, 1, 2])
+    image.save(tmp_path / "p.png", transparency=b"\x00\x80\xff")
+    loaded = ds.load_image(tmp_path / "p.png")
+    assert [loaded.getpixel((x, 0)) for x in range(3)] == [(255, 255, 255), (127, 127, 255), (0, 0, 0)]
+    assert not recwarn.list
+
+
+def test_a_transparent_grey_of_16_bits_shows_white(tmp_path):
+    Image.fromarray(np.array([[1000, 1001]], np.uint16)).save(tmp_path / "grey.png", transparency=1000)
+    data, at = (tmp_path / "grey.png").read_bytes(), 33  # behind the header
+    clear = b"tRNS" + (1000).to_bytes(2, "big")
+    chunk = (2).to_bytes(4, "big") + clear + zlib.crc32(clear).to_bytes(4, "big")
+    (tmp_path / "grey.png").write_bytes(data[:at] + chunk + data[at:] if b"tRNS" not in data else data)
+    loaded = ds.load_image(tmp_path / "grey.png")
+    assert [loaded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (4, 4, 4)]
+
+
+def test_the_first_frame_of_several_is_seen(tmp_path):
+    red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    for ending in ("gif", "webp", "tiff", "png"):
+        red.save(tmp_path / f"a.{ending}", save_all=True, append_images=[blue], lossless=True)
+        assert ds.load_image(tmp_path / f"a.{ending}").getpixel((1, 1)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2999), (2999, 1)])
+def test_a_picture_of_one_row_or_column_is_a_panel(tmp_path, size):
+    Image.new("RGB", size, (255, 0, 255)).save(tmp_path / "line.png")
+    panel = ds.to_panel(ds.load_image(tmp_path / "line.png"), 8)
+    assert panel.shape == (3, 8, 8) and panel.mean((1, 2)).tolist() == [1, -1, 1]
+
+
+# ICC profiles: tables of tags behind a head of 128 bytes that names the colour space and what it converts to.
+
+
+def fixed(*numbers: float) -> bytes:
+    return b"".join(round(number * 65536).to_bytes(4, "big", signed=True) for number in numbers)
+
+
+def icc(space: bytes, target: bytes, tags: dict[bytes, bytes]) -> bytes:
+    head = bytearray(128)
+    head[8:12], head[12:16], head[36:40], head[68:80] = (
+        b"\2\x40\0\0",
+        b"prtr",
+        b"acsp",
+        fixed(0.9642, 1, 0.8249),
+    )
+    head[16:20], head[20:24] = space, target
+    table, body, start = len(tags).to_bytes(4, "big"), b"", 132 + 12 * len(tags)
+    for name, data in tags.items():
+        table += name + (start + len(body)).to_bytes(4, "big") + len(data).to_bytes(4, "big")
+        body += data + bytes(-len(data) % 4)
+    head[:4] = (start + len(body)).to_bytes(4, "big")
+    return bytes(head) + table + body
+
+
+def display_p3() -> bytes:
+    """Little CMS's sRGB with the primaries of Display P3, D50-adapted."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    primaries = {b"rXYZ": (0.51512, 0.24120, -0.00105), b"gXYZ": (0.29198, 0.69225, 0.04189)}
+    primaries |= {b"bXYZ": (0.15710, 0.06657, 0.78407)}
+    for at in range(132, 132 + 12 * int.from_bytes(data[128:132], "big"), 12):
+        if xyz := primaries.get(bytes(data[at : at + 4])):
+            where = int.from_bytes(data[at + 4 : at + 8], "big") + 8
+            data[where : where + 12] = fixed(*xyz)
+    return bytes(data)
+
+
+P3 = display_p3()
+LINEAR_GREY = icc(
+    b"GRAY", b"XYZ ", {b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249), b"kTRC": b"curv" + bytes(8)}
+)
+# A press that prints white where there is all ink, and black where there is none, in Lab of 8 bits.
+CORNERS = b"".join(bytes([255 * (k == 15), 128, 128]) for k in range(16))
+RAMP = bytes(range(256))
+NEGATIVE_CMYK = icc(
+    b"CMYK",
+    b"Lab ",
+    {
+        b"A2B0": b"mft1"
+        + bytes(4)
+        + b"\4\3\2\0"
+        + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
+        + RAMP * 4
+        + CORNERS
+        + RAMP * 3
+    },
+)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def from_p3(levels: tuple[int, int, int]) -> np.ndarray:
+    """By the formulas: Display P3 has sRGB's curve and white, and other primaries."""
+    encoded = np.array(levels) / 255
+    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    matrix = [[1.22494, -0.22494, 0], [-0.04206, 1.04206, 0], [-0.01964, -0.07864, 1.09828]]
+    linear = np.clip(matrix @ linear, 0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tiff", "a.jpg", "rgba.png", "palette.png"])
+def test_display_p3_becomes_srgb(tmp_path, name):
+    levels = (200, 80, 60)
+    image = Image.new("RGB", (8, 8), levels)
+    if name == "rgba.png":
+        image.putalpha(255)
+        image.paste((9, 9, 9, 0), (0, 0, 4, 8))
+    image = image.quantize(4) if name == "palette.png" else image
+    lossless = {"quality": 100, "subsampling": 0} if name == "a.jpg" else {"lossless": True}
+    image.save(tmp_path / name, icc_profile=P3, **lossless)
+    loaded = ds.load_image(tmp_path / name)
+    wanted = from_p3(levels)
+    assert np.abs(wanted - levels).max() > 15 and np.abs(loaded.getpixel((6, 6)) - wanted).max() <= 2
+    if name == "rgba.png":
+        assert loaded.getpixel((1, 1)) == (255, 255, 255)  # the page itself is sRGB
+    assert ds.to_rgb(loaded).tobytes() == loaded.tobytes()  # not converted twice
+
+
+def test_grey_and_cmyk_by_their_profiles(tmp_path):
+    Image.new("L", (4, 4), 128).save(tmp_path / "grey.png", icc_profile=LINEAR_GREY)
+    Image.new("LA", (4, 4), (128, 255)).save(tmp_path / "la.png", icc_profile=LINEAR_GREY)
+    Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)).save(tmp_path / "16.png", icc_profile=LINEAR_GREY)
+    for name in ("grey.png", "la.png", "16.png"):
+        assert np.abs(np.subtract(ds.load_image(tmp_path / name).getpixel((1, 1)), 188)).max() <= 1
+    for ending in ("tiff", "jpg"):
+        Image.new("CMYK", (8, 8), (255,) * 4).save(tmp_path / f"a.{ending}", icc_profile=NEGATIVE_CMYK)
+        assert min(ds.load_image(tmp_path / f"a.{ending}").getpixel((1, 1))) >= 250
+        Image.new("CMYK", (8, 8), (255,) * 4).save(tmp_path / f"a.{ending}")
+        assert max(ds.load_image(tmp_path / f"a.{ending}").getpixel((1, 1))) <= 5
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_profile_of_srgb_or_of_no_use_changes_no_pixel(tmp_path, mode):
+    image = picture((32, 32)).convert(mode)
+    image.save(tmp_path / "plain.tiff")
+    wanted = ds.load_image(tmp_path / "plain.tiff").tobytes()
+    others = {"RGB": [SRGB, LINEAR_GREY, NEGATIVE_CMYK], "L": [SRGB, P3], "CMYK": [SRGB, P3]}[mode]
+    for profile in (b"broken", P3[:200], bytes(500), *others):
+        image.save(tmp_path / "a.tiff", icc_profile=profile)
+        assert ds.load_image(tmp_path / "a.tiff").tobytes() == wanted
 
 
 def test_sixteen_bits_keep_their_shades(tmp_path):
@@ -196,7 +345,7 @@ def bad_pictures(folder) -> dict[str, str]:
     picture().save(folder / "text_bomb.png", pnginfo=note)
     return {
         "missing.png": "no such file",
-        "folder.png": "no such file",
+        "folder.png": "is a folder",
         "truncated.png": "corrupt",
         "flipped.png": "corrupt",
         "empty.png": "not a picture",
@@ -252,7 +401,7 @@ def test_classes_of_pixels_keep_their_numbers(tmp_path):
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     shown = np.zeros((16, 24), np.uint8)
     shown[:, 4:12] = 7  # the crop to a square starts at column 4
-    Image.fromarray(shown).save(folder / "shown.png")
+    Image.fromarray(shown).save(folder / "shown.png", icc_profile=LINEAR_GREY)  # numbers are no colours
     for row in rows[:-1]:
         row |= dict.fromkeys(("input_classes_file_name", "output_classes_file_name"), "shown.png")
     rows[-1]["input_classes_file_name"] = "shown.png"  # one of two is as none

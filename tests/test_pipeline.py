@@ -22,13 +22,22 @@ from diffusers import (
 from diffusers.utils import hub_utils
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
+from test_dataset import display_p3
 from tiny import P, save_parts
 
 import backbone
 import edit
 import facts
 import liu
-from dataset import compose_grid, repeat_query, split_grid, tensor_to_image
+from dataset import (
+    compose_grid,
+    image_to_tensor,
+    load_image,
+    repeat_query,
+    split_grid,
+    tensor_to_image,
+    to_panel,
+)
 from pipeline import InstructGIEPipeline, fit_panel, model_card, seeded, settle, unfit
 from rcldm import RCLDM
 
@@ -473,6 +482,89 @@ def test_pictures_of_every_kind_are_one_picture(pipe, pictures):
     assert batch.shape == (2, 3, P, P)
 
 
+LEVELS = np.random.default_rng(1).integers(0, 256, (P, P, 3))
+
+
+@pytest.mark.parametrize("kind", ("uint8", "uint16", "uint32", "uint64", "int16", "int64", "int32", ">i4"))
+def test_integers_are_levels(pipe, kind):
+    wanted, _ = pipe.as_panel(Image.fromarray(LEVELS.astype(np.uint8)))
+    assert torch.equal(pipe.as_panel(LEVELS.astype(kind))[0], wanted)
+    if kind != ">i4":
+        tensor = torch.from_numpy(LEVELS.astype(kind)).permute(2, 0, 1)
+        assert torch.equal(pipe.as_panel(tensor)[0], wanted)
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64", ">f4"])
+def test_floats_are_shares_of_white(pipe, kind):
+    wanted, _ = pipe.as_panel(Image.fromarray(LEVELS.astype(np.uint8)))
+    torch.testing.assert_close(pipe.as_panel((LEVELS / 255).astype(kind))[0], wanted, atol=1e-3, rtol=0)
+    torch.testing.assert_close(pipe.as_panel(torch.tensor(LEVELS / 255).permute(2, 0, 1))[0], wanted)
+
+
+def test_booleans_are_black_and_white_and_arrays_may_be_views(pipe):
+    wanted, _ = pipe.as_panel(Image.fromarray(np.uint8(255 * (LEVELS > 99))))
+    assert torch.equal(pipe.as_panel(LEVELS > 99)[0], wanted)
+    assert torch.equal(pipe.as_panel(torch.tensor(LEVELS > 99).permute(2, 0, 1))[0], wanted)
+    turned = np.uint8(LEVELS)[::-1, :, ::-1]  # as from OpenCV, whose channels are blue, green, red
+    assert torch.equal(pipe.as_panel(turned)[0], pipe.as_panel(turned.copy())[0])
+
+
+@pytest.mark.parametrize(
+    "picture, message",
+    [
+        (LEVELS.astype(np.float32), "floats has a range of 0 … 1, this one of 0 … 255"),
+        (torch.linspace(-1, 1, 48).view(3, 4, 4), "floats has a range of 0 … 1, this one of -1 … 1"),
+        (np.linspace(-1, 1, 48).reshape(4, 4, 3), "floats has a range of 0 … 1, this one of -1 … 1"),
+        (LEVELS.astype(np.uint16) * 257, "integers has a range of 0 … 255, this one of 0 … 65535"),
+        (LEVELS - 128, "integers has a range of 0 … 255, this one of -128 … 127"),
+        (np.full((4, 4, 3), "x"), "an array of numbers, not of <U1"),
+        (np.zeros((4, 4, 3), np.complex64), "an array of numbers, not of complex64"),
+        (np.zeros((0, 4, 3)), "H, W, 3"),
+        (np.zeros((3, 4, 4)), "H, W, 3"),
+    ],
+)
+def test_a_picture_of_another_range_is_refused(pipe, pictures, picture, message):
+    for given in ({"image": picture}, {"prompt_pair": (pictures[0], picture)}):
+        with pytest.raises(ValueError, match=message):
+            answers(pipe, pictures, **given)
+
+
+def odd_files(folder):
+    """Pictures whose mode or metadata a plain `convert("RGB")` passes over or gets wrong."""
+    rgb = Image.fromarray(LEVELS[:20].astype(np.uint8))
+    grey = np.arange(600).reshape(20, 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgb.save(folder / "exif.jpg", exif=exif)
+    rgb.save(folder / "exif.webp", exif=exif)
+    rgb.save(folder / "p3.png", icc_profile=display_p3())
+    Image.fromarray((100 * grey).astype(np.uint16)).save(folder / "grey16.png")
+    Image.fromarray((grey / 600).astype(np.float32)).save(folder / "float.tiff")
+    Image.fromarray(grey.astype(np.int32)).save(folder / "int32.tiff")
+    hidden = rgb.copy()
+    hidden.putalpha(Image.fromarray(np.uint8(LEVELS[:20, :, 0])))
+    hidden.save(folder / "hidden.png")
+    hidden.convert("LA").save(folder / "la.png")
+    rgb.quantize(16).save(folder / "palette.png", transparency=3)
+    rgb.quantize(4).save(folder / "shades.png", transparency=bytes([0, 80, 160, 255]))
+    rgb.convert("1").save(folder / "bits.png")
+    rgb.convert("CMYK").save(folder / "cmyk.jpg")
+    return sorted(folder.iterdir())
+
+
+def test_a_picture_is_seen_alike_as_a_file_and_as_an_image(pipe, pictures, tmp_path):
+    """`edit.py`, the page and the dataset give what `load_image` reads; others give what Pillow opens."""
+    for file in odd_files(tmp_path):
+        loaded, (panel, box) = load_image(file), pipe.as_panel(Image.open(file))
+        wanted, its_box = pipe.as_panel(loaded)
+        assert torch.equal(panel, wanted) and box == its_box, file.name
+        assert torch.equal(to_panel(Image.open(file), P), to_panel(loaded, P)), file.name
+        assert torch.equal(image_to_tensor(Image.open(file)), image_to_tensor(loaded)), file.name
+    opened = Image.open(tmp_path / "exif.jpg")
+    assert torch.equal(*(answers(pipe, pictures, image=one) for one in (opened, load_image(opened.filename))))
+    assert opened.getexif()[0x0112] == 6  # the user's own stays as it is
+
+
 def test_several_answers_to_each_picture(pipe, pictures):
     for words in ("add a hat", ["add a hat"] * 2):
         count = 1 if isinstance(words, str) else 2
@@ -751,7 +843,7 @@ def test_it_is_pushed_to_the_hub_with_its_card(pipe, monkeypatch):
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
         ({"image": "x.png"}, "not str"),
         ({"image": None}, "not NoneType"),
-        ({"image": np.zeros((8, 8))}, "not ndarray"),
+        ({"image": np.zeros((8, 8))}, "H, W, 3"),
         ({"image": torch.zeros(1, 8, 8)}, r"\(3, H, W\)"),
         ({"image": torch.full((3, 8, 8), float("nan"))}, "finite"),
         ({"num_inference_steps": 0}, "1 … 1000"),
