@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import backbone
 from checkpoint import write_whole
-from dataset import LONGEST_INSTRUCTION, load_image
+from dataset import LONGEST_INSTRUCTION, ImageError, load_image
 from pipeline import SAMPLING, InstructGIEPipeline, call_options, seeded
 
 # --- What is written ----------------------------------------------------------------------------------------
@@ -108,18 +109,30 @@ def save_png(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
 # --- The command --------------------------------------------------------------------------------------------
 
 
-def pictures(sources: list[Path]) -> list[Path]:
-    """The files as they are; for a folder all pictures in it, sorted. Raises ValueError for one without."""
-    paths: list[Path] = []
+def pictures(sources: list[Path]) -> tuple[list[Path], list[Path]]:
+    """What is edited: the files as they are, and of a folder all that are pictures, sorted; and what is left
+    out of the folders, each named on stderr. Of hidden files nothing is said.
+
+    Raises ValueError for a file that is no picture, and for a folder without one.
+    """
+    inputs: list[Path] = []
+    left_out: list[Path] = []
     for source in sources:
-        found = [source]
-        if source.is_dir():
-            endings = Image.registered_extensions()
-            found = sorted(p for p in source.iterdir() if p.suffix.lower() in endings and p.name[0] != ".")
-        if not found:
+        is_folder = source.is_dir()
+        found = sorted(path for path in source.iterdir() if path.name[0] != ".") if is_folder else [source]
+        before = len(inputs)
+        for path in found:
+            try:
+                load_image(path)  # a broken picture should show before models are loaded
+                inputs.append(path)
+            except ImageError as error:
+                if not is_folder:
+                    raise
+                left_out.append(path)
+                print(f"left out: {error}", file=sys.stderr, flush=True)
+        if len(inputs) == before:
             raise ValueError(f"{source}: no picture in this folder")
-        paths += found
-    return paths
+    return inputs, left_out
 
 
 def output_paths(output: Path, inputs: list[Path], count: int, read: set[str]) -> list[list[Path]]:
@@ -164,11 +177,10 @@ def main() -> None:
         raise ValueError("nothing says which edit to make: give --prompt-pair, --instruction or both")
     bounds = {(1, MOST_ANSWERS): "num_images", (1, math.inf): "steps", (0, 2**62): "seed"}
     backbone.check_numbers(args, bounds)
-    inputs = pictures(args.input)
-    read = set(map(os.path.realpath, [*inputs, *(args.prompt_pair or [])]))
+    pair = tuple(map(load_image, args.prompt_pair or [])) or None
+    inputs, left_out = pictures(args.input)
+    read = set(map(os.path.realpath, [*inputs, *left_out, *(args.prompt_pair or [])]))
     targets = output_paths(args.output, inputs, args.num_images, read)
-    for path in [*(args.prompt_pair or []), *inputs]:
-        load_image(path)  # a broken picture should show before models are loaded
 
     transformers.logging.disable_progress_bar()  # of every part's loading
     diffusers.utils.logging.disable_progress_bar()
@@ -187,7 +199,6 @@ def main() -> None:
     given = {name: getattr(args, name) for name in SAMPLING}
     used = {name: pipe.settings[name] if value is None else value for name, value in given.items()}
 
-    pair = tuple(map(load_image, args.prompt_pair or [])) or None
     (unified,) = pipe.unify([instruction])
     if instruction:
         print(f'instruction: "{instruction}" -> "{unified}"', flush=True)

@@ -1,6 +1,7 @@
 """edit.py: the command, its pictures and its errors."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,51 @@ def test_orientation_and_modes(command, here):
     command(*PAIR, "--input", *inputs, "--steps", "1", "--output", "out")
     sizes = [Image.open(f"out/{Path(name).stem}.png").size for name in inputs]
     assert sizes == [(16, 32), (32, 16), (32, 32), (16, 32)]
+
+
+def test_of_a_folder_what_can_be_edited_is_and_the_rest_is_named(command, here, capsys):
+    (here / "photos" / "more").mkdir(parents=True)
+    whole = (here / "x.png").read_bytes()
+    files = {
+        "a.png": whole,
+        "b.heic": b"\0\0\0 ftypheic" + bytes(50),
+        "c.jpg": whole,
+        "scan.pdf": b"%PDF-1.4",
+    }
+    files |= {"cut.png": whole[:500], ".DS_Store": b"", "._a.png": b"", "notes.txt": b"seen"}
+    for name, data in files.items():
+        (here / "photos" / name).write_bytes(data)
+    command(*PAIR, "--input", "photos", "x.png", "--steps", "1", "--output", "out")
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == ["out/a.png", "out/c.png", "out/x.png"]
+    left_out = dict(re.findall(r"^left out: (.*?): (.*)$", shown.err, re.MULTILINE))
+    assert set(left_out) == {
+        f"photos/{name}" for name in ("b.heic", "cut.png", "more", "notes.txt", "scan.pdf")
+    }
+    assert shown.err.count("left out: ") == 5 and left_out["photos/more"] == "is a folder"
+    assert "not a picture that is read here (PNG, JPEG" in left_out["photos/scan.pdf"]
+    assert "corrupt or truncated" in left_out["photos/cut.png"]
+
+
+def test_what_is_left_out_is_not_overwritten(command, here, capsys):
+    (here / "photos").mkdir()
+    Image.open("x.png").save("photos/a.jpg")
+    (here / "photos" / "a.png").write_bytes(b"broken")
+    with pytest.raises(SystemExit):
+        command(*PAIR, "--input", "photos", "--steps", "1", "--output", "photos")
+    assert "overwrite" in capsys.readouterr().err
+    assert (here / "photos" / "a.png").read_bytes() == b"broken"
+
+
+def test_a_folder_in_which_nothing_can_be_edited(command, here, capsys):
+    (here / "photos").mkdir()
+    (here / "photos" / "scan.pdf").write_bytes(b"%PDF-1.4")
+    with pytest.raises(SystemExit) as exit:
+        command(*PAIR, "--input", "x.png", "photos", "--output", "out")
+    errors = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and not (here / "out").exists()
+    assert errors[0].startswith("left out: photos/scan.pdf: not a picture")
+    assert errors[1:] == ["edit.py: error: photos: no picture in this folder"]
 
 
 # ------------------------------------------------------------------------------------------- errors
