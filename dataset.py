@@ -227,9 +227,13 @@ class VisualPromptDataset(Dataset):
         return Draw(i, int(example), self.flip and mirrored and not names_side(self.pairs[i].instruction))
 
     def load_pair(self, i: int) -> tuple[Tensor, Tensor]:
-        """Before and after of pair `i`, unflipped, each (3, P, P) in [-1, 1]. Raises ImageError."""
+        """Before and after of pair `i`, unflipped, each (3, P, P) in [-1, 1]. Raises ImageError, also where
+        the two are a `misfit`."""
         pair = self.pairs[i]
-        return to_panel(load_image(pair.input), self.size), to_panel(load_image(pair.output), self.size)
+        before, after = load_image(pair.input), load_image(pair.output)
+        if reason := misfit(before, after):
+            raise ImageError(pair.output, reason)
+        return to_panel(before, self.size), to_panel(after, self.size)
 
     def load_classes(self, i: int) -> Tensor | None:
         """What each pixel of before and after of pair `i` shows, as numbers of classes (2, P, P) uint8, 0 for
@@ -468,6 +472,26 @@ def to_panel(image: Image.Image, size: int) -> Tensor:
     frame, and a panel's latent can be cached.
     """
     return image_to_tensor(ImageOps.fit(to_rgb(image), (size, size), method=Image.Resampling.LANCZOS))
+
+
+def misfit(before: Image.Image, after: Image.Image) -> str:
+    """Why two pictures of `load_image` cannot be one frame before and after an edit; "" where they can.
+
+    Choice: they may differ by a uniform scale, and by a pixel of rounding. Where their files have different
+    EXIF orientations, a program may have lost one: then none of the other seven may fit twice as well.
+    """
+    (width, height), (w, h) = before.size, after.size
+    if abs(width * h - height * w) > max(width, height, w, h):
+        return f"{w} × {h} pixels, where the picture before has {width} × {height}: not one frame"
+    if before.info.get("orientation") != after.info.get("orientation"):
+        before, after = (image.convert("L").resize((32, 32)) for image in (before, after))
+        upright, *turned = (
+            np.abs(np.subtract(before, image, dtype=np.float32)).mean()
+            for image in (after, *map(after.transpose, Image.Transpose))
+        )
+        if 2 * min(turned) < upright:
+            return "shows the picture before turned or mirrored, as one of the two lacks its EXIF orientation"
+    return ""
 
 
 # --- Readers ------------------------------------------------------------------------------------------------

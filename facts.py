@@ -254,7 +254,7 @@ def without(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[VisualPr
     """
     for reason in broken.values():
         print(f"left out: {reason}", flush=True)
-    said = f"{len(broken)} of {len(data)} pairs cannot be read"
+    said = f"{len(broken)} of {len(data)} pairs cannot be used"
     if len(broken) > 0.05 * len(data):
         raise DatasetError(f"{said}, more than one in twenty; the first: {next(iter(broken.values()))}")
     print(said, flush=True)

@@ -17,7 +17,8 @@ caption pairs more for which the instruction holds too. What does not parse stri
 guidance and strength of injection; CLIP keeps the best of those that pass InstructPix2Pix's thresholds, and
 an instruction stays if two pairs or more do.
 
-`check`. Counts, scores, a contact sheet; duplicates, broken files, instructions that are too thin.
+`check`. Counts, scores, a contact sheet; duplicates, broken files, pairs whose pictures do not show one
+frame, instructions that are too thin.
 
 Stopped at any moment and started again, each goes on: what is finished is neither lost nor made twice. On
 several GPUs and machines: `accelerate launch make_dataset.py images …`. The result is a dataset folder for
@@ -54,7 +55,15 @@ from tqdm import tqdm
 import backbone
 import esm
 from checkpoint import load_checkpoint, other_settings, save_checkpoint, whole_folder, write_whole
-from dataset import ImageError, lines_of, load_image, parse_json, read_pairs, tensor_to_image
+from dataset import (
+    ImageError,
+    lines_of,
+    load_image,
+    misfit,
+    parse_json,
+    read_pairs,
+    tensor_to_image,
+)
 from prompt_to_prompt import PromptToPrompt, align
 
 # --- Texts: the form of what the language model writes ------------------------------------------------------
@@ -649,14 +658,16 @@ def check(args: argparse.Namespace) -> None:
         looks = pool.map(_look, pairs)
         looks = list(tqdm(looks, total=len(pairs), desc="check", unit="pair", mininterval=1))
     groups, seen, sizes = defaultdict(list), {}, Counter()
-    broken, unchanged, twice = [], [], []
+    broken, misfits, unchanged, twice = [], [], [], []
     for pair, look in zip(pairs, looks):
         if isinstance(look, ImageError):
             broken.append(str(look))
             continue
-        size, before, after = look
+        size, before, after, reason = look
         sizes[size] += 1
-        if before == after:
+        if reason:
+            misfits.append(f"{pair.output}: {reason}")
+        elif before == after:
             unchanged.append(f"{pair.output}: the same picture as {pair.input}")
         elif (before, after) in seen:
             twice.append(f"{pair.input}, {pair.output}: the same pictures as {seen[before, after]}")
@@ -675,7 +686,8 @@ def check(args: argparse.Namespace) -> None:
         values = [pair.extra[key] for pair in pairs if isinstance(pair.extra.get(key), float)]
         if values:
             print(f"{key:22} {fmean(values):8.3f} in the mean, {min(values):.3f} to {max(values):.3f}")
-    faults = {"broken files": broken, "pairs without a change": unchanged, "pairs there twice": twice}
+    faults = {"broken files": broken, "pairs of two frames": misfits}
+    faults |= {"pairs without a change": unchanged, "pairs there twice": twice}
     faults[f"instructions of fewer than {args.thin} good pairs"] = thin
     for name, which in faults.items():
         print(f"{name}: {len(which)}")
@@ -689,18 +701,14 @@ def check(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def _look(pair) -> tuple[tuple[int, int], str, str] | ImageError:
-    """Size and digests of the pixels of a pair of pictures, of which one at a time is in memory."""
+def _look(pair) -> tuple[tuple[int, int], str, str, str] | ImageError:
+    """Size and digests of the pixels of a pair of pictures, and why they are no pair, or ""."""
     try:
-        (size, before), (_, after) = map(_digest, (pair.input, pair.output))
+        pictures = [load_image(source) for source in (pair.input, pair.output)]
     except ImageError as error:
         return error
-    return size, before, after
-
-
-def _digest(source) -> tuple[tuple[int, int], str]:
-    picture = load_image(source)
-    return picture.size, hashlib.sha256(picture.tobytes()).hexdigest()
+    before, after = (hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures)
+    return pictures[0].size, before, after, misfit(*pictures)
 
 
 def draw_sheet(groups: dict[str, list], path: Path, side: int = 96, most: int = 60) -> None:

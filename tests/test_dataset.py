@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import zlib
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader
 
 import dataset as ds
+from facts import readable
 
 torch.set_num_threads(1)
 
@@ -743,6 +745,59 @@ def test_a_broken_picture_is_named_through_a_worker(tmp_path, workers):
     with pytest.raises(ds.ImageError, match="not a picture") as caught:
         list(loader)
     assert str(caught.value).startswith(os.path.realpath(folder)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "before, after, is_fault",
+    [
+        ((48, 32), (48, 32), False),
+        ((512, 512), (256, 256), False),
+        ((1024, 683), (512, 341), False),  # rounded down
+        ((1024, 683), (512, 342), False),
+        ((1000, 2), (500, 1), False),
+        ((48, 32), (32, 48), True),
+        ((512, 512), (512, 384), True),
+        ((512, 512), (256, 250), True),
+    ],
+)
+def test_a_pair_is_one_frame_but_for_its_scale(before, after, is_fault):
+    reason = ds.misfit(Image.new("RGB", before), Image.new("RGB", after))
+    assert bool(reason) == is_fault
+    if is_fault:
+        assert f"{after[0]} × {after[1]} pixels" in reason and f"{before[0]} × {before[1]}" in reason
+
+
+@pytest.mark.parametrize("orientation, size", [(3, (48, 32)), (6, (32, 32)), (2, (32, 32))])
+def test_an_orientation_lost_by_one_of_two_is_found(tmp_path, orientation, size):
+    """Where size alone cannot tell."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    shape, edited = picture((6, 4)).resize(size), picture((6, 4), 1).resize(size)
+    shape.save(tmp_path / "before.png", exif=exif)
+    Image.blend(shape, edited, 0.2).save(tmp_path / "lost.png")
+    ImageOps.exif_transpose(Image.open(tmp_path / "before.png")).save(tmp_path / "upright.png")
+    before, lost, upright = (
+        ds.load_image(tmp_path / f"{name}.png") for name in ("before", "lost", "upright")
+    )
+    assert "lacks its EXIF orientation" in ds.misfit(before, lost)
+    assert "lacks its EXIF orientation" in ds.misfit(lost, before)
+    assert ds.misfit(before, upright) == "" == ds.misfit(before, before)
+
+
+def test_a_pair_of_two_frames_is_named_and_left_out_of_training(tmp_path, capsys):
+    folder = make_folder(tmp_path, ["x"] * 24)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture((24, 16)).save(folder / "images/7_in.png")
+    picture((24, 16), 1).save(folder / "images/7_out.png", exif=exif)
+    data = ds.VisualPromptDataset(ds.read_pairs(tmp_path), 8)
+    kept = readable(data, SimpleNamespace(workers=0))
+    printed = capsys.readouterr().out
+    assert (
+        f"left out: {data.pairs[7].output}: 16 × 24 pixels, where the picture before has 24 × 16" in printed
+    )
+    assert "1 of 24 pairs cannot be used" in printed
+    assert kept.pairs == data.pairs[:7] + data.pairs[8:]
 
 
 def test_the_module_runs_alone(capsys):

@@ -396,7 +396,7 @@ def test_a_broken_picture_among_many_is_named_counted_and_left_out(run, tmp_path
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         run(*QUICK[:3], "--steps", "1", "--validation-pictures", "24", *flip, data=data)
         out = capsys.readouterr().out
-        assert out.count(f"left out: {broken}: corrupt") == 1 and "1 of 24 pairs cannot be read" in out
+        assert out.count(f"left out: {broken}: corrupt") == 1 and "1 of 24 pairs cannot be used" in out
         assert "left out: " + str(data / "seen" / "0_before.png") in out
         assert "23 pairs" in out
 
@@ -424,7 +424,7 @@ def test_more_than_one_in_twenty_stop_it(run, tmp_path, capsys):
         run(*QUICK, "--steps", "1", data=data)
     shown = capsys.readouterr()
     assert stopped.value.code == 2 and shown.out.count("left out: ") == 2
-    assert "2 of 24 pairs cannot be read, more than one in twenty; the first: " in shown.err
+    assert "2 of 24 pairs cannot be used, more than one in twenty; the first: " in shown.err
 
 
 # --- Caches -------------------------------------------------------------------------------------------------
