@@ -22,6 +22,7 @@ Symbols: P panel size (pixels, or latent pixels); C channels. Images are RGB in 
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
 import io
 import json
@@ -497,15 +498,28 @@ def misfit(before: Image.Image, after: Image.Image) -> str:
 # --- Readers ------------------------------------------------------------------------------------------------
 
 
-def read_pairs(source: str | Path, split: str = "train") -> list[EditPair]:
+# `--columns` of every program that reads datasets.
+COLUMNS: dict[str, Any] = {
+    "nargs": 3,
+    "metavar": ("BEFORE", "AFTER", "INSTRUCTION"),
+    "help": "the dataset's names of these columns, or keys of its metadata (default: those it is known by)",
+}
+
+
+def read_pairs(
+    source: str | Path, split: str = "train", columns: Sequence[str] | None = None
+) -> list[EditPair]:
     """The edit pairs of one split of a dataset, in the first of these layouts that `source` has:
 
-    - `read_folder`: `source/<split>/metadata.jsonl`, or one in each of the split's subfolders, as
+    - `read_folder`: `source/<split>/metadata.jsonl` (or `.csv`), or one in each of the split's subfolders, as
       `make_dataset.py` writes; or `source/metadata.jsonl` (a folder that is itself a split, whatever `split`
       says);
     - `read_instruct_pix2pix`: `source/seeds.json`;
     - `read_table`: a folder of `Dataset.save_to_disk`, one with Parquet or Arrow files, whose names tell
       their splits, or a hub id `owner/name`.
+
+    columns: names of the columns of pictures before, pictures after and instructions; None for those that
+    each layout is known by.
 
     Raises DatasetError, one line, for a dataset that is missing, malformed or empty, or leads out of its
     folder: it may come from a stranger.
@@ -518,15 +532,17 @@ def read_pairs(source: str | Path, split: str = "train") -> list[EditPair]:
         folder = Path(_Inside(root).path(split))
     except ValueError as error:
         raise DatasetError(f"{source}: split {error}") from None
-    if (folder / "metadata.jsonl").is_file() or any(folder.glob("*/metadata.jsonl")):
-        pairs = read_folder(folder)
-    elif (root / "metadata.jsonl").is_file():
-        pairs = read_folder(root)
+    if any(_metadata(folder, shards) for shards in ("", "*/")):
+        pairs = read_folder(folder, columns)
+    elif _metadata(root):
+        pairs = read_folder(root, columns)
     elif (root / "seeds.json").is_file():
+        if columns:
+            raise DatasetError(f"{source}: seeds.json has no columns; leave --columns out")
         pairs = read_instruct_pix2pix(root, split)
     else:
         try:
-            pairs = read_table(_load_table(source, split))
+            pairs = read_table(_load_table(source, split), columns)
         except DatasetError as error:
             raise DatasetError(f"{source}: {error}") from None
     if not pairs:
@@ -538,36 +554,46 @@ _KEYS = ("input_file_name", "output_file_name", "instruction", "input_caption", 
 _CLASSES = ("input_classes_file_name", "output_classes_file_name")
 
 
-def read_folder(folder: str | Path) -> list[EditPair]:
+def _metadata(folder: Path, shards: str = "") -> list[Path]:
+    """The files of metadata in a folder, or in its subfolders ("*/"), in the order of these."""
+    return sorted(path for kind in ("jsonl", "csv") for path in folder.glob(f"{shards}metadata.{kind}"))
+
+
+def read_folder(folder: str | Path, columns: Sequence[str] | None = None) -> list[EditPair]:
     """One split in the ImageFolder convention: `metadata.jsonl` has one JSON object a line, an edit pair.
-    Of a key that is there twice the last counts. A line has less than 1 MiB.
+    Of a key that is there twice the last counts. A line has less than 1 MiB. `metadata.csv` has the same in a
+    table whose first row names the keys.
 
     Where the folder has no such file, its subfolders are shards, each with its own, read in the order of
     their names. The keys are `input_file_name` and `output_file_name` (relative, inside the folder that holds
-    the file), `instruction`, at will `input_caption`, `output_caption` and others. `input_classes_file_name`,
-    `output_classes_file_name` are grey pictures of 8 bits, of the pictures' size, whose levels tell what each
-    pixel shows. Raises DatasetError, which names file and line.
+    the file), `instruction`, or the three of `columns`; at will `input_caption`, `output_caption` and others.
+    `input_classes_file_name`, `output_classes_file_name` are grey pictures of 8 bits, of the pictures' size,
+    whose levels tell what each pixel shows. Raises DatasetError, which names file and line.
     """
     root = Path(folder)
-    shards = sorted(path.parent.name for path in root.glob("*/metadata.jsonl"))
-    if (root / "metadata.jsonl").is_file() or not shards:
-        shards = [""]  # the folder itself
-    return [pair for shard in shards for pair in _read_metadata(root, shard)]
+    files = _metadata(root) or _metadata(root, "*/") or [root / "metadata.jsonl"]
+    if len({file.parent for file in files}) < len(files):
+        raise DatasetError(f"{root}: metadata.jsonl and metadata.csv lie in one folder; keep one of the two")
+    return [pair for file in files for pair in _read_metadata(root, file, tuple(columns or _KEYS[:3]))]
 
 
-def _read_metadata(root: Path, shard: str) -> Iterator[EditPair]:
-    where = metadata = str(root / shard / "metadata.jsonl")
+def _read_metadata(root: Path, metadata: Path, columns: tuple[str, ...]) -> Iterator[EditPair]:
+    where, is_csv = str(metadata), metadata.suffix == ".csv"
     try:
-        _Inside(root).path(f"{shard}/metadata.jsonl".lstrip("/"))
-        inside = _Inside(root / shard)
-        for where, line in lines_of(metadata):  # noqa: B007  # what stumbles names it
-            row = _object(parse_json(line), *_KEYS[:3])
-            files = inside.path(row["input_file_name"]), inside.path(row["output_file_name"])
+        _Inside(root).path(metadata.relative_to(root).as_posix())
+        inside, known = _Inside(metadata.parent), {*columns, *_KEYS[3:], *_CLASSES}
+        lines = csv_rows(metadata) if is_csv else lines_of(metadata)
+        for where, line in lines:  # noqa: B007  # what stumbles names it
+            row = _object(line if is_csv else parse_json(line), *columns)
+            before, after, instruction = (row[key] for key in columns)
             captions = _caption(row.get("input_caption")), _caption(row.get("output_caption"))
-            extra = {key: value for key, value in row.items() if key not in (*_KEYS, *_CLASSES)}
+            extra = {key: value for key, value in row.items() if key not in known}
+            if is_csv:
+                extra = {key: _number(text) for key, text in extra.items()}
             told = all(row.get(key) for key in _CLASSES)
             classes = tuple(inside.path(row[key]) for key in _CLASSES) if told else None
-            yield EditPair(*files, _instruction(row["instruction"]), *captions, extra, classes)
+            files = inside.path(before), inside.path(after)
+            yield EditPair(*files, _instruction(instruction), *captions, extra, classes)
     except DatasetError:
         raise
     except (OSError, ValueError) as error:
@@ -609,26 +635,27 @@ def read_instruct_pix2pix(root: str | Path, split: str = "train") -> list[EditPa
     return pairs
 
 
-def read_table(table: Any) -> list[EditPair]:
+def read_table(table: Any, columns: Sequence[str] | None = None) -> list[EditPair]:
     """The rows of a `datasets.Dataset`; pictures stay encoded until they are asked for.
 
-    Columns: `original_image` or `input_image`; `edit_prompt` or `instruction`; `edited_image`; at will
-    captions, in `original_prompt` or `input_caption`, and `edited_prompt` or `output_caption`. Other
-    columns of texts and numbers go to `extra`. Raises DatasetError, which names the columns or the row.
+    Columns: `original_image`, `input_image` or `source_img`; `edited_image` or `target_img`; `edit_prompt` or
+    `instruction`; or the three of `columns`, in this order. At will captions, in `original_prompt` or
+    `input_caption`, and `edited_prompt` or `output_caption`. Other columns of texts and numbers go to
+    `extra`. Raises DatasetError, which names the columns or the row.
     """
     import datasets  # here, because it takes a second to import and only tables need it
 
     def find(*names: str) -> str | None:
         return next((name for name in names if name in table.column_names), None)
 
-    before, after = find("original_image", "input_image"), find("edited_image")
-    texts = [find("edit_prompt", "instruction")]
-    texts += [find("original_prompt", "input_caption"), find("edited_prompt", "output_caption")]
-    if not (before and after and texts[0]):
-        raise DatasetError(
-            "needs columns original_image (or input_image), edit_prompt (or instruction), edited_image; "
-            f"has {', '.join(table.column_names)}"
-        )
+    known = ("original_image", "input_image", "source_img"), ("edited_image", "target_img")
+    known = *known, ("edit_prompt", "instruction")
+    before, after, told = (find(*names) for names in ([[name] for name in columns] if columns else known))
+    texts = [told, find("original_prompt", "input_caption"), find("edited_prompt", "output_caption")]
+    if not (before and after and told):
+        needed = columns or [" or ".join(names) for names in known]
+        has = ", ".join(table.column_names)
+        raise DatasetError(f"needs columns {', '.join(needed)}; has {has}; name yours with --columns")
     encoded = datasets.Image(decode=False)
     try:
         images = [table.select_columns(name).cast_column(name, encoded) for name in (before, after)]
@@ -664,7 +691,9 @@ def _load_table(source: str | Path, split: str) -> Any:
         if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
             return _load_saved(root, split)
         if not files:
-            raise DatasetError(f"has neither {split}/metadata.jsonl nor seeds.json, Parquet or Arrow files")
+            raise DatasetError(
+                f"has neither {split}/metadata.jsonl or .csv nor seeds.json, Parquet or Arrow files"
+            )
         # Told its files, the library reads neither a card, which may name others, nor another format.
         kind, files = files[0].suffix[1:], [file for file in files if file.suffix == files[0].suffix]
         files = [str(file) for file in _of_split(files, root, split)]
@@ -861,6 +890,28 @@ def lines_of(path: str | Path) -> Iterator[tuple[str, bytes]]:
                 yield f"{path}:{number}", line
 
 
+def csv_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row of a CSV file ends, `path:number`, and its cells by their columns' names, without empty
+    ones.
+
+    Raises OSError, and DatasetError as `lines_of` and for a row of more cells than columns.
+    """
+    where = str(path)
+
+    def lines() -> Iterator[str]:
+        nonlocal where
+        for where, line in lines_of(path):  # noqa: B007  # what stumbles names it
+            yield line.decode("utf-8-sig")
+
+    try:
+        for row in csv.DictReader(lines(), strict=True):
+            if None in row:
+                raise DatasetError(f"{where}: more cells than columns")
+            yield where, {name: cell for name, cell in row.items() if cell}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DatasetError(f"{where}: {error}") from None
+
+
 def read_json(path: str | Path, most: int = _LONGEST) -> Any:
     """What a file says in JSON. Raises OSError, and ValueError for a file of `most` bytes or more too."""
     with _open(path) as file:
@@ -890,9 +941,11 @@ def parse_json(text: bytes) -> Any:
 
 
 def _object(value: Any, *needed: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
     for key in needed:
-        if not isinstance(value, dict) or key not in value:
-            raise ValueError(f"not a JSON object with the key {key!r}")
+        if key not in value:
+            raise ValueError(f"has no {key!r}, only {', '.join(map(repr, value)) or 'an empty object'}"[:400])
     return value
 
 
@@ -908,6 +961,14 @@ def _instruction(text: object) -> str:
         raise ValueError(f"an instruction of more than {LONGEST_INSTRUCTION} letters")
     text.encode()  # raises ValueError for half a surrogate pair, which no tokenizer reads
     return sys.intern(" ".join(words))  # all pairs of an instruction hold one and the same string
+
+
+def _number(text: str) -> Any:
+    """The number that a cell of a CSV file spells, or the text itself."""
+    with contextlib.suppress(ValueError):
+        value = parse_json(text.encode())
+        return value if isinstance(value, int | float) else text
+    return text
 
 
 def _caption(text: object) -> str | None:

@@ -31,6 +31,7 @@ import backbone
 from baselines import InstructPix2Pix, PromptDiffusion, SDEdit
 from checkpoint import locked, other_settings, write_whole
 from dataset import (
+    COLUMNS,
     TableImage,
     VisualPromptDataset,
     lines_of,
@@ -324,6 +325,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--backbone", default="toy", help=f"whose defaults to take: {', '.join(backbone.PRESETS)}")
     add("--data", help="dataset: a folder or a hub id (default: the preset's)")
     add("--split", default="seen")
+    add("--columns", **COLUMNS)
     add("--output", type=Path, default=Path("out/eval"), help="each split and mode gets a folder below it")
     add("--mode", nargs="+", choices=MODES, help="what is given besides the input (default: all it can take)")
     add("--told", metavar="KEY", help="another text of the metadata than the method's own, as `paraphrase`")
@@ -353,7 +355,7 @@ def run(args: argparse.Namespace) -> None:
     if strange := [mode for mode in modes if mode not in method.modes]:
         raise ValueError(f"--mode {strange[0]}: {args.method} can be given {', '.join(method.modes)} alone")
     editor = method.load(model, device=args.device, panel=preset.panel)
-    data = read_pairs(backbone.data_folder(source), args.split)
+    data = read_pairs(backbone.data_folder(source), args.split, args.columns)
     data = VisualPromptDataset(data, size=editor.panel, flip=False, seed=args.seed)
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     if strange := [name for name in given if name not in editor.settings]:

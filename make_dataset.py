@@ -56,6 +56,7 @@ import backbone
 import esm
 from checkpoint import load_checkpoint, other_settings, save_checkpoint, whole_folder, write_whole
 from dataset import (
+    COLUMNS,
     ImageError,
     lines_of,
     load_image,
@@ -650,7 +651,7 @@ def processes(name: str) -> tuple[PartialState, torch.device]:
 
 def check(args: argparse.Namespace) -> None:
     """Prints what a split holds; exits with 1 where something should be mended."""
-    pairs = read_pairs(args.data, args.split)
+    pairs = read_pairs(args.data, args.split, args.columns)
     read = {str(file) for pair in pairs for file in (pair.input, pair.output)}
     if args.sheet and os.path.realpath(args.sheet) in read:
         raise ValueError(f"--sheet {args.sheet}: would overwrite a picture that is read")
@@ -791,6 +792,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = stage.add_argument
     add("data", help="a dataset's folder")
     add("--split", default="train")
+    add("--columns", **COLUMNS)
     add("--thin", type=int, default=2, help="an instruction of fewer good pairs is too thin")
     add("--sheet", type=Path, help="write a contact sheet, PNG")
     args = parser.parse_args(argv)

@@ -57,6 +57,7 @@ from checkpoint import (
     write_whole,
 )
 from dataset import (
+    COLUMNS,
     DatasetError,
     ImageError,
     VisualPromptDataset,
@@ -95,6 +96,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", help="dataset: a folder or a hub id (default: the preset's)")
     add("--split", default="train", help="to train on")
     add("--validation-split", default="seen", help="to draw validation pictures from")
+    add("--columns", **COLUMNS)
     add("--output", type=Path, default=Path("runs/train"), help="checkpoints, pictures and the final editor")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --output")
     add("--init", help="an editor's folder whose weights to start from, instead of the U-Net's")
@@ -685,7 +687,8 @@ def note_settings(args: argparse.Namespace, processes: int) -> None:
 
 def validation_data(data: VisualPromptDataset, source: str, args: argparse.Namespace) -> VisualPromptDataset:
     try:
-        return VisualPromptDataset(read_pairs(source, args.validation_split), args.panel, False, args.seed)
+        pairs = read_pairs(source, args.validation_split, args.columns)
+        return VisualPromptDataset(pairs, args.panel, False, args.seed)
     except DatasetError as error:
         print(f"validation pictures are drawn from --split {args.split}: {error}", flush=True)
         return data
@@ -740,7 +743,8 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack) -> N
     torch.manual_seed(args.seed)
     with accelerator.main_process_first():  # the first process computes, the others find it cached
         source = backbone.data_folder(args.data)
-        data = VisualPromptDataset(read_pairs(source, args.split), args.panel, args.flip, args.seed)
+        pairs = read_pairs(source, args.split, args.columns)
+        data = VisualPromptDataset(pairs, args.panel, args.flip, args.seed)
         sd = backbone.load_stable_diffusion(args.stable_diffusion, device)
         if args.panel % (unit := backbone.vae_factor(sd.vae)):
             raise ValueError(f"--panel {args.panel}: give a multiple of {unit}, as the autoencoder needs")

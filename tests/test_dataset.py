@@ -1,9 +1,11 @@
 """dataset.py: grids, pictures of every mode, the three readers with what they must refuse, and the draws."""
 
+import csv
 import json
 import logging
 import os
 import random
+import shutil
 import zlib
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader
 
 import dataset as ds
+import evaluate
 from facts import readable
 
 torch.set_num_threads(1)
@@ -441,6 +444,68 @@ def test_datasets_reads_our_folder(tmp_path, monkeypatch):
     assert table[1]["output"].tobytes() == ds.load_image(ds.read_pairs(tmp_path / "data")[1].output).tobytes()
 
 
+@pytest.mark.parametrize("shards", ["", "one", "two"])
+def test_metadata_csv_is_read_as_jsonl(tmp_path, monkeypatch, shards):
+    """As the `datasets` library reads it, too."""
+    words = [*WORDS[:-1], 'say "cheese",\nloudly', "2024", "2024"]
+    folder = make_folder(tmp_path / "data", words)
+    wanted = ds.read_pairs(tmp_path / "data")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows[0] |= {"ratio": 0.5, "note": "of a barn"}
+    wanted[0].extra |= {"ratio": 0.5, "note": "of a barn"}
+    (folder / "metadata.jsonl").unlink()
+    with open(folder / "metadata.csv", "w", encoding="utf-8-sig", newline="") as file:
+        table = csv.DictWriter(file, rows[0].keys())
+        table.writeheader()
+        table.writerows(rows)
+    assert ds.read_pairs(tmp_path / "data") == ds.read_pairs(folder) == wanted
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    theirs = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "data"), split="train")
+    assert theirs[5]["output"].tobytes() == ds.load_image(wanted[5].output).tobytes()
+    (folder / "metadata.jsonl").write_text("")
+    with pytest.raises(ds.DatasetError, match="lie in one folder; keep one of the two"):
+        ds.read_pairs(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("input_file_name,instruction\na.png,x\n", "2: has no 'output_file_name', only 'input_file_name'"),
+        ("input_file_name,output_file_name,instruction\na.png,b.png,\n", "2: has no 'instruction'"),
+        ("input_file_name,output_file_name,instruction\na.png,b.png,x,y\n", "2: more cells than columns"),
+        ('input_file_name,output_file_name,instruction\na.png,b.png,"x\n', "2: unexpected end of data"),
+        ("input_file_name,output_file_name,instruction\n../a.png,b.png,x\n", "2: .* not a relative path"),
+        ("input_file_name,output_file_name,instruction\na.png,b.png,\udcff\n", "2: .*utf-8"),
+        ("a" * (1 << 20), "1: a line of"),
+        ("input_file_name,output_file_name,instruction\n", "split 'train' is empty"),
+        ("", "split 'train' is empty"),
+    ],
+)
+def test_a_bad_row_of_csv_is_named(tmp_path, text, reason):
+    (tmp_path / "metadata.csv").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ds.DatasetError, match=reason) as caught:
+        ds.read_pairs(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_by_other_names_in_folders(tmp_path):
+    folder = make_folder(tmp_path)
+    wanted = ds.read_folder(folder)
+    text = (folder / "metadata.jsonl").read_text()
+    for ours, theirs in (
+        ("input_file_name", "source"),
+        ("output_file_name", "target"),
+        ("instruction", "wish"),
+    ):
+        text = text.replace(f'"{ours}"', f'"{theirs}"')
+    (folder / "metadata.jsonl").write_text(text)
+    assert ds.read_pairs(tmp_path, columns=["source", "target", "wish"]) == wanted
+    with pytest.raises(ds.DatasetError, match="1: has no 'input_file_name', only 'source', 'target', 'wish'"):
+        ds.read_pairs(tmp_path)
+    with pytest.raises(ds.DatasetError, match="1: has no 'edited', only 'source', 'target', 'wish'"):
+        ds.read_pairs(tmp_path, columns=["source", "edited", "wish"])
+
+
 def make_instruct_pix2pix(root, prompts: int = 10):
     listing = []
     for k in range(prompts):
@@ -476,7 +541,7 @@ def test_instruct_pix2pix_reader(tmp_path):
         ('[["../x", ["1"]]]', "{}", "seeds.json: '../x/prompt.json' is not a relative path"),
         ('[["b", ["1"]]]', "{}", "b/prompt.json: No such file"),
         ('[["a", ["/../../1"]]]', '{"edit": "e"}', "prompt.json: .* is not a relative path"),
-        ('[["a", ["1"]]]', '{"input": "e"}', "a/prompt.json: not a JSON object with the key 'edit'"),
+        ('[["a", ["1"]]]', '{"input": "e"}', "a/prompt.json: has no 'edit'"),
         ('[["a", ["1"]]]', '{"edit": 3}', "a/prompt.json: the instruction is empty"),
         ("[]", "{}", "is empty"),
     ],
@@ -512,6 +577,30 @@ def test_table_reader(names):
     ]
     assert ds.load_image(pairs[2].output).tobytes() == picture((16, 16), 6).tobytes()
     assert len(ds.VisualPromptDataset(pairs, 8)) == 4
+
+
+def test_tables_of_magic_brush_and_of_any_names(tmp_path):
+    plain = ds.read_table(make_table("original_image", "instruction"))
+    table = make_table("original_image", "instruction", mask_img=["x"] * 4, turn_index=["1"] * 4)
+    magic_brush = table.rename_columns({"original_image": "source_img", "edited_image": "target_img"})
+    pairs = ds.read_table(magic_brush)
+    assert [p.instruction for p in pairs] == ["a", "a", "b", "b"] and pairs[0].extra["turn_index"] == "1"
+    for pair, known in zip(pairs, plain):
+        assert ds.load_image(pair.input).tobytes() == ds.load_image(known.input).tobytes()
+        assert ds.load_image(pair.output).tobytes() == ds.load_image(known.output).tobytes()
+    other = table.rename_columns({"original_image": "x", "edited_image": "y", "instruction": "z"})
+    with pytest.raises(
+        ds.DatasetError, match=r"needs columns .* has x, z, y, mask_img, turn_index; .*--columns"
+    ):
+        ds.read_table(other)
+    with pytest.raises(ds.DatasetError, match="needs columns x, yy, z; has x, z, y"):
+        ds.read_table(other, ["x", "yy", "z"])
+    (tmp_path / "data").mkdir()
+    other.to_parquet(str(tmp_path / "data/train.parquet"))
+    swapped = ds.read_pairs(tmp_path, columns=["y", "x", "z"])  # the order says which is which
+    assert [pair.instruction for pair in swapped] == ["a", "a", "b", "b"]
+    assert ds.load_image(swapped[1].input).tobytes() == ds.load_image(plain[1].output).tobytes()
+    assert ds.load_image(swapped[1].output).tobytes() == ds.load_image(plain[1].input).tobytes()
 
 
 def test_tables_on_disk(tmp_path, monkeypatch):
@@ -800,6 +889,22 @@ def test_a_pair_of_two_frames_is_named_and_left_out_of_training(tmp_path, capsys
     assert kept.pairs == data.pairs[:7] + data.pairs[8:]
 
 
+def test_columns_reach_training_and_evaluation(parts, run, tmp_path, capsys):
+    data, columns = tmp_path / "data", ("--columns", "source_img", "target_img", "wish")
+    shutil.copytree(parts / "data", data)
+    for metadata in data.glob("*/metadata.jsonl"):
+        rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+        keys = ("input_file_name", "output_file_name", "instruction")
+        lines = [columns[1:], *([row[key] for key in keys] for row in rows)]
+        metadata.with_suffix(".csv").write_text("\n".join(map(",".join, lines)))
+        metadata.unlink()
+    run("--no-liu", "--steps", "1", *columns, data=data)
+    assert "validation pictures are drawn from" not in capsys.readouterr().out  # its split is read, too
+    few = "--count", "2", "--steps", "1", "--device", "cpu", "--output", str(tmp_path / "eval")
+    evaluate.main([str(tmp_path / "run" / "editor"), "--data", str(data), *few, *columns])
+    assert "2 answers in" in capsys.readouterr().out
+
+
 def test_the_module_runs_alone(capsys):
     ds._demo()
     assert "split_grid gives the four panels back: True" in capsys.readouterr().out
@@ -819,7 +924,7 @@ def test_a_split_of_shards_is_read_as_one(tmp_path):
     assert [pair.instruction for pair in pairs] == ["a"] * 3 + ["b"] * 2
     assert pairs[0].input == os.path.realpath(tmp_path / "train" / "a" / "0.png")
     (tmp_path / "train" / "b" / "metadata.jsonl").write_text("{}\n")
-    with pytest.raises(ds.DatasetError, match=r"train/b/metadata\.jsonl:1: not a JSON object with the key"):
+    with pytest.raises(ds.DatasetError, match=r"train/b/metadata\.jsonl:1: has no 'input_file_name'"):
         ds.read_pairs(tmp_path, "train")
     # A split that is not there is not made of the others.
     with pytest.raises(ds.DatasetError, match=r"has neither seen/metadata\.jsonl"):

@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_liu import byte_tokenizer, tiny_llama
 
 import backbone
@@ -537,6 +539,28 @@ def test_check_finds_what_is_broken_double_unchanged_and_thin(painted, tmp_path,
     assert "broken files: 3" in printed and f"{one[1].input}: not a picture" in printed
     assert "pairs without a change: 1" in printed and "pairs there twice: 1" in printed
     assert f"instructions of fewer than 2 good pairs: 1\n    {one[0].instruction}" in printed
+
+
+def test_check_names_pairs_of_two_frames_and_reads_columns_of_any_name(tmp_path, program):
+    folder, rng = tmp_path / "data", np.random.default_rng(0)
+    folder.mkdir()
+    rows, exif = ["source,target,wish"], Image.Exif()
+    exif[0x0112] = 6
+    for k in range(5):
+        for name in ("in", "out"):
+            pixels = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{k}_{name}.png")
+        rows.append(f"{k}_in.png,{k}_out.png,make it night")
+    Image.open(folder / "1_out.png").resize((24, 12)).save(folder / "1_out.png")
+    Image.open(folder / "2_out.png").save(folder / "2_out.png", exif=exif)
+    Image.open(folder / "3_out.png").resize((8, 6)).save(folder / "3_out.png")  # of one frame
+    (folder / "metadata.csv").write_text("\n".join(rows))
+    code, printed = program(make_dataset, "check", folder, "--columns", "source", "target", "wish")
+    assert code == 1 and "pairs of two frames: 2\n" in printed
+    assert f"{folder / '1_out.png'}: 24 × 12 pixels, where the picture before has 16 × 12" in printed
+    assert f"{folder / '2_out.png'}: 12 × 16 pixels, where the picture before has 16 × 12" in printed
+    assert "good pairs of each            3 to 3" in printed
+    assert program(make_dataset, "check", folder)[0] == 2
 
 
 # --- All of it, in small ------------------------------------------------------------------------------------
