@@ -1,35 +1,26 @@
 """Contribution 1 of InstructGIE: the Reformed Conditional Latent Diffusion Model (RCLDM).
 
-What it is. The visual prompt is one picture: a 2×2 grid with an example pair above and the query below, whose
-answer panel is grey. To read the edit off the example, the network must relate panels that lie half an image
-apart. A convolution sees a neighbourhood; a transformer pays with the square of the area. The paper puts
-VMamba, whose effective receptive field is the whole grid at linear cost, into ControlNet (its section on
-RCLDM, its architecture figure, and its figure of effective receptive fields):
+The visual prompt is a 2×2 grid: an example pair above, the query and its grey answer panel below. To read the
+edit off the example, the network must relate panels that lie half an image apart. [paper] So ControlNet gets
+VMamba, whose effective receptive field is the whole grid at linear cost (its section on RCLDM). [figure]
 
     condition grid → VisualPromptEncoder → + → trainable copy of the U-Net's encoder → ZeroVMamba links
                         (0 at the start)   ↑                                            (0 at the start)
                                      noisy latents            frozen U-Net's skip features + residuals ↲
 
-The one equation that matters is the selective state space model of Mamba (Gu and Dao, 2023), run over the
-pixels in four orders (VMamba; Liu et al., 2024). Per channel, with a state h of N numbers:
+VMamba (Liu et al., 2024) runs Mamba's selective state space model (Gu and Dao, 2023) over the pixels in four
+orders. Each channel keeps a state h of N numbers; Δ, B and C are read off the input:
 
-    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t       A < 0: the state forgets, and takes in what it meets.
-    y_t = C_t · h_t + D u_t                      Δ, B and C are read off the input: it decides what is kept.
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t        y_t = C_t · h_t + D u_t        A < 0: the state forgets
 
-Reading order: 1. the scan; 2. four orders over an image; 3. the VMamba block; 4. Zero-VMamba; 5. the visual
-prompt encoder and its rival; 6. RCLDM. `python rcldm.py` prints a small worked example.
-
-Shapes: B batch · C image channels · H, W height, width · L = H·W length of a scan · D channels of a scan
-        K = 4 directions, groups G to the scan · P = D/G channels, which share one B and C
-        N numbers of state per channel · R rank of Δ · T steps held in memory at once
-B, C and D are Mamba's parameters as well, as in its paper; a shape always stands in brackets.
+Shapes: B batch · C image channels · H, W height, width · L = H·W length of a scan · K = 4 directions
+        D channels of a scan · G groups of P = D/G channels, which share B and C · R rank of Δ
+B, C and D are Mamba's parameters as well; a shape always stands in brackets. `python rcldm.py`: an example.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -41,420 +32,83 @@ from torch import Tensor, nn
 
 # -------- 1. The selective scan ---------------------------------------------------------------------
 
-BACKENDS = ("auto", "reference", "chunked", "numba", "triton", "mamba-ssm")
-KERNELS = {"cpu": ("numba",), "cuda": ("mamba-ssm", "triton")}  # the first that runs is the best
-
 
 def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    """The recurrence at the head of this file along the last axis, with the shapes of mamba-ssm.
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """The recurrence above along the last axis, with mamba-ssm's shapes. Returns y, of u's shape and dtype.
 
-    Args:
-        u: input (B, D, L), or split into its groups (B, G, P, L); float32, float64, bfloat16 or float16.
-        delta: step sizes Δ, of u's shape; any numbers with `delta_softplus`, else they should be ≥ 0.
-        A: decay rates (D, N), real, < 0 for a state that forgets.
-        B, C: input and output weights (B, G, N, L), or (B, N, L) for one group. G divides D; the channels
-            g·P … (g+1)·P - 1 share row g.
-        D: weight of the direct path (D,), or None.
-        delta_bias: added to Δ before the softplus (D,), or None.
-        delta_softplus: Δ ← log(1 + exp(Δ + bias)), which makes every step positive.
-        backend: "reference" (the recurrence as written, the specification of the others), "chunked" (plain
-            PyTorch, little memory), "numba" (scan_numba.py, for a CPU), "triton" (scan_triton.py, for a GPU),
-            "mamba-ssm" (its CUDA kernel), or "auto" (see `scan_backend`).
-
-    Returns:
-        y, of u's shape and dtype. The state is float32 whatever the inputs are (float64 for a float64 u).
-
-    Raises:
-        ValueError: an unknown backend, or shapes that do not fit.
-        RuntimeError: "numba", "triton" and "mamba-ssm" where they cannot run; differentiating twice through
-            any but "reference".
+    u, delta (B, D, L) or (B, G, P, L); A (D, N); B, C (B, G, N, L) or (B, N, L); D, delta_bias (D,) or None.
+    Δ is delta + delta_bias, and with `delta_softplus` log(1 + exp(·)) of that, which is always positive.
+    backend: "reference", which is the specification and stands here, or one of kernels/ ("auto": the fastest
+    that runs). The state is float32, for a float64 u float64. Raises: see `kernels.fast_scan`.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    B, C = (w.unsqueeze(1) if w.dim() == 3 else w for w in (B, C))
-    _check_shapes(u, delta, A, B, C, D, delta_bias)
-    if backend == "auto":
-        backend, _ = scan_backend(u)
-    elif backend not in ("reference", "chunked"):
-        _check_kernel(backend, u)
-    if backend == "mamba-ssm":
-        return _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    if backend != "reference":
+        from kernels import fast_scan
 
-    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
-    groups = B.shape[1]
-    in_groups = u.dim() == 4
-    if not in_groups:
-        u, delta = (x.unflatten(1, (groups, -1)) for x in (u, delta))  # (B, G, P, L)
-    A, B, C = A.to(wide), B.to(wide), C.to(wide)
-    D, delta_bias = (A.new_zeros(len(A)) if x is None else x.to(wide) for x in (D, delta_bias))
-    scans = {"reference": _scan_reference, "chunked": _scan_chunked}
-    scans |= {"numba": _scan_numba, "triton": _scan_triton}
-    y = scans[backend](u, delta, A, B, C, D, delta_bias, delta_softplus)
-    return y if in_groups else y.flatten(1, 2)
-
-
-def scan_backend(u: Tensor) -> tuple[str, str]:
-    """The backend that "auto" takes for an input like `u`, and why, in words."""
-    here, errors = f"the tensors are on {u.device.type}", []
-    if u.dtype == torch.float64:
-        return "chunked", "the kernels have no float64"
-    for backend in KERNELS.get(u.device.type, ()):
-        if (error := kernel_error(backend)) is None:
-            return backend, "; ".join([f"{here} and {backend}'s kernel runs", *errors])
-        errors.append(f"{backend}'s does not ({error})")
-    return "chunked", "; ".join([here, *(errors or ["for which there is no kernel"])])
-
-
-@torch.compiler.disable
-@lru_cache
-def kernel_error(backend: str) -> str | None:
-    """Why the kernel of a backend in `KERNELS` cannot be used here, in one line; None where it can."""
-    try:
-        if backend == "numba":
-            import scan_numba  # noqa: F401
-        elif backend == "triton":  # needs a C compiler at its first launch: only a trial can tell
-            with torch.inference_mode(False), torch.enable_grad():
-                _try_triton()
-        else:
-            # The extension itself comes first: newer mamba-ssm imports well without it.
-            import selective_scan_cuda  # noqa: F401
-            from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: F401
-    except Exception as error:  # an extension built for another torch fails with more than ImportError
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None
-
-
-def _try_triton() -> None:
-    """A small scan and its gradients, for each number of states that an RCLDM has by default; raises a
-    RuntimeError where they are not those of "chunked"."""
-    for states in (1, 4):
-        g = torch.Generator().manual_seed(0)
-        sizes = (2, 2, 8, 300), (2, 2, 8, 300), (16, states), (2, 2, states, 300), (2, 2, states, 300), (16,)
-        inputs = [torch.rand(size, generator=g).cuda() for size in sizes]
-        inputs[2].neg_()
-        inputs = [x.requires_grad_() for x in (*inputs, torch.rand(16, generator=g).cuda())]
-        results = []
-        for scan in (_scan_triton, _scan_chunked):
-            y = scan(*inputs, True)
-            results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
-        for ours, expected in zip(*results):
-            if not (ours - expected).norm() <= 1e-4 * expected.norm():
-                raise RuntimeError("it computes something else than it should")
-
-
-def _check_kernel(backend: str, u: Tensor) -> None:
-    """One clear RuntimeError where a kernel was asked for that cannot run."""
-    device = next(device for device, backends in KERNELS.items() if backend in backends)
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if u.device.type != device and not interpreted:
-        wanted = f"needs {device.upper()} tensors, got {u.device.type}"
-        raise RuntimeError(f'backend "{backend}" {wanted}; "auto" takes one that runs')
-    if u.dtype == torch.float64:
-        raise RuntimeError(f'backend "{backend}" has no float64; "chunked" has')
-    if not interpreted and (error := kernel_error(backend)) is not None:
-        means = {
-            "numba": "Numba (requirements.txt)",
-            "triton": "Triton and a C compiler (requirements-cuda.txt)",
-            "mamba-ssm": "mamba-ssm's CUDA extension (requirements-cuda.txt)",
-        }
-        raise RuntimeError(f'backend "{backend}" needs {means[backend]}: {error}')
-
-
-def _check_shapes(u, delta, A, B, C, D, delta_bias) -> None:
-    """One clear ValueError instead of an accident of broadcasting."""
-    if u.dim() not in (3, 4) or u.shape != delta.shape or u.shape[-1] == 0:
-        raise ValueError(
-            f"u and delta must both be (B, D, L) with L ≥ 1, got {(*u.shape,)} and {(*delta.shape,)}"
-        )
-    batch, length, channels = u.shape[0], u.shape[-1], math.prod(u.shape[1:-1])
-    if A.dim() != 2 or len(A) != channels or A.is_complex():
-        raise ValueError(f"A must be real and (D, N) with D = {channels}, got {(*A.shape,)}, {A.dtype}")
-    groups = B.shape[1] if B.dim() == 4 else 0
-    if groups == 0 or channels % groups or not (B.shape == C.shape == (batch, groups, A.shape[1], length)):
-        wanted = f"({batch}, G, {A.shape[1]}, {length}) with G a divisor of {channels}"
-        raise ValueError(f"B and C must both be (B, G, N, L) = {wanted}, got {(*B.shape,)} and {(*C.shape,)}")
-    if u.dim() == 4 and u.shape[1] != B.shape[1]:
-        raise ValueError(f"u is split into {u.shape[1]} groups, B and C into {B.shape[1]}")
-    for name, w in (("D", D), ("delta_bias", delta_bias)):
-        if w is not None and w.shape != (channels,):
-            raise ValueError(f"{name} must be ({channels},), got {(*w.shape,)}")
-
-
-def _scan_reference(u, delta, A, B, C, D, bias, softplus) -> Tensor:
-    """The specification: the recurrence line by line, with autograd through every step. u, Δ (B, G, P, L)."""
-    dtype, u, delta = u.dtype, u.to(A.dtype), _step_sizes(delta, bias, softplus)
-    A, D = A.view(*u.shape[1:3], -1), D.view(*u.shape[1:3], 1)  # (G, P, N), (G, P, 1)
-    h = u.new_zeros(len(u), *A.shape)  # (B, G, P, N)
-    ys = []
+        return fast_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, backend)
+    wide, groups = torch.promote_types(u.dtype, torch.float32), B.shape[1] if B.dim() == 4 else 1
+    x, delta = (v.to(wide).reshape(len(v), groups, -1, 1, v.shape[-1]) for v in (u, delta))  # (B, G, P, 1, L)
+    B, C = (w.to(wide).reshape(len(w), groups, 1, *w.shape[-2:]) for w in (B, C))  # (B, G, 1, N, L)
+    A = A.to(wide).unflatten(0, (groups, -1))  # (G, P, N)
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(wide).view(groups, -1, 1, 1)
+    if delta_softplus:
+        delta = F.softplus(delta)
+    h, ys = torch.zeros_like(A), []
     # unbind, not indexing: the gradient of x[..., t] is a tensor as large as x, at every step.
-    for u_t, delta_t, B_t, C_t in zip(*(x.unbind(-1) for x in (u, delta, B, C))):
-        u_t, delta_t, B_t, C_t = u_t[..., None], delta_t[..., None], B_t[:, :, None], C_t[:, :, None]
-        h = torch.exp(delta_t * A) * h + delta_t * B_t * u_t
+    for u_t, delta_t, B_t, C_t in zip(*(v.unbind(-1) for v in (x, delta, B, C))):
+        h = torch.exp(delta_t * A) * h + delta_t * B_t * u_t  # (B, G, P, N)
         ys.append((C_t * h).sum(-1))
-    return (torch.stack(ys, dim=-1) + D * u).to(dtype)
-
-
-@torch.compiler.disable
-def _scan_numba(u, delta, A, B, C, D, bias, softplus, order: Tensor | None = None) -> Tensor:
-    """order (G, L): where along L a group reads u, and writes y, at each step; else one after the other.
-    With it, u (B, 1, P, L) may be all groups' u; y, of its shape, is then their sum."""
-    from scan_numba import scan
-
-    groups, length = B.shape[1], u.shape[3]
-    if order is None:
-        order = torch.arange(length).expand(groups, -1)
-    u_, delta, B, C = (x.permute(1, 0, 3, 2).float() for x in (u, delta, B, C))  # (·, B, L, ·)
-    A, D, bias = (w.float().unflatten(0, (groups, -1)) for w in (A, D, bias))
-    y = scan(u_, delta, A.mT, B, C, D, bias, softplus, order)
-    return y.permute(1, 0, 3, 2).to(u.dtype)
-
-
-@torch.compiler.disable
-def _scan_triton(u, delta, A, B, C, D, bias, softplus) -> Tensor:
-    from scan_triton import TritonScan
-
-    return TritonScan.apply(u, _step_sizes(delta, bias, softplus), A, B, C, D)
-
-
-def _step_sizes(delta: Tensor, bias: Tensor, softplus: bool) -> Tensor:
-    """Δ (B, G, P, L) in the bias's dtype. It has no N axis: autograd may as well do its part."""
-    delta = delta.to(bias.dtype) + bias.view(*delta.shape[1:3], 1)
-    return F.softplus(delta) if softplus else delta
-
-
-def _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
-    """mamba-ssm's CUDA kernel: one dtype for u, Δ, B and C, float32 for the rest, length innermost."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    shape = u.shape
-    u, delta = (x.reshape(len(x), -1, x.shape[-1]) for x in (u, delta))  # (B, D, L)
-    u, delta, B, C = (x.to(u.dtype).contiguous() for x in (u, delta, B, C))
-    A, D, delta_bias = (None if x is None else x.float().contiguous() for x in (A, D, delta_bias))
-    return selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus).view(shape)
-
-
-@torch.compiler.disable  # it would unroll the loops over time, and compile for many minutes
-def _scan_chunked(u: Tensor, delta: Tensor, *more: Tensor | bool) -> Tensor:
-    return _ChunkedScan.apply(_channels_innermost(u), _channels_innermost(delta), *more)
-
-
-def _channels_innermost(x: Tensor) -> Tensor:
-    """x (B, G, P, L), in memory as SS2D below has it: otherwise every step of the channels is far apart."""
-    return x if x.stride(2) == 1 else x.mT.contiguous().mT
-
-
-class _ChunkedScan(torch.autograd.Function):
-    """The same recurrence, T steps at a time. u, Δ (B, G, P, L).
-
-    All states together would be (L, B, D, N), N times the input and more than anything else in the network.
-    Only T of them exist at any moment, T being ½√L or more: the forward pass keeps the state that enters
-    each chunk of T steps, and the backward pass, going from the last chunk to the first, computes a chunk's
-    states again. Inside a chunk everything but the recurrence itself is one operation over all T steps.
-    Nothing is divided by a decay and no exponents add up, so it is as exact and stable as the recurrence,
-    at any length and decay.
-
-    Buffers are (T, B, G, N, P): a step is one contiguous block, and B_t, C_t broadcast along P.
-    """
-
-    @staticmethod
-    def forward(ctx, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor,
-                softplus: bool) -> Tensor:  # fmt: skip
-        y = torch.empty_like(u)  # in memory as u is
-        u_, delta_, y_, A_, B_, C_, D_, bias_ = _time_first(u, delta, y, A, B, C, D, bias)
-        h = A.new_zeros(len(u), *A_.shape)  # (B, G, N, P)
-        entering = []
-        steps = _steps_at_once(u, A)
-        space = A.new_empty(3, steps + 1, *h.shape)
-        for t in range(0, len(u_), steps):
-            now = slice(t, t + steps)
-            entering.append(h)
-            u_t, delta_t = u_[now].to(A.dtype), delta_[now] + bias_
-            delta_t = F.softplus(delta_t) if softplus else delta_t
-            _, _, hs, free = _states(h, u_t, delta_t, A_, B_[now], space)
-            y_[now] = _sum_states(C_[now], hs[1:], free).addcmul_(D_, u_t)
-            h = hs[-1].clone()
-        ctx.softplus = softplus
-        ctx.save_for_backward(u, delta, A, B, C, D, bias, torch.stack(entering))
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_ChunkedScanGradient.apply(_channels_innermost(dy), ctx.softplus, *ctx.saved_tensors), None
-
-
-class _ChunkedScanGradient(torch.autograd.Function):
-    """The gradients of `_ChunkedScan`; a function of its own, so that a second derivative can be refused."""
-
-    @staticmethod
-    def forward(ctx, dy, softplus, u, delta, A, B, C, D, bias, entering) -> tuple[Tensor, ...]:
-        """The gradient by h_t runs through the same recurrence: g_t = C_t dy_t + exp(Δ_{t+1} A) g_{t+1}."""
-        du, ddelta, dB, dC = (torch.empty_like(x) for x in (u, delta, B, C))
-        u_, delta_, dy_, A_, B_, C_, D_, bias_ = _time_first(u, delta, dy, A, B, C, D, bias)
-        du_, ddelta_, _, _, dB_, dC_, _, _ = _time_first(du, ddelta, dy, A, dB, dC, D, bias)
-        dA_, dD_, dbias_ = (torch.zeros_like(x) for x in (A_, D_, bias_))
-        g = torch.zeros_like(entering[0])  # what the steps after this chunk say of its last state
-        steps = _steps_at_once(u, A)
-        space = A.new_empty(3, steps + 1, *g.shape)
-        for i in reversed(range(len(entering))):
-            now = slice(i * steps, (i + 1) * steps)
-            u_t, dy_t = u_[now].to(A.dtype), dy_[now].to(A.dtype)
-            raw, B_t, C_t = delta_[now] + bias_, B_[now], C_[now]
-            delta_t = F.softplus(raw) if softplus else raw
-            a, x, hs, gs = _states(entering[i], u_t, delta_t, A_, B_t, space)  # gs is only room as yet
-            dC_[now] = torch.mul(hs[1:], dy_t, out=gs).sum(-1, keepdim=True)
-            torch.mul(C_t, dy_t, out=gs)
-            gs[-1] += g
-            _recur_(a[1:], gs[:-1], gs[-1], reverse=True)
-            g = a[0] * gs[0]
-
-            dlog_a, free = a.mul_(gs).mul_(hs[:-1]), hs[1:]  # by ΔA
-            dB_[now] = torch.mul(gs, x, out=free).sum(-1, keepdim=True)
-            dD_ += (dy_t * u_t).sum((0, 1))
-            dx = _sum_states(B_t, gs, free)  # by Δu
-            du_[now] = torch.addcmul(dx * delta_t, D_, dy_t)
-            draw = _sum_states(A_, dlog_a, free).addcmul_(dx, u_t)  # by Δ
-            if softplus:
-                draw *= raw.sigmoid_()
-            ddelta_[now] = draw
-            dbias_ += draw.sum((0, 1))
-            dA_ += dlog_a.mul_(delta_t).sum((0, 1))
-        return du, ddelta, dA_.mT.reshape(A.shape), dB, dC, dD_.flatten(), dbias_.flatten()
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise RuntimeError('the scan\'s backend "chunked" cannot be differentiated twice; "reference" can')
-
-
-def _steps_at_once(u: Tensor, A: Tensor) -> int:
-    """T: ½√L, where the chunks' states and the states between chunks take the least memory, or more while
-    those of a chunk, and what else it needs, fit into the cache (CPU) or it takes them to fill a GPU.
-    """
-    states = (2**24 if u.is_cuda else 2**19) // (len(u) * len(A) * max(4, A.shape[1]))
-    return min(u.shape[-1], max(math.isqrt(u.shape[-1] - 1) // 2 + 1, states))
-
-
-def _time_first(u, delta, y, A, B, C, D, bias) -> tuple[Tensor, ...]:
-    """Views that broadcast to (L, B, G, N, P).
-
-    u, Δ, y (L, B, G, 1, P); A (G, N, P); B, C (L, B, G, N, 1); D, bias (G, 1, P).
-    """
-    u, delta, y = (x.permute(3, 0, 1, 2).unsqueeze(3) for x in (u, delta, y))
-    groups, channels = u.shape[2], u.shape[4]
-    A = A.view(groups, channels, -1).mT.contiguous()
-    B, C = (w.permute(3, 0, 1, 2).unsqueeze(4) for w in (B, C))
-    return u, delta, y, A, B, C, D.view(groups, 1, channels), bias.view(groups, 1, channels)
-
-
-def _states(h: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, space: Tensor) -> tuple[Tensor, ...]:
-    """T steps from the state h (B, G, N, P).
-
-    Returns exp(Δ_t A) (T, B, G, N, P), Δ_t u_t (T, B, G, 1, P), the states h, h_1, …, h_T (T+1, B, G, N, P),
-    and room for as much as the first. All but the second lie in `space`, which is used again for each chunk:
-    to be given new pages for every operation takes longer than most of them.
-    """
-    a, hs, free = space[0, : len(u)], space[1, : len(u) + 1], space[2, : len(u)]
-    torch.mul(delta, A / math.log(2), out=a).exp2_()  # a CPU takes 2^x in a third of the time of e^x
-    x = delta * u
-    torch.mul(x, B, out=hs[1:])
-    hs[0] = h
-    _recur_(a, hs[1:], h)
-    return a, x, hs, free
-
-
-def _recur_(a: Tensor, b: Tensor, h: Tensor, reverse: bool = False) -> None:
-    """b_t ← h_t with h_t = a_t h_{t-1} + b_t, in place along the first axis; from its end with `reverse`."""
-    steps = list(zip(a.unbind(0), b.unbind(0)))
-    for a_t, b_t in reversed(steps) if reverse else steps:
-        h = b_t.addcmul_(a_t, h)
-
-
-def _sum_states(w: Tensor, x: Tensor, free: Tensor) -> Tensor:
-    """Σ_n w x: (…, N, 1 or P), (…, N, P) → (…, 1, P). free: memory of x's shape, to be spoilt."""
-    return w * x if x.shape[-2] == 1 else torch.mul(w, x, out=free).sum(-2, keepdim=True)
+    y = torch.stack(ys, dim=-1)  # (B, G, P, L)
+    if D is not None:
+        y = y + D.to(wide).view(groups, -1, 1) * x[:, :, :, 0]
+    return y.reshape(u.shape).to(u.dtype)
 
 
 # -------- 2. Four orders over an image --------------------------------------------------------------
 
 
-@lru_cache(maxsize=64)
-def _scan_order(height: int, width: int, device: torch.device) -> Tensor:
-    """(4, L): the pixel that direction k reads at step t."""
-    with torch.inference_mode(False):  # the cache outlives its first caller, who may be in inference mode
-        rows = torch.arange(height * width, device=device)
-        columns = rows.view(height, width).T.flatten()
-        return torch.stack([rows, columns, rows.flip(0), columns.flip(0)])
-
-
-class _CrossScan(torch.autograd.Function):
-    """(B, L, C) → (4, B, L, C): four gathers of whole channel rows. Its gradient is `_CrossMerge`."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, height: int, width: int) -> Tensor:
-        ctx.size = height, width
-        xs = x.new_empty(4, *x.shape)
-        for one, pixel in zip(xs, _scan_order(height, width, x.device)):
-            torch.index_select(x, 1, pixel, out=one)
-        return xs
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        return _CrossMerge.apply(dy, *ctx.size), None, None
-
-
-class _CrossMerge(torch.autograd.Function):
-    """(4, B, L, C) → (B, L, C): each pixel sums its four scans. Its gradient is `_CrossScan`."""
-
-    @staticmethod
-    def forward(ctx, ys: Tensor, height: int, width: int) -> Tensor:
-        ctx.size = height, width
-        rows, columns = (ys[k] + ys[k + 2].flip(1) for k in (0, 1))  # a scan, and the one back
-        rows.unflatten(1, (height, width)).add_(columns.unflatten(1, (width, height)).transpose(1, 2))
-        return rows
-
-    @staticmethod
-    def backward(ctx, dx: Tensor):
-        return _CrossScan.apply(dx, *ctx.size), None, None
-
-
-def _as_scanned(x: Tensor) -> Tensor:
-    """(4, B, H, W, C), of each pixel for each direction → (4, B, L, C), in the order of that direction."""
-    rows, columns, rows_back, columns_back = x.unbind(0)  # an index's gradient is as large as x, each time
+def _in_scan_order(x: Tensor) -> Tensor:
+    """An image for each direction, (4, B, H, W, C) → (4, B, L, C): rows, columns, and both from the end."""
+    rows, columns, rows_back, columns_back = x.unbind(0)
     rows, rows_back = rows.flatten(1, 2), rows_back.flatten(1, 2)
     columns, columns_back = (c.transpose(1, 2).flatten(1, 2) for c in (columns, columns_back))
     return torch.stack([rows, columns, rows_back.flip(1), columns_back.flip(1)])
 
 
 def cross_scan(x: Tensor) -> Tensor:
-    """An image as four sequences: by rows, by columns, and both from the end (VMamba's order).
+    """An image as four sequences, in VMamba's orders: (B, C, H, W) → (B, 4, C, H·W).
 
-    x (B, C, H, W) → (B, 4, C, H·W). In memory the channels are innermost, as the scan likes them.
+    In memory the channels are innermost, as the scan likes them.
     """
-    height, width = x.shape[2:]
-    return _CrossScan.apply(x.permute(0, 2, 3, 1).flatten(1, 2), height, width).permute(1, 0, 3, 2)
+    return _in_scan_order(x.permute(0, 2, 3, 1).expand(4, -1, -1, -1, -1)).permute(1, 0, 3, 2)
 
 
 def cross_merge(ys: Tensor, height: int, width: int) -> Tensor:
-    """The adjoint of `cross_scan`: each pixel sums its four scans. ys (B, 4, C, H·W) → (B, C, H, W)."""
+    """The adjoint of `cross_scan`: each pixel sums its four scans. (B, 4, C, H·W) → (B, C, H, W)."""
     if ys.dim() != 4 or ys.shape[1] != 4 or ys.shape[3] != height * width:
         raise ValueError(f"ys must be (B, 4, C, {height}·{width}), got {(*ys.shape,)}")
-    y = _CrossMerge.apply(ys.permute(1, 0, 3, 2), height, width)
-    return y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    rows, columns = (ys[:, :2] + ys[:, 2:].flip(3)).unbind(1)  # a scan, and the one back
+    return rows.unflatten(2, (height, width)) + columns.unflatten(2, (width, height)).mT
+
+
+def four_scans(x: Tensor, *weights: Tensor) -> Tensor:
+    """The image x (B, D, H, W), scanned in four orders and merged. (B, D, H, W) again.
+
+    weights: Δ, A, B, C, D and Δ's bias of `selective_scan`, whose four groups are the directions.
+    """
+    from kernels import scan_image, scans_images_in_place
+
+    height, width = x.shape[2:]
+    if scans_images_in_place(x):  # the same sum by a kernel that needs no copies of the image
+        pixels = torch.arange(height * width, device=x.device).view(1, 1, height, width)
+        return scan_image(x, cross_scan(pixels)[0, :, 0], *weights, delta_softplus=True)
+    return cross_merge(selective_scan(cross_scan(x), *weights, delta_softplus=True), height, width)
 
 
 # -------- 3. The VMamba block -----------------------------------------------------------------------
-
-# VMamba's names of one and the same function, in different kernels; "_noz" at the end means no gate.
-FORWARD_TYPES = ("v0", "v0seq", "v01", "v02", "v03", "v04", "v05", "v2", "v3")
 
 
 class _PerDirection(nn.Linear):
@@ -515,7 +169,6 @@ class SS2D(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
         x = self.in_proj(x)
         if self.gate:
             x, z = x.chunk(2, dim=-1)
@@ -524,18 +177,13 @@ class SS2D(nn.Module):
 
         # Δ, B and C are read off each pixel, with weights for each direction; Δ by way of its rank R.
         read = self.x_proj(x.permute(0, 2, 3, 1)).unflatten(3, (4, -1)).permute(3, 0, 1, 2, 4)
-        read = _as_scanned(read).flatten(1, 2)  # (K, B, H, W, R+2N) → (K, B·L, R+2N)
+        read = _in_scan_order(read).flatten(1, 2)  # (K, B, H, W, R+2N) → (K, B·L, R+2N)
         delta, B, C = read.split(self.split, dim=2)
         # (K, B·L, ·) → (B, K, ·, L)
         read = self.dt_projs(delta), B, C
         delta, B, C = (w.unflatten(1, (len(x), -1)).permute(1, 0, 3, 2) for w in read)
         A = -self.A_logs.float().exp()
-        more = delta, A, B, C, self.Ds, self.dt_projs_bias.flatten(), True
-        if scan_backend(x)[0] == "numba":  # which needs no copies of the image
-            y = _scan_numba(x.flatten(2).unsqueeze(1), *more, _scan_order(height, width, x.device)).view_as(x)
-        else:
-            y = cross_merge(selective_scan(cross_scan(x), *more), height, width)
-
+        y = four_scans(x, delta, A, B, C, self.Ds, self.dt_projs_bias.flatten())
         y = self.out_norm(y.permute(0, 2, 3, 1))  # (B, H, W, D)
         if self.gate:
             y = y * F.silu(z)
@@ -559,8 +207,9 @@ class VSSBlock(nn.Module):
 
     Arguments, their defaults and the parameters are named as VMamba's, so the blocks of its ImageNet
     checkpoints load with `strict=True`. The released v2 weights (tiny, small, base; s1l8 … s2l15) want
-    `ssm_d_state=1, ssm_ratio=1.0` (s1) or `2.0` (s2), `ssm_conv_bias=False, forward_type="v05_noz"`; the
-    first release (vanilla) `mlp_ratio=0.0, forward_type="v0"`.
+    `ssm_d_state=1, ssm_ratio=1.0` (s1) or `2.0` (s2), `ssm_conv_bias=False, forward_type="v05_noz"`.
+
+    forward_type: VMamba's name, "v2" with a gate or "v05_noz" without. Raises a ValueError for another.
     """
 
     def __init__(
@@ -576,11 +225,9 @@ class VSSBlock(nn.Module):
         forward_type: str = "v2",
     ):
         super().__init__()
-        if forward_type.removesuffix("_noz") not in FORWARD_TYPES:
-            raise ValueError(
-                f"forward_type {forward_type!r} is none of {', '.join(FORWARD_TYPES)}, with _noz or without"
-            )
-        gate = not forward_type.endswith("_noz")
+        if forward_type not in ("v2", "v05_noz"):
+            raise ValueError(f"forward_type {forward_type!r} is neither 'v2' nor 'v05_noz'")
+        gate = forward_type == "v2"
         self.norm = nn.LayerNorm(hidden_dim)
         self.op = SS2D(
             hidden_dim, ssm_d_state, ssm_ratio, ssm_dt_rank, ssm_conv, ssm_conv_bias, gate, ssm_drop_rate
@@ -593,20 +240,14 @@ class VSSBlock(nn.Module):
         return x if self.mlp is None else x + self.mlp(self.norm2(x))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Brings the other spellings of VMamba's checkpoints to ours, before the strict comparison."""
-        # The oldest had other names for the block's parts; then the directions' weights were stacked, (K,
-        # out, in); and the linear layers of its channels-first models were at times 1×1 convolutions, (out,
-        # in, 1, 1).
-        names = {"ln_1.": "norm.", "self_attention.": "op."}
-        names |= {f"op.{part}_weight": f"op.{part}.weight" for part in ("x_proj", "dt_projs")}
-        for old, new in names.items():
-            for name in [name for name in state_dict if name.startswith(prefix + old)]:
-                state_dict[prefix + new + name.removeprefix(prefix + old)] = state_dict.pop(name)
-        for name, ours in self.state_dict().items():
-            theirs = state_dict.get(prefix + name)
-            if theirs is not None and theirs.dim() > ours.dim() == 2:
-                stacked, convolution = theirs.flatten(0, -2), theirs.flatten(1)
-                state_dict[prefix + name] = stacked if stacked.shape == ours.shape else convolution
+        """VMamba's weights stack the directions, (K, out, in), and may hold layers as 1×1 convolutions."""
+        for part in ("x_proj", "dt_projs"):
+            if (stacked := state_dict.pop(f"{prefix}op.{part}_weight", None)) is not None:
+                state_dict[f"{prefix}op.{part}.weight"] = stacked.flatten(0, 1)
+        for part in ("op.in_proj", "op.out_proj", "mlp.fc1", "mlp.fc2"):
+            weight = state_dict.get(f"{prefix}{part}.weight")
+            if weight is not None and weight.shape[2:] == (1, 1):
+                state_dict[f"{prefix}{part}.weight"] = weight.flatten(1)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -994,6 +635,8 @@ class RCLDM(ModelMixin, ConfigMixin):
 def main() -> None:
     torch.manual_seed(0)
     print("1. The scan, D = 8 channels in G = 2 groups, N = 4, L = 100")
+    from kernels import scan_backend
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     u, delta = torch.randn(2, 1, 8, 100, device=device)
     A, (B, C) = -torch.rand(8, 4, device=device), torch.randn(2, 1, 2, 4, 100, device=device)

@@ -203,12 +203,6 @@ def _in_parallel(kernel: Callable[..., None], tasks: int, *values: Tensor | bool
         raise (errors or [KeyboardInterrupt()])[0]
 
 
-def scan(u, delta, A, B, C, D, bias, softplus: bool, order: Tensor) -> Tensor:
-    """y, of u's shape; all of the shapes at the head of this file, float32, the order int64."""
-    inputs = u, delta, A, B, C, D, bias
-    return NumbaScan.apply(*(x.contiguous() for x in inputs), softplus, order.contiguous())
-
-
 def _parts(batch: int, channels: int) -> int:
     """S: as few as give each thread as much to do, but of no less than 16 channels."""
     threads = torch.get_num_threads()
@@ -216,6 +210,33 @@ def _parts(batch: int, channels: int) -> int:
         if channels % parts == 0 and (batch * parts % threads == 0 or batch * parts >= 8 * threads):
             return parts
     return 1
+
+
+def scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    bias: Tensor,
+    softplus: bool,
+    order: Tensor | None = None,
+) -> Tensor:
+    """y, as u. u, Δ (B, G, P, L); A (G·P, N), B and C (B, G, N, L), D and bias (G·P,).
+
+    order (G, L): where along L a group reads u, and writes y, at each step; else one after the other. With
+    it, u (B, 1, P, L) may be all groups' u; y, of its shape, is then their sum.
+    """
+    groups, length = B.shape[1], u.shape[3]
+    if order is None:
+        order = torch.arange(length).expand(groups, -1)
+    dtype = u.dtype
+    u, delta, B, C = (x.permute(1, 0, 3, 2).float() for x in (u, delta, B, C))  # (·, B, L, ·)
+    A, D, bias = (w.float().unflatten(0, (groups, -1)) for w in (A, D, bias))
+    inputs = u, delta, A.mT, B, C, D, bias
+    y = NumbaScan.apply(*(x.contiguous() for x in inputs), softplus, order.contiguous())
+    return y.permute(1, 0, 3, 2).to(dtype)
 
 
 class NumbaScan(torch.autograd.Function):

@@ -18,9 +18,21 @@ and the states are computed again beside it.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+def scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, softplus: bool
+) -> Tensor:
+    """y, as u. u, Δ (B, G, P, L); A (G·P, N), B and C (B, G, N, L), D and bias (G·P,), float32.
+
+    Δ has no axis of N states: autograd may as well do the bias's part and the softplus's.
+    """
+    delta = delta.to(bias.dtype) + bias.view(*delta.shape[1:3], 1)
+    return TritonScan.apply(u, F.softplus(delta) if softplus else delta, A, B, C, D)
 
 
 @triton.jit

@@ -1,0 +1,206 @@
+"""The recurrence of rcldm.py, fast, and the choice among the ways to run it.
+
+    chunked.py       in PyTorch alone: anywhere, in little memory
+    numba_cpu.py     compiled by Numba, for a CPU: its default
+    triton_gpu.py    in Triton, for a GPU: its default where mamba-ssm is not installed
+    mamba-ssm        the CUDA extension of Mamba's authors (requirements-cuda.txt), called from here
+
+All compute what `rcldm.selective_scan` specifies by its backend "reference". `fast_scan` is that function by
+any other backend, `scan_image` the sum of four scans over one image, and `scan_backend` says which backend
+"auto" takes here, and why. Tensors come in and tensors go out: nothing of the project is imported.
+
+Shapes: B batch · D channels · L length · N numbers of state per channel
+        G groups of P = D/G channels, which share one B and C
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from kernels import chunked
+
+BACKENDS = ("auto", "reference", "chunked", "numba", "triton", "mamba-ssm")
+KERNELS = {"cpu": ("numba",), "cuda": ("mamba-ssm", "triton")}  # the first that runs is the best
+
+
+@torch.compiler.disable  # it would unroll the loops over time, and compile for many minutes
+def fast_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """`rcldm.selective_scan` by any backend but "reference", with the same arguments, shapes and result.
+
+    Raises:
+        ValueError: an unknown backend, or shapes that do not fit.
+        RuntimeError: "numba", "triton" and "mamba-ssm" where they cannot run; differentiating twice.
+    """
+    if backend not in BACKENDS or backend == "reference":
+        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    B, C = (w.unsqueeze(1) if w.dim() == 3 else w for w in (B, C))
+    _check_shapes(u, delta, A, B, C, D, delta_bias)
+    if backend == "auto":
+        backend, _ = scan_backend(u)
+    elif backend != "chunked":
+        _check_kernel(backend, u)
+    if backend == "mamba-ssm":
+        return _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus)
+
+    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+    shape, groups = u.shape, B.shape[1]
+    if u.dim() == 3:
+        u, delta = (x.unflatten(1, (groups, -1)) for x in (u, delta))  # (B, G, P, L)
+    A, B, C = A.to(wide), B.to(wide), C.to(wide)
+    D, delta_bias = (A.new_zeros(len(A)) if x is None else x.to(wide) for x in (D, delta_bias))
+    y = _module(backend).scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    return y if y.shape == shape else y.flatten(1, 2)
+
+
+def scans_images_in_place(image: Tensor) -> bool:
+    """Whether `scan_image` runs for an image like this one: Numba's kernel alone reads in any order."""
+    return scan_backend(image)[0] == "numba"
+
+
+@torch.compiler.disable
+def scan_image(
+    image: Tensor,
+    orders: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    delta_softplus: bool = False,
+) -> Tensor:
+    """One scan over the image in each order, summed at each pixel, without a copy of the image for any.
+
+    image (B, P, H, W); orders (G, L) int64, the pixel at each step; Δ (B, G, P, L) and the others in the
+    order of the steps, as `fast_scan` takes them. Returns the image's shape and dtype.
+    """
+    u = image.flatten(2).unsqueeze(1)  # (B, 1, P, L)
+    y = _module("numba").scan(u, delta, A, B, C, D, delta_bias, delta_softplus, orders)
+    return y.view_as(image)
+
+
+def scan_backend(u: Tensor) -> tuple[str, str]:
+    """The backend that "auto" takes for an input like `u`, and why, in words."""
+    here, errors = f"the tensors are on {u.device.type}", []
+    if u.dtype == torch.float64:
+        return "chunked", "the kernels have no float64"
+    for backend in KERNELS.get(u.device.type, ()):
+        if (error := kernel_error(backend)) is None:
+            return backend, "; ".join([f"{here} and {backend}'s kernel runs", *errors])
+        errors.append(f"{backend}'s does not ({error})")
+    return "chunked", "; ".join([here, *(errors or ["for which there is no kernel"])])
+
+
+@torch.compiler.disable
+@lru_cache
+def kernel_error(backend: str) -> str | None:
+    """Why the kernel of a backend in `KERNELS` cannot be used here, in one line; None where it can."""
+    try:
+        if backend == "numba":
+            _module(backend)
+        elif backend == "triton":  # needs a C compiler at its first launch: only a trial can tell
+            with torch.inference_mode(False), torch.enable_grad():
+                _try_triton()
+        else:
+            # The extension itself comes first: newer mamba-ssm imports well without it.
+            import selective_scan_cuda  # noqa: F401
+            from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: F401
+    except Exception as error:  # an extension built for another torch fails with more than ImportError
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def _module(backend: str) -> ModuleType:
+    """The module whose `scan` a backend is. Numba and Triton are imported where they are wanted alone."""
+    if backend == "numba":
+        from kernels import numba_cpu
+
+        return numba_cpu
+    if backend == "triton":
+        from kernels import triton_gpu
+
+        return triton_gpu
+    return chunked
+
+
+def _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
+    """mamba-ssm's CUDA kernel: one dtype for u, Δ, B and C, float32 for the rest, length innermost."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    shape = u.shape
+    u, delta = (x.reshape(len(x), -1, x.shape[-1]) for x in (u, delta))  # (B, D, L)
+    u, delta, B, C = (x.to(u.dtype).contiguous() for x in (u, delta, B, C))
+    A, D, delta_bias = (None if x is None else x.float().contiguous() for x in (A, D, delta_bias))
+    return selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus).view(shape)
+
+
+def _try_triton() -> None:
+    """A small scan and its gradients, for each number of states that an RCLDM has by default; raises a
+    RuntimeError where they are not those of "chunked"."""
+    for states in (1, 4):
+        g = torch.Generator().manual_seed(0)
+        sizes = (2, 2, 8, 300), (2, 2, 8, 300), (16, states), (2, 2, states, 300), (2, 2, states, 300), (16,)
+        inputs = [torch.rand(size, generator=g).cuda() for size in sizes]
+        inputs[2].neg_()
+        inputs = [x.requires_grad_() for x in (*inputs, torch.rand(16, generator=g).cuda())]
+        results = []
+        for backend in ("triton", "chunked"):
+            y = _module(backend).scan(*inputs, True)
+            results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+        for ours, expected in zip(*results):
+            if not (ours - expected).norm() <= 1e-4 * expected.norm():
+                raise RuntimeError("it computes something else than it should")
+
+
+def _check_kernel(backend: str, u: Tensor) -> None:
+    """One clear RuntimeError where a kernel was asked for that cannot run."""
+    device = next(device for device, backends in KERNELS.items() if backend in backends)
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if u.device.type != device and not interpreted:
+        wanted = f"needs {device.upper()} tensors, got {u.device.type}"
+        raise RuntimeError(f'backend "{backend}" {wanted}; "auto" takes one that runs')
+    if u.dtype == torch.float64:
+        raise RuntimeError(f'backend "{backend}" has no float64; "chunked" has')
+    if not interpreted and (error := kernel_error(backend)) is not None:
+        means = {
+            "numba": "Numba (requirements.txt)",
+            "triton": "Triton and a C compiler (requirements-cuda.txt)",
+            "mamba-ssm": "mamba-ssm's CUDA extension (requirements-cuda.txt)",
+        }
+        raise RuntimeError(f'backend "{backend}" needs {means[backend]}: {error}')
+
+
+def _check_shapes(u, delta, A, B, C, D, delta_bias) -> None:
+    """One clear ValueError instead of an accident of broadcasting."""
+    if u.dim() not in (3, 4) or u.shape != delta.shape or u.shape[-1] == 0:
+        raise ValueError(
+            f"u and delta must both be (B, D, L) with L ≥ 1, got {(*u.shape,)} and {(*delta.shape,)}"
+        )
+    batch, length, channels = u.shape[0], u.shape[-1], math.prod(u.shape[1:-1])
+    if A.dim() != 2 or len(A) != channels or A.is_complex():
+        raise ValueError(f"A must be real and (D, N) with D = {channels}, got {(*A.shape,)}, {A.dtype}")
+    groups = B.shape[1] if B.dim() == 4 else 0
+    if groups == 0 or channels % groups or not (B.shape == C.shape == (batch, groups, A.shape[1], length)):
+        wanted = f"({batch}, G, {A.shape[1]}, {length}) with G a divisor of {channels}"
+        raise ValueError(f"B and C must both be (B, G, N, L) = {wanted}, got {(*B.shape,)} and {(*C.shape,)}")
+    if u.dim() == 4 and u.shape[1] != B.shape[1]:
+        raise ValueError(f"u is split into {u.shape[1]} groups, B and C into {B.shape[1]}")
+    for name, w in (("D", D), ("delta_bias", delta_bias)):
+        if w is not None and w.shape != (channels,):
+            raise ValueError(f"{name} must be ({channels},), got {(*w.shape,)}")
