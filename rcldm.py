@@ -41,11 +41,11 @@ def selective_scan(
 
     u, delta (B, D, L) or (B, G, P, L); A (D, N); B, C (B, G, N, L) or (B, N, L); D, delta_bias (D,) or None.
     Δ is delta + delta_bias, and with `delta_softplus` log(1 + exp(·)) of that, which is always positive.
-    backend: "reference", which is the specification and stands here, or one of kernels/ ("auto": the fastest
-    that runs). The state is float32, for a float64 u float64. Raises: see `kernels.fast_scan`.
+    backend: "reference", the specification, which stands here, or one of scan_kernels/ ("auto": the fastest
+    that runs). The state is float32, for a float64 u float64. Raises: see `scan_kernels.fast_scan`.
     """
     if backend != "reference":
-        from kernels import fast_scan
+        from scan_kernels import fast_scan
 
         return fast_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, backend)
     wide, groups = torch.promote_types(u.dtype, torch.float32), B.shape[1] if B.dim() == 4 else 1
@@ -99,7 +99,7 @@ def four_scans(x: Tensor, *weights: Tensor) -> Tensor:
 
     weights: Δ, A, B, C, D and Δ's bias of `selective_scan`, whose four groups are the directions.
     """
-    from kernels import scan_image, scans_images_in_place
+    from scan_kernels import scan_image, scans_images_in_place
 
     height, width = x.shape[2:]
     if scans_images_in_place(x):  # the same sum by a kernel that needs no copies of the image
@@ -635,7 +635,7 @@ class RCLDM(ModelMixin, ConfigMixin):
 def main() -> None:
     torch.manual_seed(0)
     print("1. The scan, D = 8 channels in G = 2 groups, N = 4, L = 100")
-    from kernels import scan_backend
+    from scan_kernels import scan_backend
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     u, delta = torch.randn(2, 1, 8, 100, device=device)

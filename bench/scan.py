@@ -7,9 +7,9 @@ Each runs in a process of its own. The peers are in PyTorch, written here from t
     indexed     mamba-ssm's reference: all (B, D, L, N) at once, then a loop that indexes into it
     unbound     the same recurrence over unbound slices: rcldm.py's backend "reference"
     parallel    a work-efficient parallel scan (Blelloch, 1990) over (B, D, L, N), as mamba.py has it
-    chunked     ours, in PyTorch alone (kernels/chunked.py)
-    numba       ours for a CPU (kernels/numba_cpu.py)
-    triton      ours for a GPU (kernels/triton_gpu.py)
+    chunked     ours, in PyTorch alone (scan_kernels/chunked.py)
+    numba       ours for a CPU (scan_kernels/numba_cpu.py)
+    triton      ours for a GPU (scan_kernels/triton_gpu.py)
     mamba-ssm   the CUDA kernel, where it is installed
 """
 
@@ -30,8 +30,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
-from kernels import KERNELS, kernel_error
 from rcldm import selective_scan
+from scan_kernels import KERNELS, kernel_error
 
 
 def indexed(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ import torch
 from numpy.lib import NumpyVersion
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels/triton_gpu.py runs on a CPU; read as Triton is imported
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # scan_kernels/triton_gpu.py runs on a CPU; read as Triton is imported
+    )
     new_numpy = NumpyVersion(np.__version__) >= "2.5.0"
     if find_spec("triton") and version("triton").startswith("3.6.") and new_numpy:
         sys.modules["triton"] = None  # torch 2.11's; its interpreter has no loops with this NumPy

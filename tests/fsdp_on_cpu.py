@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import kernels
+import scan_kernels
 import train
 
 begin = AcceleratorState.__init__
@@ -24,7 +24,7 @@ def begin_with_fsdp(self, *args, fsdp_plugin=None, **options):
 
 
 AcceleratorState.__init__ = begin_with_fsdp
-kernels.KERNELS = {}  # FSDP takes a weight's memory away, which it cannot where NumPy looks at it
+scan_kernels.KERNELS = {}  # FSDP takes a weight's memory away, which it cannot where NumPy looks at it
 
 if __name__ == "__main__":
     train.main()

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import kernels
 import rcldm
+import scan_kernels
 from rcldm import (
     RCLDM,
     SS2D,
@@ -80,8 +80,8 @@ def test_ss2d_is_the_same_with_one_image_and_with_four_copies(monkeypatch, state
     x = torch.randn(2, 7, 5, 40, requires_grad=True)
     direction = torch.randn(2, 7, 5, 40)
     results = []
-    for choice in (kernels.KERNELS, {}):
-        monkeypatch.setattr(kernels, "KERNELS", choice)
+    for choice in (scan_kernels.KERNELS, {}):
+        monkeypatch.setattr(scan_kernels, "KERNELS", choice)
         y = m(x)
         results.append((y, *torch.autograd.grad((y * direction).sum(), [x, *m.parameters()])))
     for one, four in zip(*results):

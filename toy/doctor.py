@@ -66,7 +66,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(HERE))
 import backbone
-import kernels
+import scan_kernels
 from pipeline import InstructGIEPipeline, seeded
 from toy import score, world
 
@@ -147,7 +147,7 @@ def tell_machine(device: torch.device) -> None:
     }
     products = ", ".join(f"{where} {how}" for where, how in products.items())
     say("precision", f"float32, as edit.py has it without --dtype; fp32_precision: {products}")
-    say("scan", ", because ".join(kernels.scan_backend(torch.empty(1, device=device))))
+    say("scan", ", because ".join(scan_kernels.scan_backend(torch.empty(1, device=device))))
 
 
 def processor() -> Iterator[str]:

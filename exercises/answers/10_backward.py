@@ -3,7 +3,7 @@ by the step between. It is the forward recurrence with time reversed, and forget
 
 It needs the inputs, which are there anyway, and h_{t-1} and h_t at every step. Those can be computed again:
 keep the state at the start of every piece of √L steps, and run a piece forward once more before it is run
-backward. That is what kernels/chunked.py does: one more forward pass, for 2√L states in memory, not L."""
+backward. scan_kernels/chunked.py does that: one more forward pass, for 2√L states in memory, not L."""
 
 import torch
 from torch import Tensor

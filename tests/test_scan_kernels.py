@@ -1,4 +1,4 @@
-"""kernels/: every backend of the scan computes what "reference" does, and "auto" takes one that runs."""
+"""scan_kernels/: every backend of the scan computes what "reference" does, and "auto" takes one that runs."""
 
 import math
 from importlib.util import find_spec
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import kernels
-from kernels import chunked
+import scan_kernels
 from rcldm import selective_scan
+from scan_kernels import chunked
 
 # On a CPU Triton's kernels are interpreted (tests/conftest.py says so).
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,7 +100,8 @@ KERNELS_HERE = [
     pytest.param(
         "mamba-ssm",
         marks=pytest.mark.skipif(
-            DEVICE != "cuda" or kernels.kernel_error("mamba-ssm") is not None, reason="no CUDA kernel here"
+            DEVICE != "cuda" or scan_kernels.kernel_error("mamba-ssm") is not None,
+            reason="no CUDA kernel here",
         ),
     ),
 ]
@@ -131,7 +132,7 @@ def test_chunked_agrees_with_reference_on_a_gpu():
 def test_the_triton_kernel_of_many_channels_in_any_memory_layout(monkeypatch):
     """Several programs for each group, the last not full; Δ and dy not laid out as u; one step before the
     end of a tile, and one after."""
-    triton_gpu = pytest.importorskip("kernels.triton_gpu")
+    triton_gpu = pytest.importorskip("scan_kernels.triton_gpu")
     launch = triton_gpu._launch
 
     def small(u, A):
@@ -160,7 +161,7 @@ def test_numba_agrees_with_reference(length):
     [(1, 1, 96, 1), (2, 1, 96, 2), (2, 2, 96, 1), (2, 3, 34, 2), (3, 2, 48, 3), (2, 1, 31, 1)],
 )
 def test_numba_has_a_part_of_the_channels_for_every_thread(monkeypatch, threads, batch, channels, parts):
-    numba_cpu = pytest.importorskip("kernels.numba_cpu")
+    numba_cpu = pytest.importorskip("scan_kernels.numba_cpu")
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert numba_cpu._parts(batch, channels) == parts
     inputs = scan_inputs(40, 1, 2, batch=batch, channels=channels)
@@ -171,7 +172,7 @@ def test_numba_has_a_part_of_the_channels_for_every_thread(monkeypatch, threads,
 
 @pytest.mark.parametrize("openmp", [True, False])
 def test_what_is_raised_in_a_thread_of_numbas_arrives(monkeypatch, openmp):
-    numba_cpu = pytest.importorskip("kernels.numba_cpu")
+    numba_cpu = pytest.importorskip("scan_kernels.numba_cpu")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     if not openmp:
         monkeypatch.setattr(numba_cpu, "OPENMP", None)
@@ -188,7 +189,7 @@ def test_what_is_raised_in_a_thread_of_numbas_arrives(monkeypatch, openmp):
 
 
 def test_numbas_functions_of_one_number():
-    numba_cpu = pytest.importorskip("kernels.numba_cpu")
+    numba_cpu = pytest.importorskip("scan_kernels.numba_cpu")
     for x in [*torch.linspace(-120, 88, 2001).tolist(), 0.0, -1e-9, 1e-9, -0.3466, 0.3466]:
         x = torch.tensor(x)
         assert numba_cpu._exp(x.numpy()[()]) == pytest.approx(x.double().exp().item(), rel=1e-5)
@@ -319,26 +320,26 @@ def like(device, dtype=torch.float32):
 
 def test_auto_takes_a_kernel_only_where_it_runs(monkeypatch):
     inputs = {name: x.detach() for name, x in scan_inputs(9, 1, 2).items()}
-    assert kernels.scan_backend(inputs["u"])[0] == "numba"
+    assert scan_kernels.scan_backend(inputs["u"])[0] == "numba"
     assert torch.equal(selective_scan(**inputs), selective_scan(**inputs, backend="numba"))
-    assert kernels.scan_backend(inputs["u"].double())[0] == "chunked"
-    assert kernels.scan_backend(like("mps")) == (
+    assert scan_kernels.scan_backend(inputs["u"].double())[0] == "chunked"
+    assert scan_kernels.scan_backend(like("mps")) == (
         "chunked",
         "the tensors are on mps; for which there is no kernel",
     )
     errors = {"triton": None, "mamba-ssm": None, "numba": "ModuleNotFoundError: No module named 'numba'"}
-    monkeypatch.setattr(kernels, "kernel_error", errors.get)
-    backend, why = kernels.scan_backend(inputs["u"])
+    monkeypatch.setattr(scan_kernels, "kernel_error", errors.get)
+    backend, why = scan_kernels.scan_backend(inputs["u"])
     assert backend == "chunked" and "No module named 'numba'" in why
     assert torch.equal(selective_scan(**inputs), selective_scan(**inputs, backend="chunked"))
     on_cuda = like("cuda")
-    assert kernels.scan_backend(on_cuda)[0] == "mamba-ssm"
-    assert kernels.scan_backend(like("cuda", torch.float64))[0] == "chunked"
+    assert scan_kernels.scan_backend(on_cuda)[0] == "mamba-ssm"
+    assert scan_kernels.scan_backend(like("cuda", torch.float64))[0] == "chunked"
     errors["mamba-ssm"] = "ModuleNotFoundError: No module named 'selective_scan_cuda'"
-    backend, why = kernels.scan_backend(on_cuda)
+    backend, why = scan_kernels.scan_backend(on_cuda)
     assert backend == "triton" and "selective_scan_cuda" in why
     errors["triton"] = "RuntimeError: Failed to find C compiler"
-    backend, why = kernels.scan_backend(on_cuda)
+    backend, why = scan_kernels.scan_backend(on_cuda)
     assert backend == "chunked" and "selective_scan_cuda" in why and "C compiler" in why
 
 
@@ -349,32 +350,32 @@ def test_a_kernel_without_its_means_is_one_clear_line(monkeypatch, backend):
     if backend == "numba":
         here, elsewhere, file = ("cpu", "cuda", r"requirements\.txt")
     with pytest.raises(RuntimeError, match=f"needs {here.upper()} tensors, got {elsewhere}"):
-        kernels._check_kernel(backend, like(elsewhere))
-    monkeypatch.setattr(kernels, "kernel_error", lambda backend: "ModuleNotFoundError: no such module")
+        scan_kernels._check_kernel(backend, like(elsewhere))
+    monkeypatch.setattr(scan_kernels, "kernel_error", lambda backend: "ModuleNotFoundError: no such module")
     with pytest.raises(RuntimeError, match=file + ".*no such module"):
-        kernels._check_kernel(backend, like(here))
+        scan_kernels._check_kernel(backend, like(here))
     inputs = {name: x.detach() for name, x in scan_inputs(4, 1, 2).items()}
     with pytest.raises(RuntimeError, match="needs"):
         selective_scan(**inputs, backend=backend)
     with pytest.raises(RuntimeError, match="no float64"):
-        kernels._check_kernel(backend, like(here, torch.float64))
+        scan_kernels._check_kernel(backend, like(here, torch.float64))
 
 
 def test_a_triton_that_computes_something_else_is_not_taken(monkeypatch):
-    triton_gpu = pytest.importorskip("kernels.triton_gpu")
+    triton_gpu = pytest.importorskip("scan_kernels.triton_gpu")
     if DEVICE != "cuda":
         monkeypatch.setattr(torch.Tensor, "cuda", lambda x: x)
-    kernels._try_triton()
+    scan_kernels._try_triton()
     right = triton_gpu.scan
     monkeypatch.setattr(triton_gpu, "scan", lambda *inputs: right(*inputs) * 1.001)
     with pytest.raises(RuntimeError, match="computes something else"):
-        kernels._try_triton()
+        scan_kernels._try_triton()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the trial would pass")
 def test_the_kernels_errors_are_lines():
     for backend in ("triton", "mamba-ssm"):
-        assert "\n" not in kernels.kernel_error(backend)
+        assert "\n" not in scan_kernels.kernel_error(backend)
 
 
 def test_bad_arguments_of_the_scan():

@@ -8,6 +8,7 @@
 All compute what `rcldm.selective_scan` specifies by its backend "reference". `fast_scan` is that function by
 any other backend, `scan_image` the sum of four scans over one image, and `scan_backend` says which backend
 "auto" takes here, and why. Tensors come in and tensors go out: nothing of the project is imported.
+(Not `kernels`: transformers takes a package of that name for Hugging Face's own, and imports from it.)
 
 Shapes: B batch · D channels · L length · N numbers of state per channel
         G groups of P = D/G channels, which share one B and C
@@ -23,7 +24,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from kernels import chunked
+from scan_kernels import chunked
 
 BACKENDS = ("auto", "reference", "chunked", "numba", "triton", "mamba-ssm")
 KERNELS = {"cpu": ("numba",), "cuda": ("mamba-ssm", "triton")}  # the first that runs is the best
@@ -129,11 +130,11 @@ def kernel_error(backend: str) -> str | None:
 def _module(backend: str) -> ModuleType:
     """The module whose `scan` a backend is. Numba and Triton are imported where they are wanted alone."""
     if backend == "numba":
-        from kernels import numba_cpu
+        from scan_kernels import numba_cpu
 
         return numba_cpu
     if backend == "triton":
-        from kernels import triton_gpu
+        from scan_kernels import triton_gpu
 
         return triton_gpu
     return chunked
