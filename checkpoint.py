@@ -17,7 +17,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import psutil
@@ -25,7 +24,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel
 
 from dataset import check_finite, read_json
@@ -146,27 +144,6 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=torch.no_grad()(update))
 
 
-def whole(x: Tensor) -> Tensor:
-    """x, or where FSDP leaves this process a part of it, all of it: then every process has to ask."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def whole_weights(model: nn.Module) -> SimpleNamespace:
-    """What an average takes of a model, which may be shared out."""
-    return SimpleNamespace(parameters=lambda: map(whole, model.parameters()), buffers=model.buffers)
-
-
-def share_out_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Gives an optimiser its `state_dict` of before FSDP put parts into the place of its parameters."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, tensors in state["state"].items():
-        part = parameters[i]
-        for name, x in tensors.items():
-            if isinstance(part, DTensor) and x.shape == part.shape:
-                tensors[name] = distribute_tensor(x, part.device_mesh, part.placements)
-    optimizer.load_state_dict(state)
-
-
 # --- Checkpoints --------------------------------------------------------------------------------------------
 
 
@@ -184,11 +161,8 @@ def save_checkpoint(
     modules: dict[str, Stateful],
     *optimizers: torch.optim.Optimizer,
     keep: int,
-    writes: bool = True,
 ) -> None:
     """Writes `folder/checkpoint-STEP` whole or not at all, then deletes all but the newest `keep`.
-
-    Of what FSDP has shared out, every process gives its part; one of them `writes`.
 
     Safetensors only: weights under their module's name, the n-th optimiser's state under
     `optimizer/<n>/<index>/<name>`, one name more where it is nested, as bitsandbytes has it. Raises OSError
@@ -201,11 +175,7 @@ def save_checkpoint(
                 parts = {f"/{k}": v for k, v in value.items()} if isinstance(value, dict) else {"": value}
                 tensors |= {f"optimizer/{n}/{i}/{name}{k}": torch.as_tensor(v) for k, v in parts.items()}
     for k, v in tensors.items():
-        v = whole(v.detach())
-        if writes:
-            tensors[k] = v.cpu().clone(memory_format=torch.contiguous_format)
-    if not writes:
-        return
+        tensors[k] = v.detach().cpu().clone(memory_format=torch.contiguous_format)
     with whole_folder(folder / f"checkpoint-{step:07d}") as new:
         save_file(tensors, new / "state.safetensors")
         record = {"step": step, "sha256": _digest(new / "state.safetensors")}

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -49,11 +49,8 @@ from checkpoint import (
     locked,
     other_settings,
     save_checkpoint,
-    share_out_state,
     tried,
-    whole,
     whole_folder,
-    whole_weights,
     write_whole,
 )
 from dataset import (
@@ -730,13 +727,6 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack) -> N
     if accelerator.num_processes == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
         way = "torchrun --nproc_per_node N train.py --device cpu starts N"
         print(f"one process trains: on a CPU, accelerate launch starts no more; {way}", flush=True)
-    is_sharded = accelerator.distributed_type == DistributedType.FSDP
-    if is_sharded:
-        plugin = accelerator.state.fsdp_plugin
-        if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
-            raise ValueError("FSDP takes fsdp.yaml's settings: accelerate launch --config_file fsdp.yaml")
-        if args.optimizer != "adamw":
-            raise ValueError(f"--optimizer {args.optimizer} does not work with FSDP's shared-out weights")
     adamw = new_adamw(args.optimizer)
     device = torch.device("cpu") if device.type == "cpu" else device  # not "cpu:0", which safetensors refuses
     backbone.choose_attention(device, args.precision)
@@ -814,12 +804,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack) -> N
     optimizer = adamw(groups, lr=args.lr, betas=(0.9, 0.99))
     modules = {"model": model, "average": average, "watch": (watch := Watch())}
     start = saved = load_checkpoint(args.output, modules, optimizer) if args.resume else 0
-    if is_sharded:
-        state = optimizer.state_dict()
-        optimizer.state.clear()  # of whole weights; it comes back in the parts that each process has
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    if is_sharded:
-        share_out_state(optimizer.optimizer, state)
 
     shares = accelerator.process_index, accelerator.num_processes
     steps = range(start * args.accumulate, args.steps * args.accumulate)
@@ -855,7 +840,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack) -> N
             accelerator.backward(losses["loss"])
             watch.see(losses_of.of_all(losses))
             if accelerator.sync_gradients:
-                norm = whole(accelerator.clip_grad_norm_(model.parameters(), args.clip_norm))
+                norm = accelerator.clip_grad_norm_(model.parameters(), args.clip_norm)
                 if is_sound := watch.is_sound(norm):
                     optimizer.step()
                 elif accelerator.scaler is not None:
@@ -864,7 +849,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack) -> N
         if not accelerator.sync_gradients:
             continue
         if is_sound:
-            average.update_parameters(whole_weights(model))
+            average.update_parameters(model)
         if step % 20 == 0 or not is_sound:
             progress.set_postfix(watch.text(), refresh=False)
         step += 1
@@ -873,9 +858,9 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack) -> N
         is_over = step == args.steps or stop.asked or watch.is_over
         if is_main and step % 20 == 0:
             log.write(step, {f"loss/{name}": value for name, value in watch.averages.items()})
-        if (is_main or is_sharded) and (step % args.checkpoint_every == 0 or is_over):
-            kept = partial(save_checkpoint, args.output, step, modules, optimizer.optimizer, keep=args.keep)
-            if tried(f"{args.output}/checkpoint-{step:07d}", partial(kept, writes=is_main)):
+        if is_main and (step % args.checkpoint_every == 0 or is_over):
+            save = partial(save_checkpoint, args.output, step, modules, optimizer.optimizer, keep=args.keep)
+            if tried(f"{args.output}/checkpoint-{step:07d}", save):
                 saved = step
         if is_main and step % args.validate_every == 0 and not is_over:
             tried(f"{args.output}/editor", partial(publish, step))

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from PIL import Image
@@ -536,36 +535,3 @@ def test_processes_share_a_step_as_if_they_were_one(run, parts, tmp_path):
     assert done.returncode == 0, done.stderr[-6000:]
     for stage in (".", "prompt-encoder"):
         assert_same_gradients(tmp_path / "one" / stage, tmp_path / "two" / stage)
-
-
-@pytest.mark.slow
-def test_fsdp_shares_out_the_weights_and_learns_the_same(run, parts, tmp_path):
-    more = ("--no-liu", "--validation-pictures", "0", "--steps", "3", "--encoder-steps", "3")
-    more += ("--noise-power", "0.3", "--checkpoint-every", "1", "--keep", "9", "--batch")
-    run(*more, "4", output=tmp_path / "one")
-    program = [str(backbone.HERE / "tests" / "fsdp_on_cpu.py"), *tiny_options(parts, tmp_path / "two"), *more]
-    asked = yaml.safe_load((backbone.HERE / "fsdp.yaml").read_text())["fsdp_config"]
-    wanted = {"ACCELERATE_USE_FSDP": "true"} | {name.upper(): str(value) for name, value in asked.items()}
-
-    def together(*options, **changed):
-        environment = os.environ | wanted | changed
-        command = [*TOGETHER, *program, "2", *options]
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-    refused = together(FSDP_CPU_RAM_EFFICIENT_LOADING="true")
-    assert refused.returncode and "train.py: error: FSDP takes fsdp.yaml's" in refused.stderr
-    refused = together("--optimizer", "adamw-8bit")
-    assert refused.returncode and "train.py: error: --optimizer adamw-8bit does not work" in refused.stderr
-    done = together()
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert_same_gradients(tmp_path / "one", tmp_path / "two")
-    last = tmp_path / "two" / "checkpoint-0000003"
-    before = load_file(last / "state.safetensors")
-    editor = load_file(tmp_path / "two" / "editor" / "diffusion_pytorch_model.safetensors")
-    shutil.rmtree(last)
-    done = together("--resume")
-    assert done.returncode == 0, done.stderr[-6000:]
-    after = load_file(last / "state.safetensors")
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    averages = {key.removeprefix("average/module."): after[key] for key in after if "average/module." in key}
-    assert editor.keys() == averages.keys() and all(torch.equal(editor[key], averages[key]) for key in editor)
