@@ -10,7 +10,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -19,14 +18,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from dataset import check_finite, read_json
+from dataset import check_finite
 
 # --- Files --------------------------------------------------------------------------------------------------
 
@@ -122,7 +120,7 @@ def other_settings(path: Path, settings: dict[str, Any], anew: bool = False) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: file.write_text(json.dumps(settings, indent=2) + "\n"))
     try:
-        there = dict(read_json(path))
+        there = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: holds no settings ({error}); remove its folder, or give another") from None
     pairs = {name: (there.get(name), settings.get(name)) for name in {**settings, **there}}
@@ -192,13 +190,10 @@ def _digest(path: Path) -> str:
 def verified(checkpoint: Path) -> tuple[int, dict[str, Tensor]] | None:
     """The step and the tensors of a checkpoint; None for one that is cut, damaged or empty."""
     try:
-        record, path = read_json(checkpoint / "step.json"), checkpoint / "state.safetensors"
-        if not path.is_file():  # nor a pipe, which could keep one waiting
-            return None
-        if record.get("sha256", "not noted yet") not in (_digest(path), "not noted yet"):
-            return None
-        return int(record["step"]), load_file(path)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, SafetensorError):
+        record = json.loads((checkpoint / "step.json").read_text())
+        path = checkpoint / "state.safetensors"
+        return (record["step"], load_file(path)) if record["sha256"] == _digest(path) else None
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError):
         return None
 
 
@@ -346,19 +341,12 @@ class Stop:
 def _say(line: str) -> None:
     try:
         print(line, flush=True)
-    except OSError:  # whoever listened is gone; Python would try again as it ends, and exit with 120 for it
+    except OSError:  # Ctrl-C has ended the `tee` that listened; at its end Python would try again, and exit with 120
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def begin_worker(worker: int) -> None:
-    """`worker_init_fn` of a loader's processes: a terminal sends Ctrl-C to all, and the first one decides.
-
-    A worker ends when its parent is no longer the one of its beginning; if that was gone by then, it would
-    wait for ever.
-    """
+    """`worker_init_fn` of a loader's processes: a terminal sends Ctrl-C to all, and the first one decides."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None and not psutil.pid_exists(parent.pid):
-        os._exit(1)
