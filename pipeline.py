@@ -137,7 +137,6 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
                 backbone.check_parts(folder)
                 pipe = super().from_pretrained(folder, **{"use_safetensors": True, **options})
                 backbone.check_tokenizer(pipe.tokenizer, pipe.text_encoder)
-                backbone.check_types(pipe.scheduler)
                 if pipe.llm is not None:
                     backbone.check_llm(pipe.llm, pipe.llm_tokenizer)
                 for name, part in pipe.components.items():

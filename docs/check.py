@@ -32,7 +32,6 @@ SMALLER = {
     r" …$": "",
     r"--backbone sd15": "",  # the toy parts go the same way
     r"killing\.py FOLDER.*": "killing.py killed --kills 1",
-    r"(fuzz\.py .*)": r"\1 --cases 20",
     r"FOLDER": "tiny",
     r"data/visual-prompts": "made",
     r"SPLIT": "seen",

@@ -1,41 +1,32 @@
-"""Broken and hostile input: the fuzzer, the classic cases one by one, pickles and code that must not run,
-words that would steer the language model, and what holds for all grids, areas and scans."""
+"""Hostile input that a user may meet: pickles and code that must not run, paths out of a folder, pictures of
+too many pixels, words that would steer the language model; and what holds for all grids, areas and scans."""
 
-import itertools
+import io
 import json
-import os
 import pickle
-import re
 import shutil
+import struct
 import subprocess
 import sys
-import tracemalloc
 import warnings
-import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
-import pyarrow
+import open_clip
 import pytest
+import tiny
 import torch
-from fuzz import (
-    LOADERS,
-    encoded,
-    gif_with_comments,
-    make_datasets,
-    make_models,
-    make_run,
-    png,
-    progressive_jpeg,
-)
+from diffusers import AutoencoderTiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoTokenizer
 
 import backbone
 import baselines
@@ -46,42 +37,87 @@ import liu
 import make_dataset
 import metrics
 import train
-from checkpoint import load_checkpoint, other_settings
+from checkpoint import load_checkpoint, other_settings, save_checkpoint
+from pipeline import InstructGIEPipeline
 from rcldm import cross_merge, cross_scan
 from sam_loss import selective_area_loss
 
-FUZZ = Path(__file__).with_name("fuzz.py")
+# --- Something valid of every kind --------------------------------------------------------------------------
 
 
-# --- The fuzzer ---------------------------------------------------------------------------------------------
+def draw_once(folder):
+    pipe = InstructGIEPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    picture = Image.new("RGB", (20, 30), "red")
+    pipe("add a hat", picture, (picture, picture), num_inference_steps=1, unify=False)
 
 
-def fuzz(cases, seed):
-    """Runs it; returns the cases of each kind that were read, refused and failed."""
-    command = [sys.executable, str(FUZZ), "--cases", str(cases), "--seed", str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    rows = re.findall(r"^(\w+) +\d+ +(\d+) +(\d+) +(\d+) .* s$", done.stdout, re.MULTILINE)
-    assert done.returncode == 0 and len(rows) == 6, done.stdout[-3000:] + done.stderr[-3000:]
-    return {kind: tuple(map(int, counts)) for kind, *counts in rows}
+def load_clip(folder):
+    backbone.load_clip_tokenizer(str(folder))(["a hat"])
+    backbone.load_clip(str(folder))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
-@pytest.mark.parametrize("cases, seed", [(300, 1), pytest.param(2000, 0, marks=pytest.mark.slow)])
-def test_what_is_broken_at_random_is_read_or_refused_in_one_line(cases, seed):
-    found = fuzz(cases, seed)
-    assert sum(map(sum, found.values())) == cases
-    for kind, (read, refused, failed) in found.items():
-        assert read and refused and not failed, kind
+VAE = SimpleNamespace(config=SimpleNamespace(latent_channels=4))
+LOADERS = {
+    "sd": lambda folder: backbone.encode_text(backbone.load_stable_diffusion(str(folder)), ["a hat"]),
+    "editor": draw_once,
+    "pipeline": draw_once,
+    "clip": load_clip,
+    "segmenter": lambda folder: backbone.load_segmenter(str(folder)),
+    "llm": lambda folder: backbone.load_llm(str(folder)),
+    "taesd": lambda folder: backbone.load_tiny_decoder(str(folder), VAE),
+}
+
+
+def make_models(root):
+    torch.manual_seed(0)
+    tiny.save_parts(root)
+    InstructGIEPipeline.from_pretrained(root / "editor").save_pretrained(root / "pipeline")
+    tiny.save_segmenter(root / "segmenter")
+    tiny.save_llm(root / "llm")
+    sizes = {f"{part}_block_out_channels": (8,) * 4 for part in ("encoder", "decoder")}
+    AutoencoderTiny(latent_channels=4, **sizes).save_pretrained(root / "taesd")
+    tiny.save_clip(root / "clip")  # and with a tokenizer of its own:
+    tokenizer, file = AutoTokenizer.from_pretrained(root / "llm"), root / "clip" / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    own = {"hf_tokenizer_name": "local", "tokenizer_kwargs": {}, "vocab_size": len(tokenizer)}
+    config["model_cfg"]["text_cfg"] |= own
+    file.write_text(json.dumps(config))
+    tokenizer.save_pretrained(root / "clip")
+    weights = open_clip.CLIP(**config["model_cfg"]).state_dict()
+    save_file(weights, root / "clip" / "open_clip_model.safetensors")
+
+
+def make_datasets(root):
+    tiny.save_data(root / "folder", pairs=2)
+    images = [Image.new("RGB", (20, 30), (k, 0, 0)) for k in range(4)]
+    kinds = dict.fromkeys(("original_image", "edited_image"), datasets.Image())
+    kinds["edit_prompt"] = datasets.Value("string")
+    columns = (images, images[::-1], ["a", "a", "b", "b"])
+    table = datasets.Dataset.from_dict(dict(zip(kinds, columns)), datasets.Features(kinds))
+    table.save_to_disk(str(root / "saved"))
+    datasets.DatasetDict(train=table).save_to_disk(str(root / "splits"))
+    (root / "parquet/data").mkdir(parents=True)
+    table.to_parquet(str(root / "parquet/data/train-00000-of-00001.parquet"))
+
+
+def make_run(root):
+    layer = nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(4)).sum().backward()
+    optimizer.step()
+    for step in (1, 2):
+        save_checkpoint(root, step, {"layer": layer}, optimizer, keep=2)
+    (root / "answers.jsonl").write_text('{"answer": "0.png"}\n')
+    (root / "replies").mkdir()
+    (root / "replies/00000.jsonl").write_text('{"caption": "a cup", "reply": "Caption: a hat"}\n' * 2)
 
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory):
-    """Something valid of every kind."""
     root = tmp_path_factory.mktemp("seeds")
-    make_models(root)
-    make_datasets(root)
-    (root / "run").mkdir()
-    make_run(root / "run")
+    for make, folder in ((make_models, root), (make_datasets, root), (make_run, root / "run")):
+        make(folder)
     return root
 
 
@@ -96,8 +132,20 @@ def copy(seeds, tmp_path):
 # --- Pictures -----------------------------------------------------------------------------------------------
 
 ZEROS = zlib.compress(bytes(100_000_000), 9)
-LINES = zlib.compress(bytes(64 * 193))
-SECRET = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
+POSTSCRIPT = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
+
+
+def png(size, bits, colour, data):
+    """A PNG of any claim: size, bits and type of colour, compressed data."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0)), (b"IDAT", data)]
+    packed = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed) + b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def encoded(image, form):
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -106,28 +154,11 @@ SECRET = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
         (b"", "not a picture"),
         (bytes(1000), "not a picture"),
         (png((60_000, 60_000), 8, 2, ZEROS), "more than 89,478,485 pixels"),
-        (png((9_400, 9_400), 8, 6, ZEROS), "corrupt or truncated"),  # 353 MB were promised
-        (png((64, 64), 8, 2, LINES, (b"zTXt", b"a\0\0" + ZEROS)), "corrupt or truncated"),
-        (png((64, 64), 8, 2, b"", *[(b"teSt", b"")] * 50_000), "too many parts"),
-        (progressive_jpeg(9_400, 3_000), "more than 100 scans"),
-        (gif_with_comments(1_000_000), "too many parts"),
-        (SECRET.encode(), r"not a picture that is read here \(PNG, JPEG"),
+        (POSTSCRIPT.encode(), r"not a picture that is read here \(PNG, JPEG"),
         (encoded(Image.new("RGB", (8, 8)), "JPEG2000"), "not a picture that is read here"),
         (encoded(Image.fromarray(np.full((8, 8), np.inf, np.float32)), "TIFF"), "grey values"),
     ],
-    ids=[
-        "empty",
-        "zeros",
-        "size",
-        "promise",
-        "text",
-        "chunks",
-        "scans",
-        "comments",
-        "EPS",
-        "JP2",
-        "infinite",
-    ],
+    ids=["empty", "zeros", "size", "EPS", "JP2", "infinite"],
 )
 def test_a_hostile_picture_is_refused(tmp_path, monkeypatch, data, reason):
     monkeypatch.setattr(subprocess, "Popen", None)  # no program is started, as Ghostscript would be
@@ -135,12 +166,6 @@ def test_a_hostile_picture_is_refused(tmp_path, monkeypatch, data, reason):
     with pytest.raises(ds.ImageError, match=reason) as caught:
         ds.load_image(tmp_path / "a.png")
     assert "\n" not in str(caught.value)
-
-
-def test_many_scans_and_comments_are_fine_while_they_are_few(tmp_path):
-    for name, data in (("a.jpg", progressive_jpeg(64, 20)), ("a.gif", gif_with_comments(1000))):
-        (tmp_path / name).write_bytes(data)
-        assert ds.load_image(tmp_path / name).mode == "RGB"
 
 
 def test_threads_do_not_spoil_each_others_limits(tmp_path):
@@ -161,15 +186,6 @@ def test_threads_do_not_spoil_each_others_limits(tmp_path):
     assert warnings.filters == filters
 
 
-def test_what_is_no_file_is_not_opened(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "zero.png").symlink_to("/dev/zero")
-    (tmp_path / "loop.png").symlink_to("loop.png")
-    for name in ("pipe.png", "zero.png", "loop.png"):
-        with pytest.raises(ds.ImageError, match="no such file"):
-            ds.load_image(tmp_path / name)
-
-
 # --- Datasets -----------------------------------------------------------------------------------------------
 
 
@@ -179,58 +195,19 @@ def refused(root, reason, split="train"):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("filling", [b"\0", b" ", b"[],", b'"'])
-def test_a_line_of_200_megabytes_is_refused_before_it_is_read(copy, filling):
-    root = copy("folder")
-    with (root / "train/metadata.jsonl").open("ab") as file:
-        file.write(b"\n" + filling * (200_000_000 // len(filling)))
-    tracemalloc.start()
-    refused(root, r"metadata\.jsonl:5: a line of 1,048,576 bytes or more")
-    assert tracemalloc.get_traced_memory()[1] < 8e6
-    tracemalloc.stop()
-
-
-@pytest.mark.parametrize(
-    "layout, file",
-    [
-        ("folder", "train/metadata.jsonl"),
-        ("shards", "train/a/metadata.jsonl"),
-        ("pix2pix", "a/prompt.json"),
-        ("saved", "dataset_info.json"),
-        ("parquet", "data/train-00000-of-00001.parquet"),
-    ],
-)
-@pytest.mark.parametrize("kind", ["pipe", "device", "endless"])
-def test_no_file_of_a_dataset_keeps_one_waiting(copy, layout, file, kind):
-    root = copy(layout)
-    (root / file).unlink()
-    if kind == "pipe":
-        os.mkfifo(root / file)
-    elif kind == "device":
-        (root / file).symlink_to("/dev/zero")
-    else:
-        with (root / file).open("wb") as sparse:
-            sparse.truncate(2**40)  # a terabyte of nothing
-    refused(root, "not a file|no file|out of the folder|bytes or more|cannot load|has neither")
-
-
 @pytest.mark.parametrize("split", ["../train", "/train", "..", "", "a\0b", "a/../../train"])
 def test_a_split_is_a_folder_inside(copy, split):
     refused(copy("folder"), "is not a relative path inside the folder", split)
 
 
 def test_links_out_of_the_folder_are_refused(copy, tmp_path, seeds):
-    for layout, name in (("folder", "train"), ("shards", "train/a"), ("pix2pix", "b")):
-        root = copy(layout)
-        (root / name).rename(tmp_path / "elsewhere")
-        (root / name).symlink_to(tmp_path / "elsewhere")
-        refused(root, "is a symbolic link out of the folder")
-        shutil.rmtree(tmp_path / "elsewhere")
-    root = copy("parquet")
-    (root / "data/train-00000-of-00001.parquet").unlink()
-    (root / "data/train-00000-of-00001.parquet").symlink_to(
-        seeds / "parquet/data/train-00000-of-00001.parquet"
-    )
+    root = copy("folder")
+    (root / "train").rename(tmp_path / "elsewhere")
+    (root / "train").symlink_to(tmp_path / "elsewhere")
+    refused(root, "is a symbolic link out of the folder")
+    root, name = copy("parquet"), "data/train-00000-of-00001.parquet"
+    (root / name).unlink()
+    (root / name).symlink_to(seeds / "parquet" / name)
     refused(root, "no file inside the folder")
 
 
@@ -241,17 +218,10 @@ def write_rows(root, *lines):
 GOOD = {"input_file_name": "0_before.png", "output_file_name": "0_after.png", "instruction": "make it night"}
 
 
-def test_of_a_key_that_is_there_twice_the_last_counts(copy):
-    root = copy("folder")
-    write_rows(root, b'{"instruction": "first", ' + json.dumps(GOOD).encode()[1:])
-    assert [pair.instruction for pair in ds.read_pairs(root)] == ["make it night"]
-
-
 @pytest.mark.parametrize(
     "more, reason",
     [
         ({"instruction": "half \ud800"}, "surrogates not allowed"),
-        ({"output_caption": "half \ud800"}, "surrogates not allowed"),
         ({"instruction": "word " * 1000}, "more than 2000 letters"),
         ({"input_file_name": "../../seeds/secret.png"}, "not a relative path"),
         ({"output_file_name": "/etc/passwd"}, "not a relative path"),
@@ -264,21 +234,11 @@ def test_what_no_line_may_say(copy, more, reason):
     refused(root, f"metadata.jsonl:1: .*{reason}")
 
 
-def test_numbers_of_many_digits_and_no_numbers_are_kept_or_refused(copy):
-    root = copy("folder")
-    write_rows(root, json.dumps(GOOD | {"score": float("nan")}).encode())
-    assert np.isnan(ds.read_pairs(root)[0].extra["score"])
-    write_rows(root, json.dumps(GOOD).encode()[:-1] + b', "score": ' + b"9" * 100_000 + b"}")
-    refused(root, "metadata.jsonl:1: .*digits")
-
-
 def test_a_tables_folder_is_read_by_its_names_alone(copy, seeds):
-    """Neither a card, which may name any file or address, nor an archive beside the table is heeded."""
+    """A card, which may name any file or address, is not heeded."""
     root = copy("parquet")
-    card = f"---\nconfigs:\n- config_name: default\n  data_files: {seeds}/arrow/data/*\n---\n"
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {seeds}/saved/*\n---\n"
     (root / "README.md").write_text(card)
-    with zipfile.ZipFile(root / "data/train.zip", "w", zipfile.ZIP_DEFLATED) as bomb:
-        bomb.writestr("data.csv", bytes(100_000_000))
     for name in ("a.csv", "b.csv", "evil.py"):
         (root / name).write_text("raise SystemExit")
     pairs = ds.read_pairs(root)
@@ -302,74 +262,6 @@ def test_the_files_of_a_split_are_told_by_their_names(tmp_path):
     ):
         with pytest.raises(ds.DatasetError):
             chosen(split, name)
-
-
-def test_more_rows_than_bytes_are_refused(tmp_path):
-    rows = 10_000_000
-    columns = {name: pyarrow.nulls(rows) for name in ("original_image", "edited_image", "edit_prompt")}
-    (tmp_path / "bomb").mkdir()
-    parquet.write_table(pyarrow.table(columns), tmp_path / "bomb/train.parquet")
-    refused(tmp_path / "bomb", "more rows than pictures")
-
-
-def two_pictures(rows):
-    """Columns that `read_table` takes, all of whose pictures are one."""
-    noise = np.random.default_rng(0).integers(0, 256, (150, 150, 3), dtype=np.uint8)
-    pictures = [{"bytes": encoded(Image.fromarray(noise), "PNG"), "path": None}] * rows
-    return {"original_image": pictures, "edited_image": pictures, "edit_prompt": ["add a hat"] * rows}
-
-
-def test_a_table_that_unpacks_to_very_much_is_refused(tmp_path):
-    """By a dictionary, one of whose values stands in all rows, and by compression; one that is like others is
-    read, though its pictures recur."""
-    (tmp_path / "twice").mkdir()
-    parquet.write_table(pyarrow.table(two_pictures(2)), tmp_path / "twice/train.parquet")
-    assert len(ds.read_pairs(tmp_path / "twice")) == 2
-    for name, columns in (("same", two_pictures(2000)), ("zeros", {"a": [bytes(10**8)] * 2})):
-        file = tmp_path / name / "train.parquet"
-        file.parent.mkdir()
-        parquet.write_table(pyarrow.table(columns), file, compression="zstd")
-        assert file.stat().st_size < 200_000
-        refused(file.parent, "would unpack to more than a hundred times its size")
-
-
-def test_arrow_files_that_are_compressed_are_refused(copy):
-    """50 kB of them took 2 GB of memory and as much of the disk."""
-    root, table = copy("arrow"), pyarrow.table(two_pictures(9))
-    (file,) = (root / "data").glob("*")
-    for write in (pyarrow.ipc.new_stream, pyarrow.ipc.new_file):
-        for compression in (None, "lz4", "zstd"):
-            with write(
-                file, table.schema, options=pyarrow.ipc.IpcWriteOptions(compression=compression)
-            ) as out:
-                out.write_table(table, max_chunksize=4)
-            if compression:
-                refused(root, "is compressed; save it without, or as Parquet")
-            else:
-                assert len(ds.read_pairs(root)) == 9
-    many = pyarrow.table({name: pyarrow.nulls(10**6) for name in table.column_names})
-    with pyarrow.ipc.new_stream(file, many.schema) as out:
-        out.write_table(many)
-    refused(root, "more rows than pictures")
-
-
-@pytest.mark.parametrize("layout", ["saved", "parquet", "arrow"])
-def test_a_class_label_of_very_many_names_is_refused(copy, layout):
-    """Of which the library would make a list, wherever a table's features are told."""
-    root, label = copy(layout), {"num_classes": 10**9, "_type": "ClassLabel"}
-    if layout == "saved":
-        info = json.loads((root / "dataset_info.json").read_text())
-        change(root / "dataset_info.json", features=info["features"] | {"edit_prompt": label})
-    else:
-        told = {"huggingface": json.dumps({"info": {"features": {"edit_prompt": label}}})}
-        table = pyarrow.table(two_pictures(2)).replace_schema_metadata(told)
-        (file,) = (root / "data").glob("*")
-        if layout == "parquet":
-            parquet.write_table(table, file)
-        else:
-            with pyarrow.ipc.new_stream(file, table.schema) as stream:
-                stream.write_table(table)
-    refused(root, "num_classes of 1e.09 is too large")
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../saved/data-00000-of-00001.arrow", 7])
@@ -505,33 +397,9 @@ def test_a_clip_cannot_ask_that_its_tokenizer_be_trusted(copy, trap):
 @pytest.mark.parametrize(
     "kind, file, more, reason",
     [
-        ("llm", "config.json", {"num_hidden_layers": 10**6}, "more of it than its weights"),
-        ("llm", "config.json", {"hidden_size": 10**6}, "more of it than its weights"),
-        ("llm", "config.json", {"num_labels": 10**6}, "num_labels of 1e.06 is too large"),
+        ("llm", "config.json", {"num_hidden_layers": 3}, "its weights lack"),
         ("llm", "config.json", {"vocab_size": 7}, "mismatched"),
-        ("sd", "unet/config.json", {"layers_per_block": 10**6}, "more of it than its weights"),
-        ("sd", "scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "too large"),
         ("sd", "tokenizer/tokenizer_config.json", {"model_max_length": 10**30}, "tokenizer does not fit"),
-        ("sd", "tokenizer/tokenizer_config.json", {"model_max_length": 7.5}, "tokenizer does not fit"),
-        ("clip", "open_clip_config.json", {"image_size": 32_000}, "image_size of 3e.04 is too large"),
-        ("segmenter", "config.json", {"num_queries": 10**6}, "more of it than its weights"),
-        ("editor", "config.json", {"prompt_encoder_depth": 10**6}, "more of it than its weights"),
-        ("taesd", "config.json", {"scaling_factor": "x"}, "its config has scaling_factor 'x'"),
-        (
-            "sd",
-            "text_encoder/config.json",
-            {"num_attention_heads": -1},
-            "num_attention_heads of -1e.00 is too small",
-        ),
-        (
-            "sd",
-            "scheduler/scheduler_config.json",
-            {"steps_offset": -9},
-            "steps_offset of -9e.00 is too small",
-        ),
-        ("sd", "scheduler/scheduler_config.json", {"sample_max_value": None}, "has sample_max_value None"),
-        ("pipeline", "scheduler/scheduler_config.json", {"steps_offset": None}, "has steps_offset None"),
-        ("pipeline", "unet/config.json", {"downsample_padding": 65536}, "downsample_padding of 7e.04 is too"),
         ("editor", "instructgie.json", {"panel": -32}, "instructgie.json has panel -32"),
         ("editor", "instructgie.json", {"panel": 32 * 10**6}, "instructgie.json has panel 32000000"),
         (
@@ -544,7 +412,7 @@ def test_a_clip_cannot_ask_that_its_tokenizer_be_trusted(copy, trap):
         ("pipeline", "model_index.json", {"settings": {"steps": "2"}}, "model_index.json has steps '2'"),
     ],
 )
-def test_a_config_that_claims_too_much(copy, kind, file, more, reason):
+def test_a_part_that_does_not_fit_is_said_in_a_line(copy, kind, file, more, reason):
     root = copy(kind)
     change(root / file, **more)
     with pytest.raises(backbone.BackboneError, match=reason):
@@ -555,7 +423,7 @@ def test_a_config_that_claims_too_much(copy, kind, file, more, reason):
 def test_weights_of_another_model_are_refused(copy, seeds, kind):
     root = copy(kind)
     shutil.copy(seeds / "llm/model.safetensors", sorted(root.rglob("diffusion_pytorch_model.safetensors"))[0])
-    with pytest.raises(backbone.BackboneError, match=r"its weights lack|more of it than its weights"):
+    with pytest.raises(backbone.BackboneError, match=r"its weights lack"):
         LOADERS[kind](root)
 
 
@@ -575,31 +443,6 @@ def test_no_weight_that_is_missing_is_made_up(copy, kind, part):
         LOADERS[kind](root)
 
 
-@pytest.mark.parametrize(
-    "template, reason",
-    [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "no end"),
-        (
-            "{% set n = namespace(a='aa') %}{% for i in range(64) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
-            "no end",
-        ),
-        ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-        ("{{ messages", "unexpected end of template"),
-    ],
-)
-def test_a_chat_template_that_does_not_end(copy, template, reason):
-    root = copy("llm")
-    (root / "chat_template.jinja").write_text(template)
-    with pytest.raises(backbone.BackboneError, match=reason) as caught:
-        backbone.load_llm(str(root))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_slow_machine_reads_the_same_chat_template(monkeypatch):
-    monkeypatch.setattr("time.monotonic", itertools.count(step=1000).__next__)
-    backbone.load_llm(backbone.PRESETS["toy"].llm)
-
-
 def test_an_autoencoder_whose_halves_do_not_agree(copy):
     root = copy("pipeline")
     config = json.loads((root / "vae/config.json").read_text())
@@ -607,22 +450,6 @@ def test_an_autoencoder_whose_halves_do_not_agree(copy):
     (root / "vae/config.json").write_text(json.dumps(config))
     with pytest.raises(backbone.BackboneError, match=r"2 times smaller and 8 times larger"):
         LOADERS["pipeline"](root)
-
-
-@pytest.mark.parametrize("kind", LOADERS)
-def test_no_file_of_a_model_keeps_one_waiting(copy, kind):
-    root = copy(kind)
-    name = "instructgie.json" if kind == "editor" else "config.json"
-    file = next(root.rglob(name), None) or root / "open_clip_config.json"
-    file.unlink()
-    os.mkfifo(file)
-    with pytest.raises(backbone.BackboneError, match="is not a file"):
-        LOADERS[kind](root)
-    file.unlink()
-    with file.open("wb") as sparse:
-        sparse.truncate(2**40)
-    with pytest.raises(backbone.BackboneError, match=r"bytes or more|longer than any text"):
-        LOADERS[kind](root)
 
 
 # --- What the programs write and read again, and what they are told -----------------------------------------
@@ -654,7 +481,7 @@ def test_a_cut_line_of_answers_is_taken_off_and_a_long_one_is_not(tmp_path):
     assert file.stat().st_size == 2**21
 
 
-@pytest.mark.parametrize("text", ["[1]", "7", "null", "{", "[" * 100_000])
+@pytest.mark.parametrize("text", ["[1]", "7", "null", "{"])
 def test_settings_that_are_none(tmp_path, text):
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(ValueError, match=r"settings\.json") as caught:
@@ -693,7 +520,7 @@ def test_replies_of_another_form_are_left_out(copy):
     [
         (edit, "--input x.png --output out --instruction hat --num-images 1000000000", "10000"),
         (edit, f"--input x.png --output out --instruction {'a' * 5000}", "2000 letters"),
-        (edit, "--input loop.png --output out --instruction hat", "loop.png: no such file"),
+        (edit, "--input y.png --output out --instruction hat", "y.png: no such file"),
         (evaluate, "editor --data folder --split ../folder/train --device cpu", "split '../folder/train'"),
         (evaluate, "editor --data folder --seed -1", "--seed must be 0"),
         (evaluate, "editor --data folder --guidance-text nan", "--guidance-text must be a finite number"),
@@ -701,7 +528,6 @@ def test_replies_of_another_form_are_left_out(copy):
         (make_dataset, "check folder --split ../seen", "split '../seen'"),
         (make_dataset, "check folder --sheet folder/train/0_after.png", "overwrite a picture"),
         (make_dataset, "check folder --sheet folder/train/metadata.jsonl", "ends in .png"),
-        (make_dataset, "texts --seeds /dev/zero --out out --device cpu", "/dev/zero: not a file"),
         (make_dataset, "images --out run --size -32 --device cpu", "--size must be 1 … 4096, not -32"),
         (
             make_dataset,
@@ -728,7 +554,6 @@ def test_a_command_that_asks_for_the_impossible(copy, tmp_path, monkeypatch, cap
         copy(name)
     monkeypatch.chdir(tmp_path)
     shutil.copy(tmp_path / "folder/train/0_before.png", "x.png")
-    os.symlink("loop.png", "loop.png")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", [program.__name__, *words.split()])
     with pytest.raises(SystemExit) as exit:
@@ -848,17 +673,3 @@ def test_each_of_the_four_orders_visits_every_place_once(size, width, seed):
     in_order = x.flatten(2).sort(-1).values
     assert all(torch.equal(scans[:, k].sort(-1).values, in_order) for k in range(4))
     assert torch.equal(cross_merge(scans, h, width), 4 * x)
-
-
-@quick
-@given(st.binary(max_size=300), st.sampled_from(["metadata.jsonl", "seeds.json", "train.parquet"]))
-def test_no_bytes_at_all_are_more_than_one_line(tmp_path_factory, data, name):
-    folder = tmp_path_factory.mktemp("any")
-    (folder / name).write_bytes(data)
-    with pytest.raises(ds.DatasetError) as caught:
-        ds.read_pairs(folder)
-    assert "\n" not in str(caught.value)
-    (folder / "a.png").write_bytes(data)
-    with warnings.catch_warnings(), pytest.raises(ds.ImageError):
-        warnings.simplefilter("ignore")
-        ds.load_image(folder / "a.png")
