@@ -30,11 +30,14 @@ from dataset import check_finite
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write` makes the file under another name, which becomes `path` when it is done."""
+    """`write` makes the file under another name, which becomes `path` when it is done. Raises OSError, also
+    for what safetensors makes of one."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(temporary)
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -65,7 +68,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             path.rename(old)
         temporary.rename(path)
     except SafetensorError as error:
-        raise OSError(str(error)) from None
+        raise OSError(f"{path}: {error}") from None
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
@@ -100,16 +103,6 @@ def _lock(file: int) -> None:
         msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
     else:  # not flock, which a loader's worker would share, and keep when its parent is killed
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def tried(what: str, write: Callable[[], Any]) -> bool:
-    """Whether `write` went well. Where the disk takes no more it says so, in a line, and work can go on."""
-    try:
-        write()
-    except OSError as error:
-        print(f"{what} could not be written ({error}); it goes on without", flush=True)
-        return False
-    return True
 
 
 def other_settings(path: Path, settings: dict[str, Any], anew: bool = False) -> dict[str, tuple[Any, Any]]:
@@ -341,7 +334,8 @@ class Stop:
 def _say(line: str) -> None:
     try:
         print(line, flush=True)
-    except OSError:  # Ctrl-C has ended the `tee` that listened; at its end Python would try again, and exit with 120
+    except OSError:
+        # Ctrl-C at a terminal ends a `tee` first. Python would print again at its end, and exit with 120.
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 

@@ -25,7 +25,7 @@ import backbone
 import esm
 import liu
 import sam_loss
-from checkpoint import begin_worker, tried, write_whole
+from checkpoint import begin_worker, write_whole
 from dataset import (
     DatasetError,
     ImageError,
@@ -215,7 +215,7 @@ def observe_all(
                     fact = fact.half() if fact.is_floating_point() else fact
                     columns[name].append(check_finite(fact, f"{args.data}: the {name}").cpu())
         tensors = {name: torch.cat(column) for name, column in columns.items() if column}
-        tried(f"the cache {path}", lambda: save_tensors(tensors, path, broken))
+        save_tensors(tensors, path, broken)
     else:
         tensors, broken = cached
     tensors = {name: fact.to(device) if in_memory else fact for name, fact in tensors.items()}

@@ -49,7 +49,6 @@ from checkpoint import (
     locked,
     other_settings,
     save_checkpoint,
-    tried,
     whole_folder,
     write_whole,
 )
@@ -460,7 +459,7 @@ def teach_prompt_encoder(
         optimizers.append(torch.optim.Muon(hidden, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     folder = args.output / "prompt-encoder"
     watch = modules["watch"] = Watch()
-    start = saved = load_checkpoint(folder, modules, *optimizers) if args.resume else 0
+    start = load_checkpoint(folder, modules, *optimizers) if args.resume else 0
     steps = range(start * args.accumulate, args.encoder_steps * args.accumulate)
     batch_size, accelerator = args.encoder_batch or args.batch, losses_of.accelerator
     shares = accelerator.process_index, accelerator.num_processes
@@ -509,12 +508,11 @@ def teach_prompt_encoder(
         progress.update()
         stop.agree(accelerator)
         if step % args.checkpoint_every == 0 or step == args.encoder_steps or stop.asked or watch.is_over:
-            save = partial(save_checkpoint, folder, step, modules, *optimizers, keep=2)
-            if is_main and tried(f"{folder}/checkpoint-{step:07d}", save):
-                saved = step
+            if is_main:
+                save_checkpoint(folder, step, modules, *optimizers, keep=2)
             watch.check()
             if stop.asked:
-                stop.end(f"step {saved} of the prompt encoder's")
+                stop.end(f"step {step} of the prompt encoder's")
     progress.close()
     for hook in auxiliary.hooks if auxiliary is not None else ():
         hook.remove()
@@ -551,28 +549,20 @@ def save_editor(model: RCLDM, args: argparse.Namespace, step: int, measured: dic
 
 
 class Log:
-    """TensorBoard's file, as long as the disk takes it."""
+    """TensorBoard's file."""
 
     def __init__(self, folder: Path) -> None:
-        # Its own thread would print a traceback of what `write` says in a line.
+        # On a full disk its own thread would print a traceback of what `write` raises.
         threading.excepthook = lambda error: error.exc_type is OSError or threading.__excepthook__(error)
-        self.writer: SummaryWriter | None = None
-        tried(str(folder), lambda: setattr(self, "writer", SummaryWriter(folder)))
+        self.writer = SummaryWriter(folder)
 
     def write(self, step: int, numbers: dict[str, Tensor | float], pictures: dict[str, Tensor] | None = None):
-        """numbers, pictures (3, H, W) in [-1, 1]: by their names."""
-        if self.writer is None:
-            return
-
-        def write() -> None:
-            for name, value in numbers.items():
-                self.writer.add_scalar(name, value, step)
-            for name, picture in (pictures or {}).items():
-                self.writer.add_image(name, (picture + 1) / 2, step)
-            self.writer.flush()
-
-        if not tried("TensorBoard's file", write):
-            self.writer = None
+        """numbers, pictures (3, H, W) in [-1, 1]: by their names. Raises OSError."""
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+        for name, picture in (pictures or {}).items():
+            self.writer.add_image(name, (picture + 1) / 2, step)
+        self.writer.flush()
 
 
 class Validation:
@@ -803,7 +793,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack) -> N
     groups = parameter_groups(model, args.weight_decay, encoder_lr)
     optimizer = adamw(groups, lr=args.lr, betas=(0.9, 0.99))
     modules = {"model": model, "average": average, "watch": (watch := Watch())}
-    start = saved = load_checkpoint(args.output, modules, optimizer) if args.resume else 0
+    start = load_checkpoint(args.output, modules, optimizer) if args.resume else 0
     wrapped, optimizer = accelerator.prepare(model, optimizer)
 
     shares = accelerator.process_index, accelerator.num_processes
@@ -812,6 +802,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack) -> N
     loader = load_batches(data, facts, order, args.workers)
     log = Log(args.output / "tensorboard") if is_main else None
     progress = tqdm(total=args.steps, initial=start, desc="train", mininterval=2, disable=not is_main)
+    held.callback(progress.close)  # else it would be drawn below the line of an error
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{millions:.2f} M parameters to train, {len(data)} pairs", flush=True)
 
@@ -821,9 +812,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack) -> N
         if args.validation_pictures:
             picture, measured["validation error"] = validation.picture(average.module, sd)
             path = args.output / f"validation-{step:07d}.png"
-            tried(
-                str(path), lambda: write_whole(path, lambda file: tensor_to_image(picture).save(file, "PNG"))
-            )
+            write_whole(path, lambda file: tensor_to_image(picture).save(file, "PNG"))
             log.write(step, {"validation error": measured["validation error"]}, {"validation": picture})
         save_editor(average.module, args, step, measured)
 
@@ -859,14 +848,12 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack) -> N
         if is_main and step % 20 == 0:
             log.write(step, {f"loss/{name}": value for name, value in watch.averages.items()})
         if is_main and (step % args.checkpoint_every == 0 or is_over):
-            save = partial(save_checkpoint, args.output, step, modules, optimizer.optimizer, keep=args.keep)
-            if tried(f"{args.output}/checkpoint-{step:07d}", save):
-                saved = step
+            save_checkpoint(args.output, step, modules, optimizer.optimizer, keep=args.keep)
         if is_main and step % args.validate_every == 0 and not is_over:
-            tried(f"{args.output}/editor", partial(publish, step))
+            publish(step)
         watch.check()
         if stop.asked and step < args.steps:
-            stop.end(f"step {saved}")
+            stop.end(f"step {step}")
     progress.refresh()
     progress.close()
     if is_main:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import P, options, save_data, save_parts
 from torch import nn
@@ -27,7 +28,7 @@ import facts
 import rcldm
 import sam_loss
 import train
-from checkpoint import Stop, Watch, begin_worker, load_checkpoint, save_checkpoint, verified, whole_folder
+from checkpoint import Stop, Watch, load_checkpoint, save_checkpoint, verified, whole_folder, write_whole
 from dataset import VisualPromptDataset, read_pairs
 from facts import Frozen, observe_all
 
@@ -124,51 +125,17 @@ def test_ctrl_c_at_a_terminal_reaches_the_workers_too_and_does_no_harm(parts, tm
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
 
 
-@pytest.mark.parametrize(
-    "where, signals", [("pictures, once", [signal.SIGTERM]), ("train:", [signal.SIGINT, signal.SIGTERM])]
-)
-def test_asked_before_it_is_at_work_or_twice_it_ends_at_once(parts, tmp_path, where, signals):
-    """Its workers, which heed no signal, keep it no longer."""
-    data = save_data(tmp_path / "data", pairs=400) if where == "pictures, once" else parts / "data"
-    command = [sys.executable, str(TESTS.parent / "train.py"), *options(parts, tmp_path / "run", data=data)]
-    command += [*QUICK, "--encoder-steps", "0", "--steps", "100000", "--flip", "--workers", "1"]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while where not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        for number in signals:
-            os.killpg(process.pid, number)
-        assert process.wait(30) in (130, 143)
-    assert "Traceback" not in (tmp_path / "log").read_text()
-
-
-def work_alone(where):
-    """A process that dies as soon as it has begun a loader's worker, which has not begun yet."""
-
-    def late(worker):
-        time.sleep(2)  # until it is gone
-        (where / "late").write_text(str(os.getpid()))
-        begin_worker(worker)
-        (where / "stays").touch()
-
-    loader = iter(torch.utils.data.DataLoader(range(4), num_workers=1, worker_init_fn=late))
-    os._exit(0 if loader else 1)
-
-
-def test_a_worker_whose_parent_is_gone_before_it_begins_does_not_stay(tmp_path):
-    if not (child := os.fork()):
-        work_alone(tmp_path)
-    os.waitpid(child, 0)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "late").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    worker = int((tmp_path / "late").read_text())
-    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if there := Path(f"/proc/{worker}").exists():
-        os.kill(worker, signal.SIGKILL)
-    assert not there and not (tmp_path / "stays").exists()
+def test_asked_before_it_is_at_work_or_twice_it_ends_at_once(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with Stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+    with Stop() as stop:
+        stop.at_work = True
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [143]
+        os.kill(os.getpid(), signal.SIGINT)
+    assert ended == [143, 130]
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------
@@ -271,54 +238,41 @@ def start(parts, output, *more, limit=None):
     return subprocess.Popen(command, preexec_fn=little if limit else None, env=env, **pipes)
 
 
-def test_files_that_may_not_grow_are_said_in_a_line_and_training_goes_on(run, parts, tmp_path):
-    """A quota, by the limit that a process may have: no checkpoint fits, nor the editor."""
-    run(*QUICK, "--steps", "1", output=tmp_path / "first")  # fills the caches
-    code, out, err = end_of(
-        start(parts, tmp_path / "run", "--steps", "3", "--checkpoint-every", "1", limit=2**17)
-    )
-    assert code == 2 and err.splitlines()[-1].startswith("train.py: error: ")
-    refused = [line for line in out.splitlines() if "could not be written" in line]
-    assert sum("run/checkpoint-" in line for line in refused) == 3
-    assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".")]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 40 MiB; only an administrator can make one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("cannot mount a small file system here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_on_a_full_disk_the_last_good_checkpoint_stays_and_training_goes_on(run, parts, small_disk, tmp_path):
-    output = small_disk / "run"
-    often = ("--checkpoint-every", "1", "--keep", "1")
-    run(*QUICK, "--steps", "2", *often, output=output)
-    filler = small_disk / "filler"
-    with open(filler, "wb") as file, pytest.raises(OSError):
-        while True:
-            file.write(bytes(2**16))
-            file.flush()
-    code, out, err = end_of(start(parts, output, "--steps", "4", *often, "--resume"))
-    assert code == 2 and "No space left on device" in err.splitlines()[-1]
-    assert out.count("No space left on device") >= 2  # each checkpoint
+def test_on_a_full_disk_it_ends_in_a_line_and_the_last_checkpoint_stays(run, parts, tmp_path):
+    """A quota, by the limit that a process may have: no further checkpoint fits."""
+    steps = ("--steps", "4", "--checkpoint-every", "1", "--keep", "9")
+    run(*QUICK, *steps, output=tmp_path / "whole")
+    output = shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for step in (3, 4):
+        shutil.rmtree(output / f"checkpoint-000000{step}")
+    code, _, err = end_of(start(parts, output, *steps, "--resume", limit=2**17))
+    last = err.splitlines()[-1]
+    assert code == 2 and last.startswith("train.py: error: ") and "File too large" in last
+    assert f"{output}/checkpoint-0000003" in last
     assert verified(output / "checkpoint-0000002") is not None
     assert (output / "editor" / "config.json").read_bytes()  # the one of before
-    filler.unlink()
-    run(*QUICK, "--steps", "4", *often, "--resume", output=output)
-    run(*QUICK, "--steps", "4", *often, output=tmp_path / "whole")
-    assert len(state(output)) == len(state(tmp_path / "whole"))
+    assert not [path for path in output.rglob("*") if path.name.startswith(".")]
+    run(*QUICK, *steps, "--resume")
+    assert equal(state(output), state(tmp_path / "whole"))
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(run, tmp_path, capsys):
+def test_a_cache_that_cannot_be_written_is_a_line(run, tmp_path, capsys):
     (tmp_path / "cache").write_text("a file where the folder should be")
-    run("--no-esm", "--no-sam", "--steps", "1", "--cache", str(tmp_path / "cache"))
-    assert "the cache" in capsys.readouterr().out and (tmp_path / "run" / "editor").exists()
+    with pytest.raises(SystemExit) as stopped:
+        run("--no-esm", "--no-sam", "--steps", "1", "--cache", str(tmp_path / "cache"))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and error.startswith("train.py: error: ")
+    assert str(tmp_path / "cache") in error
+
+
+def test_a_full_disk_under_safetensors_is_an_oserror(tmp_path):
+    def write(file):
+        file.touch()
+        raise SafetensorError("No space left on device")
+
+    with pytest.raises(OSError, match="weights: No space left on device"):
+        write_whole(tmp_path / "weights", write)
+    assert not list(tmp_path.iterdir())
 
 
 # --- Steps that are no numbers ------------------------------------------------------------------------------
