@@ -234,7 +234,7 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError(f"--backbone {args.backbone} has no dataset of its own; give one with --data")
     args.data = args.data or preset.data
     data = read_pairs(backbone.data_folder(args.data), args.split)
-    data = VisualPromptDataset(data, preset.panel, flip=False, seed=args.seed)
+    data = VisualPromptDataset(data, preset.panel, seed=args.seed)
     sd = backbone.load_stable_diffusion(args.stable_diffusion or preset.stable_diffusion, device)
     data, facts = observe_all(data, Frozen(sd.vae, None, None), args, device)
     texts, rows = read_instructions(data, sd, unifier=None)

@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from dataset import check_finite
 
 # --- Files --------------------------------------------------------------------------------------------------
 
@@ -59,7 +58,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*.safetensors"):
             with safe_open(file, "pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 (no dict)
-                    check_finite(weights.get_tensor(name), f"{name}: {path} is not written")
+                    if not weights.get_tensor(name).isfinite().all():
+                        raise ValueError(f"NaN or infinity in {name}: {path} is not written")
         for file in temporary.rglob("*"):  # in the file system before its name is, should the power fail
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)

@@ -34,9 +34,7 @@ from dataset import (
     COLUMNS,
     TableImage,
     VisualPromptDataset,
-    lines_of,
     load_image,
-    parse_json,
     picture_digest,
     read_pairs,
     tensor_to_image,
@@ -94,7 +92,7 @@ def draw_queries(
         if not order:
             raise ValueError(f"--caption {word}: no output's caption has this word")
     order = order[:count]
-    examples = [data.draw(i, epoch=0).example for i in order]
+    examples = [data.draw(i, epoch=0) for i in order]
     if mode == "other-pair":  # the first after the query, in an order of its own, that has other words
         turn = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed + 1)).tolist()
         for k, i in enumerate(order):
@@ -161,9 +159,9 @@ def finished(answers: Path) -> set[str]:
     """Names of the answers that have a line; a last line cut by a killed run is taken off the file."""
     names = set()
     try:
-        for _, line in lines_of(answers) if answers.exists() else ():
+        for line in answers.read_bytes().splitlines(keepends=True) if answers.exists() else ():
             if line.endswith(b"\n"):
-                names.add(parse_json(line)["answer"])
+                names.add(json.loads(line)["answer"])
             else:
                 os.truncate(answers, answers.stat().st_size - len(line))
     except (ValueError, KeyError, TypeError):
@@ -178,10 +176,11 @@ def read_answers(folder: Path, keys: set[str]) -> list[dict[str, Any]]:
     """
     path = folder / "answers.jsonl"
     records = []
-    for where, line in lines_of(path):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        where = f"{path}:{number}"
         if line.endswith(b"\n"):
             try:
-                records.append(parse_json(line))
+                records.append(json.loads(line))
                 missing = keys - records[-1].keys()
             except (ValueError, AttributeError):
                 raise ValueError(f"{where}: not a JSON object") from None
@@ -356,7 +355,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--mode {strange[0]}: {args.method} can be given {', '.join(method.modes)} alone")
     editor = method.load(model, device=args.device, panel=preset.panel)
     data = read_pairs(backbone.data_folder(source), args.split, args.columns)
-    data = VisualPromptDataset(data, size=editor.panel, flip=False, seed=args.seed)
+    data = VisualPromptDataset(data, size=editor.panel, seed=args.seed)
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     if strange := [name for name in given if name not in editor.settings]:
         raise ValueError(f"--{strange[0].replace('_', '-')}: {args.method} samples without it")

@@ -183,8 +183,7 @@ class Draws(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, int]:
         epoch, i = item
-        query, example, _ = self.data.draw(i, epoch)
-        return {"index": query, "example_index": example}
+        return {"index": i, "example_index": self.data.draw(i, epoch)}
 
 
 IN_MEMORY = 4 << 30  # bytes of pictures that are kept, on the device; more are decoded at every step
@@ -238,14 +237,6 @@ def look_at_all(
         yield batch
 
 
-def readable(data: VisualPromptDataset, args: argparse.Namespace) -> VisualPromptDataset:
-    """The dataset without the pairs that cannot be read, where no facts of them are wanted."""
-    broken: dict[int, str] = {}
-    for _ in look_at_all(data, args, broken):
-        pass
-    return without(data, broken)[0] if broken else data
-
-
 def without(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[VisualPromptDataset, Tensor]:
     """The dataset without some of its pairs, and which of them stay.
 
@@ -260,7 +251,7 @@ def without(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[VisualPr
     print(said, flush=True)
     row = {id(pair): k for k, pair in enumerate(data.pairs)}
     whole = [pair for k, pair in enumerate(data.pairs) if k not in broken]
-    whole = VisualPromptDataset(whole, data.size, data.flip, data.seed)
+    whole = VisualPromptDataset(whole, data.size, data.seed)
     return whole, torch.tensor([row[id(pair)] for pair in whole.pairs])
 
 
@@ -279,25 +270,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[int, str]] | None:
         return None
 
 
-def load_batches(
-    data: VisualPromptDataset, facts: Facts | None, order: Iterable[list], workers: int
-) -> DataLoader:
+def load_batches(data: VisualPromptDataset, facts: Facts, order: Iterable[list], workers: int) -> DataLoader:
     """The items of each step in `order`, their pictures among them where they are not at hand already."""
-    known = facts is not None and facts.pictures is not None
-    source = Draws(data) if known else data
+    source = data if facts.pictures is None else Draws(data)
     return DataLoader(source, batch_sampler=order, num_workers=workers, worker_init_fn=begin_worker)
 
 
-def look_up(
-    batch: dict, facts: Facts | None, device: torch.device, frozen: Frozen | None = None
-) -> tuple[Tensor, Facts]:
+def look_up(batch: dict, facts: Facts, device: torch.device) -> tuple[Tensor, Facts]:
     """A batch's panels (B, 4, 3, P, P), and the facts (2B, …) of its example pairs, then query pairs.
 
-    facts: of all pairs, or None where the pictures are flipped at random: then `frozen` looks at them now.
+    facts: of all pairs.
     """
-    if facts is None:
-        panels = batch["panels"].to(device)
-        return panels, frozen.observe(torch.cat(panels.chunk(2, 1)))
     known = facts.of(torch.cat([batch["example_index"], batch["index"]]), device)
     if known.pictures is None:
         return batch["panels"].to(device), known

@@ -55,16 +55,7 @@ from tqdm import tqdm
 import backbone
 import esm
 from checkpoint import load_checkpoint, other_settings, save_checkpoint, whole_folder, write_whole
-from dataset import (
-    COLUMNS,
-    ImageError,
-    lines_of,
-    load_image,
-    misfit,
-    parse_json,
-    read_pairs,
-    tensor_to_image,
-)
+from dataset import COLUMNS, ImageError, load_image, misfit, read_pairs, tensor_to_image
 from prompt_to_prompt import PromptToPrompt, align
 
 # --- Texts: the form of what the language model writes ------------------------------------------------------
@@ -161,12 +152,23 @@ def _plain(text: str) -> str:
     return text.strip(" .!?").lower()
 
 
+def lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Where each line of a file is, `path:number`, and its bytes, but for blank ones. Raises OSError, and
+    ValueError for a device or a pipe, which may have no end."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.isspace():
+                yield f"{path}:{number}", line
+
+
 def read_texts(path: Path) -> list[dict]:
     """The lines of texts.jsonl, or of a file of examples. Raises ValueError, which names the line."""
     records = []
     for where, line in lines_of(path):
         try:
-            match parse_json(line):
+            match json.loads(line):
                 case {"instruction": str(instruction), "pairs": [[str(_), str(_)], *_] as pairs}:
                     if not all(isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in pairs):
                         raise ValueError
@@ -617,7 +619,7 @@ def read_lines(path: Path, *texts: str) -> Iterator[dict]:
     """The whole lines that `append` has written, which have a text by each of these names."""
     for _, line in lines_of(path) if path.exists() else ():
         with contextlib.suppress(ValueError):  # cut short; it will be made again
-            row = parse_json(line)
+            row = json.loads(line)
             if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in texts):
                 yield row
 

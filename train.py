@@ -72,7 +72,6 @@ from facts import (
     look_up,
     observe_all,
     read_instructions,
-    readable,
 )
 from pipeline import SAMPLING, InstructGIEPipeline, model_card
 from rcldm import RCLDM, VisualPromptEncoder
@@ -148,11 +147,6 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--drop-example", type=float, default=0.2, help="share of samples without the example pair")
     add("--drop-both", type=float, default=0.05, help="share of samples without either")
     add("--panel", type=int, help="P, pixels along a panel's side (default: the preset's)")
-    add(
-        "--flip",
-        action="store_true",
-        help="mirror half of the grids; encodes every step instead of once, and leaves class maps aside",
-    )
 
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     add("--workers", type=int, default=1, help="processes that decode pictures")
@@ -244,7 +238,7 @@ class Losses:
         args: argparse.Namespace,
         sd: backbone.StableDiffusion,
         frozen: Frozen,
-        facts: Facts | None,
+        facts: Facts,
         texts: Tensor,
         rows: Tensor,
         decoder: nn.Module | None = None,
@@ -267,7 +261,7 @@ class Losses:
         """A step's condition grids, their latents x_0, facts and text embeddings (B, T, D). keep: which
         samples are told the instruction and which show their example pair, both (B,), see `dropout`."""
         count, (keep_text, keep_example) = len(batch["index"]), keep
-        panels, facts = look_up(batch, self.facts, device, self.frozen)
+        panels, facts = look_up(batch, self.facts, device)
         condition = mask_query(compose_grid(*panels.unbind(1)))
         latents = facts.latents.clone()
         gone = ~keep_example
@@ -444,7 +438,7 @@ def teach_prompt_encoder(
     auxiliary = classes = projection = None
     if isinstance(encoder, VisualPromptEncoder):
         if args.auxiliary_weight:
-            classes = losses_of.facts and losses_of.facts.classes
+            classes = losses_of.facts.classes
             count = 1 if classes is None else int(classes.max()) + 1
             modules["auxiliary_heads"] = auxiliary = AuxiliaryHeads(encoder, count).to(device)
     else:  # ControlNet's convolutions draft as well, through a head in the place of their last
@@ -675,7 +669,7 @@ def note_settings(args: argparse.Namespace, processes: int) -> None:
 def validation_data(data: VisualPromptDataset, source: str, args: argparse.Namespace) -> VisualPromptDataset:
     try:
         pairs = read_pairs(source, args.validation_split, args.columns)
-        return VisualPromptDataset(pairs, args.panel, False, args.seed)
+        return VisualPromptDataset(pairs, args.panel, args.seed)
     except DatasetError as error:
         print(f"validation pictures are drawn from --split {args.split}: {error}", flush=True)
         return data
@@ -724,7 +718,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack) -> N
     with accelerator.main_process_first():  # the first process computes, the others find it cached
         source = backbone.data_folder(args.data)
         pairs = read_pairs(source, args.split, args.columns)
-        data = VisualPromptDataset(pairs, args.panel, args.flip, args.seed)
+        data = VisualPromptDataset(pairs, args.panel, args.seed)
         sd = backbone.load_stable_diffusion(args.stable_diffusion, device)
         if args.panel % (unit := backbone.vae_factor(sd.vae)):
             raise ValueError(f"--panel {args.panel}: give a multiple of {unit}, as the autoencoder needs")
@@ -741,18 +735,14 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack) -> N
         decoder = args.tiny_decoder and backbone.load_tiny_decoder(args.tiny_decoder, sd.vae, device)
         if is_main:
             held.enter_context(locked(args.output))
-        if args.flip:  # encoded at every step; but what cannot be read is to be known now
-            data, facts = readable(data, args), None
-        else:
-            data, facts = observe_all(data, frozen, args, device)
+        data, facts = observe_all(data, frozen, args, device)
         unifier = None
         if not args.no_liu:
             unifier = liu.InstructionUnifier(*backbone.load_llm(args.llm, device), cache=args.cache / "liu")
         texts, rows = read_instructions(data, sd, unifier)
         validation = Validation(validation_data(data, source, args), unifier, args)
         del unifier
-        if facts is not None:
-            frozen = frozen._replace(areas=None)  # the segmenter has seen everything
+        frozen = frozen._replace(areas=None)  # the segmenter has seen everything
     losses_of = Losses(args, sd, frozen, facts, texts, rows, decoder, accelerator)
 
     design = "conv" if args.no_rcldm else args.encoder

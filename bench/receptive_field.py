@@ -68,7 +68,7 @@ def fields(args: argparse.Namespace) -> dict[str, Tensor]:
     preset = backbone.preset("toy")
     sd = backbone.load_stable_diffusion(preset.stable_diffusion)
     data = read_pairs(backbone.data_folder(preset.data), "seen")
-    data = VisualPromptDataset(data, preset.panel, flip=False, seed=0)
+    data = VisualPromptDataset(data, preset.panel, seed=0)
     queries = draw_queries(data, args.count, seed=0)
     panels = torch.stack([data.load_panels(query.example, query.index) for query in queries])
     grids = mask_query(compose_grid(*panels.unbind(1)))

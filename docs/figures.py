@@ -61,7 +61,7 @@ WIDTH, DPI = 8, 200  # inches, and dots each: two dots a pixel on a page of 800
 def read(args: argparse.Namespace) -> VisualPromptDataset:
     """New scenes of the toy world under trained instructions."""
     pairs = read_pairs(backbone.data_folder(args.data), "seen")
-    return VisualPromptDataset(pairs, backbone.preset("toy").panel, flip=False)
+    return VisualPromptDataset(pairs, backbone.preset("toy").panel)
 
 
 def which_equal(items: list) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""dataset.py: grids, pictures of every mode, the three readers with what they must refuse, and the draws."""
+"""dataset.py: grids, pictures of every mode, the two readers with what they must refuse, and the draws."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 import dataset as ds
 import evaluate
-from facts import readable
+from facts import look_at_all, without
 
 torch.set_num_threads(1)
 
@@ -411,21 +411,21 @@ def test_classes_of_pixels_keep_their_numbers(tmp_path):
         row |= dict.fromkeys(("input_classes_file_name", "output_classes_file_name"), "shown.png")
     rows[-1]["input_classes_file_name"] = "shown.png"  # one of two is as none
     write_rows(folder, rows)
-    data = ds.VisualPromptDataset(ds.read_folder(folder), size=8)
+    data = ds.VisualPromptDataset(ds.read_pairs(folder), size=8)
     maps = data.load_classes(0)
     assert maps.shape == (2, 8, 8) and maps.dtype == torch.uint8 and data.pairs[0].extra == {"score": 0}
     assert (maps[..., :4] == 7).all() and not maps[..., 4:].any()
     assert ds.VisualPromptDataset([*data.pairs[:2]], 8).load_classes(1) is not None
-    assert ds.read_folder(folder)[-1].classes is None
+    assert ds.read_pairs(folder)[-1].classes is None
     write_rows(folder, [rows[0] | {"input_classes_file_name": "../shown.png"}])
     with pytest.raises(ds.DatasetError, match=r"shown\.png"):
-        ds.read_folder(folder)
+        ds.read_pairs(folder)
 
 
 def test_folder_reader(tmp_path):
     folder = make_folder(tmp_path)
     pairs = ds.read_pairs(tmp_path)
-    assert pairs == ds.read_pairs(str(folder)) == ds.read_folder(folder)
+    assert pairs == ds.read_pairs(str(folder))
     assert [pair.instruction for pair in pairs] == [" ".join(words.split()) for words in WORDS]
     first = pairs[0]
     assert (first.input_caption, first.output_caption, first.extra) == ("caption 0", None, {"score": 0})
@@ -474,9 +474,8 @@ def test_metadata_csv_is_read_as_jsonl(tmp_path, monkeypatch, shards):
         ("input_file_name,output_file_name,instruction\na.png,b.png,\n", "2: has no 'instruction'"),
         ("input_file_name,output_file_name,instruction\na.png,b.png,x,y\n", "2: more cells than columns"),
         ('input_file_name,output_file_name,instruction\na.png,b.png,"x\n', "2: unexpected end of data"),
-        ("input_file_name,output_file_name,instruction\n../a.png,b.png,x\n", "2: .* not a relative path"),
+        ("input_file_name,output_file_name,instruction\n../a.png,b.png,x\n", "2: .* not a path inside"),
         ("input_file_name,output_file_name,instruction\na.png,b.png,\udcff\n", "2: .*utf-8"),
-        ("a" * (1 << 20), "1: a line of"),
         ("input_file_name,output_file_name,instruction\n", "split 'train' is empty"),
         ("", "split 'train' is empty"),
     ],
@@ -490,7 +489,7 @@ def test_a_bad_row_of_csv_is_named(tmp_path, text, reason):
 
 def test_columns_by_other_names_in_folders(tmp_path):
     folder = make_folder(tmp_path)
-    wanted = ds.read_folder(folder)
+    wanted = ds.read_pairs(folder)
     text = (folder / "metadata.jsonl").read_text()
     for ours, theirs in (
         ("input_file_name", "source"),
@@ -504,55 +503,6 @@ def test_columns_by_other_names_in_folders(tmp_path):
         ds.read_pairs(tmp_path)
     with pytest.raises(ds.DatasetError, match="1: has no 'edited', only 'source', 'target', 'wish'"):
         ds.read_pairs(tmp_path, columns=["source", "edited", "wish"])
-
-
-def make_instruct_pix2pix(root, prompts: int = 10):
-    listing = []
-    for k in range(prompts):
-        seeds = [str(1000 + k), str(2000 + k)]
-        listing.append([f"{k:07d}", seeds])
-        save_pictures(root / f"{k:07d}", [f"{seed}_{end}.png" for seed in seeds for end in (0, 1)])
-        for file in (root / f"{k:07d}").glob("*.png"):
-            file.rename(file.with_suffix(".jpg"))
-        prompt = {"input": f"a house {k}", "edit": f"edit {k}", "output": f"a castle {k}", "url": "x"}
-        (root / f"{k:07d}" / "prompt.json").write_text(json.dumps(prompt))
-    (root / "seeds.json").write_text(json.dumps(listing))
-
-
-def test_instruct_pix2pix_reader(tmp_path):
-    make_instruct_pix2pix(tmp_path)
-    train = ds.read_pairs(tmp_path)
-    assert [pair.instruction for pair in train] == [f"edit {k}" for k in range(9) for _ in range(2)]
-    assert train[3].input.endswith("0000001/2001_0.jpg") and train[3].output.endswith("0000001/2001_1.jpg")
-    assert (train[0].input_caption, train[0].output_caption) == ("a house 0", "a castle 0")
-    splits = [ds.read_instruct_pix2pix(tmp_path, split) for split in ("train", "val", "test")]
-    assert len({pair.input for part in splits for pair in part}) == sum(map(len, splits)) == 20
-    assert len(ds.VisualPromptDataset(train, 8)[4]["panels"]) == 4
-    with pytest.raises(ds.DatasetError, match="no split 'seen'"):
-        ds.read_pairs(tmp_path, "seen")
-
-
-@pytest.mark.parametrize(
-    "listing, prompt, reason",
-    [
-        ("{", "{}", "seeds.json: not JSON"),
-        ('{"a": 1}', "{}", "seeds.json: not a list"),
-        ("[[1, 2, 3]]", "{}", r"seeds.json: \[1, 2, 3\] is not"),
-        ('[["../x", ["1"]]]', "{}", "seeds.json: '../x/prompt.json' is not a relative path"),
-        ('[["b", ["1"]]]', "{}", "b/prompt.json: No such file"),
-        ('[["a", ["/../../1"]]]', '{"edit": "e"}', "prompt.json: .* is not a relative path"),
-        ('[["a", ["1"]]]', '{"input": "e"}', "a/prompt.json: has no 'edit'"),
-        ('[["a", ["1"]]]', '{"edit": 3}', "a/prompt.json: the instruction is empty"),
-        ("[]", "{}", "is empty"),
-    ],
-)
-def test_instruct_pix2pix_refuses(tmp_path, listing, prompt, reason):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/prompt.json").write_text(prompt)
-    (tmp_path / "seeds.json").write_text(listing)
-    with pytest.raises(ds.DatasetError, match=reason) as caught:
-        ds.read_pairs(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def make_table(before="original_image", instruction="edit_prompt", **more) -> datasets.Dataset:
@@ -631,7 +581,7 @@ def test_hub_ids_go_to_the_hub(tmp_path, monkeypatch):
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nsecond line")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ds.DatasetError, match="owner/name: cannot load split 'train'") as caught:
+    with pytest.raises(ds.DatasetError, match="owner/name: split 'train': cannot load it") as caught:
         ds.read_pairs("owner/name")
     assert "\n" not in str(caught.value)
 
@@ -664,24 +614,22 @@ GOOD = {"input_file_name": "a.png", "output_file_name": "b.png", "instruction": 
     "row, reason",
     [
         (b"{", "not JSON"),
-        (b"\xff\xfe{}", "not UTF-8"),
+        (b"\xff\xfe{}", "not JSON"),
+        (json.dumps(GOOD).encode().replace(b"x", b"\xff"), "can't encode"),
         (b"[]", "not a JSON object"),
-        (b"[" * 100_000, "nested too deeply"),
-        (b" " * (1 << 20), "bytes or more"),
         ({"input_file_name": "a.png", "instruction": "x"}, "'output_file_name'"),
         (GOOD | {"instruction": " "}, "instruction is empty"),
         (GOOD | {"instruction": None}, "instruction is empty"),
-        (GOOD | {"output_caption": ["x"]}, "a caption is a text"),
-        (GOOD | {"input_file_name": 3}, "not a relative path"),
-        (GOOD | {"input_file_name": ""}, "not a relative path"),
-        (GOOD | {"input_file_name": "/etc/passwd"}, "not a relative path"),
-        (GOOD | {"input_file_name": "../a.png"}, "not a relative path"),
-        (GOOD | {"input_file_name": "x/../../a.png"}, "not a relative path"),
-        (GOOD | {"input_file_name": "x\\..\\..\\a.png"}, "not a relative path"),
-        (GOOD | {"input_file_name": "C:\\a.png"}, "not a relative path"),
-        (GOOD | {"input_file_name": "a\0.png"}, "not a relative path"),
-        (GOOD | {"input_file_name": "link.png"}, "symbolic link out"),
-        (GOOD | {"output_file_name": "out/a.png"}, "symbolic link out"),
+        (GOOD | {"output_caption": ["x"]}, "a caption is empty or not a text"),
+        (GOOD | {"input_file_name": 3}, "a file name is empty or not a text"),
+        (GOOD | {"input_file_name": ""}, "a file name is empty or not a text"),
+        (GOOD | {"input_file_name": "/etc/passwd"}, "not a path inside the folder"),
+        (GOOD | {"input_file_name": "../a.png"}, "not a path inside the folder"),
+        (GOOD | {"input_file_name": "x/../../a.png"}, "not a path inside the folder"),
+        (GOOD | {"input_file_name": "x\\..\\..\\a.png"}, "not a path inside the folder"),
+        (GOOD | {"input_file_name": ".."}, "not a path inside the folder"),
+        (GOOD | {"input_file_name": "link.png"}, "not a path inside the folder"),
+        (GOOD | {"output_file_name": "out/a.png"}, "not a path inside the folder"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, row, reason):
@@ -738,16 +686,15 @@ def test_example_is_another_pair_of_the_instruction(instructions, seed, epoch):
     instructions += ["a", "a"]
     data = ds.VisualPromptDataset(paths_only(instructions), 8, seed=seed)
     for i in range(len(data)):
-        query, example, _ = data.draw(i, epoch)
-        assert query == i != example
+        example = data.draw(i, epoch)
+        assert example != i
         assert data.pairs[i].instruction == data.pairs[example].instruction
 
 
 def test_every_other_pair_serves_as_the_example_equally_often():
     data = ds.VisualPromptDataset(paths_only(["b", "a", "a", "b", "a", "a", "a"]), 8)
-    drawn = [data.draw(4, epoch).example for epoch in range(800)]
+    drawn = [data.draw(4, epoch) for epoch in range(800)]
     assert {i: round(drawn.count(i) / 200) for i in set(drawn)} == {1: 1, 2: 1, 5: 1, 6: 1}
-    assert 350 < sum(data.draw(4, epoch).flip for epoch in range(800)) < 450
     with pytest.raises(IndexError):
         data.draw(7)
     assert data.draw(-1) == data.draw(6)
@@ -756,43 +703,15 @@ def test_every_other_pair_serves_as_the_example_equally_often():
 def test_item(tmp_path):
     make_folder(tmp_path)
     data = ds.VisualPromptDataset(ds.read_pairs(tmp_path), 8)
-    flips = set()
     for epoch in range(6):
         data.set_epoch(epoch)
         for i in range(len(data)):
-            item = data[i]
-            draw = data.draw(i)
-            assert (item["index"], item["example_index"], item["flipped"]) == draw
+            item, example = data[i], data.draw(i)
+            assert (item["index"], item["example_index"]) == (i, example)
             assert item["instruction"] == data.pairs[i].instruction
             assert item["panels"].shape == (4, 3, 8, 8) and item["panels"].dtype == torch.float32
-            upright = torch.stack([*data.load_pair(draw.example), *data.load_pair(draw.query)])
-            # One flip for all four panels, or for none: the two rows never disagree.
-            assert torch.equal(item["panels"], upright.flip(-1) if draw.flip else upright)
-            flips.add(draw.flip)
-    assert flips == {False, True}
-
-
-# fmt: off
-SIDED = [
-    "move it to the left", "turn right", "on its left-hand side", "LEFT", "the leftmost house", "face west",
-    "make the north-eastern sky pink", "rotate it anticlockwise", "turn it counter-clockwise", "mirror it",
-    "flip it", "flipped", "reverse the car", "tilt the head", "add the text HELLO", "write two letters",
-]
-FREE = [
-    "make it night", "make it bright", "an upright piano", "leftovers on the plate", "add a beast", "a clock",
-    "in the wilderness", "swords", "a new design", "respect the copyright", "replace the cup", "clean it",
-]
-# fmt: on
-
-
-def test_no_flip_where_a_side_is_named():
-    assert all(ds.names_side(text) for text in SIDED), [text for text in SIDED if not ds.names_side(text)]
-    assert not any(ds.names_side(text) for text in FREE), [text for text in FREE if ds.names_side(text)]
-    data = ds.VisualPromptDataset(paths_only(["turn left"] * 2 + ["make it night"] * 2), 8)
-    flips = [[data.draw(i, epoch).flip for epoch in range(40)] for i in range(4)]
-    assert not any(flips[0] + flips[1]) and any(flips[2]) and any(flips[3])
-    never = ds.VisualPromptDataset(paths_only(["make it night"] * 2), 8, flip=False)
-    assert not any(never.draw(0, epoch).flip for epoch in range(40))
+            assert torch.equal(item["panels"], torch.stack([*data.load_pair(example), *data.load_pair(i)]))
+            assert torch.equal(data[epoch, i]["panels"], item["panels"])
 
 
 def test_draws_depend_on_seed_epoch_and_index_alone():
@@ -818,8 +737,8 @@ def test_workers_change_nothing(tmp_path):
         data.set_epoch(epoch)
         for one, two in zip(alone, helped, strict=True):
             assert torch.equal(one["panels"], two["panels"]) and one["instruction"] == two["instruction"]
-            assert all(torch.equal(one[key], two[key]) for key in ("index", "example_index", "flipped"))
-        seen.append([tuple(data.draw(i)) for i in range(len(data))])
+            assert all(torch.equal(one[key], two[key]) for key in ("index", "example_index"))
+        seen.append([data.draw(i) for i in range(len(data))])
     assert seen[0] != seen[1]
     grid = ds.compose_grid(*one["panels"].unbind(1))
     assert grid.shape == (1, 3, 16, 16)
@@ -879,8 +798,9 @@ def test_a_pair_of_two_frames_is_named_and_left_out_of_training(tmp_path, capsys
     exif[0x0112] = 6
     picture((24, 16)).save(folder / "images/7_in.png")
     picture((24, 16), 1).save(folder / "images/7_out.png", exif=exif)
-    data = ds.VisualPromptDataset(ds.read_pairs(tmp_path), 8)
-    kept = readable(data, SimpleNamespace(workers=0))
+    data, broken = ds.VisualPromptDataset(ds.read_pairs(tmp_path), 8), {}
+    assert sum(len(batch["panels"]) for batch in look_at_all(data, SimpleNamespace(workers=0), broken)) == 24
+    kept, _ = without(data, broken)
     printed = capsys.readouterr().out
     assert (
         f"left out: {data.pairs[7].output}: 16 × 24 pixels, where the picture before has 24 × 16" in printed
@@ -903,11 +823,6 @@ def test_columns_reach_training_and_evaluation(parts, run, tmp_path, capsys):
     few = "--count", "2", "--steps", "1", "--device", "cpu", "--output", str(tmp_path / "eval")
     evaluate.main([str(tmp_path / "run" / "editor"), "--data", str(data), *few, *columns])
     assert "2 answers in" in capsys.readouterr().out
-
-
-def test_the_module_runs_alone(capsys):
-    ds._demo()
-    assert "split_grid gives the four panels back: True" in capsys.readouterr().out
 
 
 def test_a_split_of_shards_is_read_as_one(tmp_path):
@@ -937,5 +852,5 @@ def test_a_shard_may_not_lie_outside(tmp_path):
     (tmp_path / "elsewhere" / "metadata.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "train" / "shard").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ds.DatasetError, match="symbolic link out of the folder"):
+    with pytest.raises(ds.DatasetError, match="not a path inside the folder"):
         ds.read_pairs(tmp_path / "data", "train")

@@ -145,7 +145,7 @@ def test_another_pair_is_of_other_words_and_scored_by_its_own_edit(data, tmp_pat
 
 
 def test_queries_of_a_word(data, tmp_path, editor, capsys):
-    dataset = VisualPromptDataset(read_pairs(data, "seen"), size=64, flip=False)
+    dataset = VisualPromptDataset(read_pairs(data, "seen"), size=64)
     whole = evaluate.draw_queries(dataset, 8, 0)
     words = [set(re.findall(r"\w+", pair.output_caption)) for pair in dataset.pairs]
     shared = {word for said in words for word in said if not all(word in other for other in words)}
@@ -160,7 +160,7 @@ def test_queries_of_a_word(data, tmp_path, editor, capsys):
 
 
 def test_queries_are_the_seeds(data):
-    dataset = VisualPromptDataset(read_pairs(data, "seen"), size=64, flip=False)
+    dataset = VisualPromptDataset(read_pairs(data, "seen"), size=64)
     assert evaluate.draw_queries(dataset, 8, 0)[:3] == evaluate.draw_queries(dataset, 3, 0)
     assert evaluate.draw_queries(dataset, 8, 0) != evaluate.draw_queries(dataset, 8, 1)
     assert [query.index for query in evaluate.draw_queries(dataset, 8, 0)] != list(range(8))

@@ -107,7 +107,7 @@ def test_signals_are_as_before_when_all_is_done():
 
 def test_ctrl_c_at_a_terminal_reaches_the_workers_too_and_does_no_harm(parts, tmp_path):
     """As a program in a process group of its own, with a worker that decodes pictures; all get the signal."""
-    steps = (*QUICK, "--encoder-steps", "0", "--steps", "100000", "--flip")
+    steps = (*QUICK, "--encoder-steps", "0", "--steps", "100000")
     command = [sys.executable, str(TESTS.parent / "train.py"), *options(parts, tmp_path / "run"), *steps]
     log = tmp_path / "log"
     with open(log, "w") as file:
@@ -340,15 +340,14 @@ def test_a_step_that_explodes_is_told_from_a_hard_one():
 # --- Broken pictures ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flip", [(), ("--flip",)])
-def test_a_broken_picture_among_many_is_named_counted_and_left_out(run, tmp_path, capsys, flip):
+def test_a_broken_picture_among_many_is_named_counted_and_left_out(run, tmp_path, capsys):
     data = save_data(tmp_path / "data", pairs=12)  # of each of two instructions
     broken = data / "train" / "3_after.png"
     truncate(broken)
     empty(data / "seen" / "0_before.png")  # in the validation split
     for _ in range(2):  # looked at, then from the cache
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        run(*QUICK[:3], "--steps", "1", "--validation-pictures", "24", *flip, data=data)
+        run(*QUICK[:3], "--steps", "1", "--validation-pictures", "24", data=data)
         out = capsys.readouterr().out
         assert out.count(f"left out: {broken}: corrupt") == 1 and "1 of 24 pairs cannot be used" in out
         assert "left out: " + str(data / "seen" / "0_before.png") in out
@@ -498,7 +497,7 @@ def test_a_damaged_cache_is_made_anew(parts, tmp_path):
 
 def test_a_second_training_into_one_folder_is_refused_until_the_first_is_gone(run, parts, tmp_path, capsys):
     endless = ("--encoder-steps", "0", "--steps", "100000", "--checkpoint-every", "100000")
-    first = start(parts, tmp_path / "run", *endless, "--flip", "--workers", "1")
+    first = start(parts, tmp_path / "run", *endless, "--workers", "1")
     assert any("parameters to train" in line for line in iter(first.stdout.readline, ""))
     try:
         for more in ((), ("--resume",)):

@@ -18,7 +18,7 @@ def data(tmp_path_factory):
 
 def test_the_stages_are_the_editors_own(data):
     editor = InstructGIEPipeline.from_pretrained(backbone.preset("toy").editor, llm=None)
-    pairs = VisualPromptDataset(read_pairs(data, "seen"), size=64, flip=False, seed=0)
+    pairs = VisualPromptDataset(read_pairs(data, "seen"), size=64, seed=0)
     panels = torch.stack([pairs.load_panels(0, 1), pairs.load_panels(2, 3)])
     texts, seeds = [pairs.pairs[i].instruction for i in (1, 3)], [5, 6]
     found = stages.stages(editor, panels, "both", texts, seeds)

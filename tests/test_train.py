@@ -65,7 +65,7 @@ def test_resumed_is_bit_equal_to_uninterrupted(run, tmp_path):
 def test_a_switched_off_contribution_loads_nothing(run, parts, tmp_path):
     nowhere = {name: parts / "nowhere" for name in ("clip", "segmenter", "llm")}
     switches = ("--no-rcldm", "--no-esm", "--no-liu", "--no-sam")
-    run(*switches, "--steps", "1", "--flip", **nowhere)
+    run(*switches, "--steps", "1", **nowhere)
     settings = json.loads((tmp_path / "run" / "editor" / "instructgie.json").read_text())
     assert settings["llm"] is None
     assert json.loads((tmp_path / "run" / "editor" / "config.json").read_text())["design"] == "conv"
@@ -168,7 +168,7 @@ def test_the_classes_of_the_places(parts, tmp_path):
 
 
 def test_pictures_in_memory_are_those_on_disk(parts, tmp_path):
-    data = VisualPromptDataset(read_pairs(parts / "data"), P, flip=False)
+    data = VisualPromptDataset(read_pairs(parts / "data"), P)
     args = argparse.Namespace(data="data", split="train", cache=tmp_path, workers=0)
     vae = backbone.load_stable_diffusion(str(parts / "sd")).vae
     frozen, device = Frozen(vae, None, None), torch.device("cpu")

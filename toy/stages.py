@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{args.model}: of design conv, whose encoder drafts nothing that could be shown"
             )
         data = read_pairs(backbone.data_folder(args.data), args.split)
-        data = VisualPromptDataset(data, size=pipe.panel, flip=False, seed=0)
+        data = VisualPromptDataset(data, size=pipe.panel, seed=0)
         scores = {m: measure(pipe, data, m, args.count, args.batch) for m in dict.fromkeys(args.mode)}
         print(markdown(scores), end="")
 
