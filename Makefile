@@ -27,7 +27,7 @@ format: $(VENV)/installed
 	$(RUN) -m ruff format .
 
 docs: $(VENV)/installed  ## every file with its comments beside its code, and all figures, under out/docs
-	$(VENV)/bin/pycco -p -i -d out/docs *.py scan_kernels/*.py toy/*.py
+	$(VENV)/bin/pycco -p -i -d out/docs *.py data_making/*.py scan_kernels/*.py toy/*.py
 	$(RUN) docs/figures.py --output out/docs/figures
 
 docs-check: $(VENV)/installed  ## runs every command that README and docs show, and follows every link

@@ -4,7 +4,7 @@
 
 Writes the index of such a dataset, without its pictures, and measures in a process of its own, from Python's
 first line on: reading it, grouping it by instruction, and drawing items, which is all that happens before the
-first picture is opened. Both layouts: one `metadata.jsonl`, and shards as `make_dataset.py` writes.
+first picture is opened. Both layouts: one `metadata.jsonl`, and shards as `data_making.pictures` writes.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
-from make_dataset import clip_scores, draw_pairs
+from data_making.pictures import clip_scores, draw_pairs
 from toy import world
 
 HALF = world.PANEL // 2

@@ -49,9 +49,9 @@ SMALLER = {
     r"^(python toy/failures\.py)": r"python evaluate.py; \1",
     r"(evaluate\.py[^;]*)": r"\1 --data tiny --count 4 --sheet 0 --steps 2",
     r"(stages\.py.*)": r"\1 --data tiny --count 4",
-    r"(make_dataset\.py images.*)": r"\1 --steps 2 --samples 2"
+    r"(data_making\.pictures.*)": r"\1 --steps 2 --samples 2"
     " --min-caption -1 --min-image -1 --min-direction -1",
-    r"(make_dataset\.py check made.*)": r"\1 || test $? = 1",  # so few pairs leave something to complain of
+    r"(data_making\.check made.*)": r"\1 || test $? = 1",  # so few pairs leave something to complain of
     r"(data_making\.convert).*": r"\1 --help",  # there is no such dataset in small
     r"(scan\.py.*)": r"\1 --sizes 1,16,4,64 --repeat 1",
     r"(encoder_cost\.py.*)": r"\1 --panels 64 128 --repeat 1",

@@ -34,10 +34,10 @@ import dataset as ds
 import edit
 import evaluate
 import liu
-import make_dataset
 import metrics
 import train
 from checkpoint import load_checkpoint, other_settings, save_checkpoint
+from data_making import check, pictures, texts
 from pipeline import InstructGIEPipeline
 from rcldm import cross_merge, cross_scan
 from sam_loss import selective_area_loss
@@ -512,7 +512,7 @@ def test_replies_of_another_form_are_left_out(copy):
     lines = ("7", "[]", '{"caption": 7, "reply": "x"}', '{"caption": "a"}', "[" * 9000, "\ud800")
     with (root / "replies/00000.jsonl").open("ab") as file:
         file.write("\n".join(lines).encode("utf-8", "surrogatepass"))
-    assert dict(make_dataset.read_replies(root)) == {"a cup": ["Caption: a hat"] * 2}
+    assert dict(texts.read_replies(root)) == {"a cup": ["Caption: a hat"] * 2}
 
 
 @pytest.mark.parametrize(
@@ -525,16 +525,16 @@ def test_replies_of_another_form_are_left_out(copy):
         (evaluate, "editor --data folder --seed -1", "--seed must be 0"),
         (evaluate, "editor --data folder --guidance-text nan", "--guidance-text must be a finite number"),
         (evaluate, "editor --data folder --device cpu:x", "--device cpu:x: no such device"),
-        (make_dataset, "check folder --split ../seen", "split '../seen'"),
-        (make_dataset, "check folder --sheet folder/train/0_after.png", "overwrite a picture"),
-        (make_dataset, "check folder --sheet folder/train/metadata.jsonl", "ends in .png"),
-        (make_dataset, "images --out run --size -32 --device cpu", "--size must be 1 … 4096, not -32"),
+        (check, "folder --split ../seen", "split '../seen'"),
+        (check, "folder --sheet folder/train/0_after.png", "overwrite a picture"),
+        (check, "folder --sheet folder/train/metadata.jsonl", "ends in .png"),
+        (pictures, "--out run --size -32 --device cpu", "--size must be 1 … 4096, not -32"),
         (
-            make_dataset,
-            "images --out run --min-caption nan --device cpu",
+            pictures,
+            "--out run --min-caption nan --device cpu",
             "--min-caption must be a finite number",
         ),
-        (make_dataset, "images --out run --split ../../x --device cpu", "--split ../../x"),
+        (pictures, "--out run --split ../../x --device cpu", "--split ../../x"),
         (metrics, "run --json run/answers.jsonl", "no place for a table"),
         (train, "--data folder --panel 4194304", "--panel must be 8 … 1024, not 4194304"),
         (train, "--data folder --panel 36 --device cpu", "--panel 36: give a multiple of 8"),

@@ -1,13 +1,13 @@
-"""prompt_to_prompt.py: alignments as published, and pictures that share exactly what they should."""
+"""data_making/prompt_to_prompt.py: alignments as published, and pictures that share what they should."""
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 import backbone
-import prompt_to_prompt
-from make_dataset import draw_pairs
-from prompt_to_prompt import align, common_subsequence
+from data_making import prompt_to_prompt
+from data_making.pictures import draw_pairs
+from data_making.prompt_to_prompt import align, common_subsequence
 
 SOURCE = "a big red circle at the top left, on a white background"
 TARGET = "a big blue circle at the top left, on a white background"

@@ -10,7 +10,7 @@
     clip_eval    another of a different seed, for evaluation only                        (open_clip)
     segmenter    Mask2Former                                                             (transformers)
     llm          a Llama that maps what people say to the canonical instruction          (transformers)
-    writer       a Llama that writes captions and instructions, for make_dataset.py      (transformers)
+    writer       a Llama that writes captions and instructions, for data_making.texts    (transformers)
     editor       InstructGIE itself, by train.py
 
 What the backbone has seen: pictures of the toy world, edited ones too, alone and in collages whose panels may
@@ -42,8 +42,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from backbone import encode_images
 from checkpoint import averaged, load_checkpoint, save_checkpoint, whole_folder
+from data_making.texts import OWN_TASK, as_prompt, as_reply, writing_loss
 from dataset import from_bytes
-from make_dataset import OWN_TASK, as_prompt, as_reply, writing_loss
 from toy import world
 
 WEIGHTS = Path(__file__).parent / "weights"

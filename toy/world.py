@@ -6,7 +6,7 @@ scene is known to the pixel.  That is what photographs cannot give, and why the 
 measured here.
 
     python toy/world.py --out data/toy        # writes the splits in the public dataset format
-    python toy/world.py --captions 40         # only prints captions, seeds for make_dataset.py
+    python toy/world.py --captions 40         # only prints captions, seeds for data_making.texts
 
 Splits.  `train`; `seen`: new scenes, trained instructions; `unseen_combination`: the edit makes or touches a
 (colour, shape) combination that no training picture holds; `unseen_task`: families of edits never trained.
@@ -1023,7 +1023,7 @@ def say(edit: Edit, rng: random.Random, held_out: bool = False) -> str:
 
 
 def random_texts(rng: random.Random, pairs: int = 5) -> dict:
-    """An instruction and captions of scenes before and after it, as a line of `make_dataset.py`'s texts."""
+    """An instruction and captions of scenes before and after it, as a line of `texts.jsonl`."""
     while True:
         scene = random_scene(rng)
         family = rng.choice([name for name in FAMILIES if name not in HELD_OUT_FAMILIES])

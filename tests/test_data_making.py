@@ -1,4 +1,4 @@
-"""make_dataset.py: strict texts, pictures that survive any stop, and what `check` finds."""
+"""data_making/: strict texts, pictures that survive any stop, and what `check` finds."""
 
 import json
 import os
@@ -16,9 +16,11 @@ from PIL import Image
 from test_liu import byte_tokenizer, tiny_llama
 
 import backbone
-import make_dataset
+from data_making import check
+from data_making import pictures as drawing
+from data_making import texts as writing
+from data_making.texts import EXAMPLES, OWN_TASK, Refusal, as_prompt, as_reply, parse_reply
 from dataset import VisualPromptDataset, load_image, read_pairs
-from make_dataset import EXAMPLES, OWN_TASK, Refusal, as_prompt, as_reply, parse_reply
 from toy import world
 
 
@@ -79,15 +81,15 @@ def test_files_of_texts_are_read_strictly(tmp_path):
     ):
         file.write_text(json.dumps(EXAMPLES[0]) + "\n" + line + "\n")
         with pytest.raises(ValueError, match=r"texts\.jsonl:2: not an object of the form"):
-            make_dataset.read_texts(file)
+            writing.read_texts(file)
     file.write_text("")
     with pytest.raises(ValueError, match="is empty"):
-        make_dataset.read_texts(file)
+        writing.read_texts(file)
     file.write_text(" a  cat \n\na cat\na dog\n")
-    assert make_dataset.read_seeds(file) == ["a cat", "a dog"]
+    assert writing.read_seeds(file) == ["a cat", "a dog"]
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="not UTF-8"):
-        make_dataset.read_seeds(file)
+        writing.read_seeds(file)
 
 
 # --- The language model -------------------------------------------------------------------------------------
@@ -115,8 +117,8 @@ def test_a_base_model_is_shown_rules_and_examples_and_stopped_after_one_reply():
     tokenizer = byte_tokenizer(None)
     tokenizer.pad_token = tokenizer.eos_token
     model = Speaker(tokenizer, f"{REPLY}\nCaption: a boat", "Instruction: unfinished" + " and" * 200)
-    replies = make_dataset.write_replies(model, tokenizer, ["a lake", "a mountain"], 0.7)
-    assert model.asked[1].startswith(make_dataset.RULES) and model.asked[1].endswith("Caption: a mountain\n")
+    replies = writing.write_replies(model, tokenizer, ["a lake", "a mountain"], 0.7)
+    assert model.asked[1].startswith(writing.RULES) and model.asked[1].endswith("Caption: a mountain\n")
     assert model.asked[0].count("Instruction:") == len(EXAMPLES)
     assert replies[0] == REPLY
     assert replies[1].startswith("Instruction: unfinished and") and not replies[1].endswith("\n")
@@ -126,9 +128,9 @@ def test_a_chat_model_is_shown_them_as_turns():
     tokenizer = byte_tokenizer("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}")
     tokenizer.pad_token = tokenizer.eos_token
     model = Speaker(tokenizer, REPLY.rstrip())
-    (reply,) = make_dataset.write_replies(model, tokenizer, ["a lake"], 0.7)
+    (reply,) = writing.write_replies(model, tokenizer, ["a lake"], 0.7)
     assert reply == REPLY  # its last line is whole, as the end shows
-    assert model.asked[0].startswith(f"<user>{make_dataset.RULES}\n\n{as_prompt(EXAMPLES[0]['pairs'][0][0])}")
+    assert model.asked[0].startswith(f"<user>{writing.RULES}\n\n{as_prompt(EXAMPLES[0]['pairs'][0][0])}")
     assert model.asked[0].count("<assistant>Instruction: ") == len(EXAMPLES)
     assert model.asked[0].endswith("<user>Caption: a lake\n")
 
@@ -147,15 +149,13 @@ def scripted(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return given
 
-    monkeypatch.setattr(make_dataset, "write_replies", write_replies)
+    monkeypatch.setattr(writing, "write_replies", write_replies)
 
     def run(*options):
         asked.clear()
         (tmp_path / "seeds.txt").write_text("\n".join(table))
-        make_dataset.main(
-            ["texts", "--seeds", str(tmp_path / "seeds.txt"), "--out", str(tmp_path / "out"), *options]
-        )
-        return [*asked], make_dataset.read_texts(tmp_path / "out" / "texts.jsonl")
+        writing.main(["--seeds", str(tmp_path / "seeds.txt"), "--out", str(tmp_path / "out"), *options])
+        return [*asked], writing.read_texts(tmp_path / "out" / "texts.jsonl")
 
     return table, run
 
@@ -220,16 +220,16 @@ def test_finetuning_teaches_and_goes_on_after_a_stop(tmp_path, monkeypatch):
 
     def teach(folder, epochs=3):
         model = tiny_llama()
-        before = make_dataset.writing_loss(model, tokenizer, lines).item()
-        make_dataset.finetune(model, tokenizer, lines, tmp_path / folder, epochs, 1e-2, 1)
-        return before, make_dataset.writing_loss(model, tokenizer, lines).item()
+        before = writing.writing_loss(model, tokenizer, lines).item()
+        writing.finetune(model, tokenizer, lines, tmp_path / folder, epochs, 1e-2, 1)
+        return before, writing.writing_loss(model, tokenizer, lines).item()
 
     before, after = teach("whole")
     assert after < before - 0.5
     model, taught = backbone.load_llm(str(tmp_path / "whole"))
     assert taught.chat_template == OWN_TASK
-    saved = make_dataset.save_checkpoint
-    monkeypatch.setattr(make_dataset, "save_checkpoint", lambda *a, **k: (saved(*a, **k), 1 / 0))
+    saved = writing.save_checkpoint
+    monkeypatch.setattr(writing, "save_checkpoint", lambda *a, **k: (saved(*a, **k), 1 / 0))
     with pytest.raises(ZeroDivisionError):
         teach("cut")
     monkeypatch.undo()
@@ -245,7 +245,7 @@ def test_the_loss_is_of_the_reply_alone():
     real = model.forward
     model.forward = lambda **inputs: seen.update(inputs) or real(**inputs)
     lines = [{"instruction": "x", "pairs": [["a", "b"]]}, {"instruction": "yy", "pairs": [["longer", "b"]]}]
-    make_dataset.writing_loss(model, tokenizer, lines)
+    writing.writing_loss(model, tokenizer, lines)
     for record, ids, labels in zip(lines, seen["input_ids"], seen["labels"]):
         learnt = tokenizer.decode(ids[labels != -100])
         assert learnt == as_reply(record) + "<eos>"
@@ -271,15 +271,13 @@ def painted(monkeypatch, tmp_path):
         values = pictures[:, :, :2, 0, 0].flatten(1).T / 2 + 0.5  # (4, B)
         return dict(zip(("clip_before", "clip_after", "clip_image", "clip_direction"), values))
 
-    monkeypatch.setattr(make_dataset, "draw_pairs", draw_pairs)
-    monkeypatch.setattr(make_dataset, "clip_scores", clip_scores)
+    monkeypatch.setattr(drawing, "draw_pairs", draw_pairs)
+    monkeypatch.setattr(drawing, "clip_scores", clip_scores)
     return drawn
 
 
 def images(out, *options):
-    make_dataset.main(
-        ["images", "--out", str(out), "--samples", "6", "--keep", "2", "--size", "16", *options]
-    )
+    drawing.main(["--out", str(out), "--samples", "6", "--keep", "2", "--size", "16", *options])
 
 
 def tree(folder):
@@ -401,7 +399,7 @@ def test_processes_share_the_work_and_make_what_one_would(painted, tmp_path, mon
             device=torch.device("cpu"),
             wait_for_everyone=lambda: None,
         )
-        monkeypatch.setattr(make_dataset, "PartialState", lambda state=state, **_: state)
+        monkeypatch.setattr(writing, "PartialState", lambda state=state, **_: state)
         images(tmp_path / "two", "--min-image", "0")
         shares.append(painted.read_text().count("\n") - sum(shares))
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
@@ -446,7 +444,7 @@ def test_files_of_others_are_left_alone(painted, tmp_path):
 def test_pictures_that_are_no_numbers_are_not_kept(painted, tmp_path, monkeypatch):
     names = ("clip_before", "clip_after", "clip_image", "clip_direction")
     nan = {name: torch.full((6,), float("nan")) for name in names}
-    monkeypatch.setattr(make_dataset, "clip_scores", lambda *_: nan)
+    monkeypatch.setattr(drawing, "clip_scores", lambda *_: nan)
     write_texts(tmp_path / "out", records(2))
     images(tmp_path / "out")
     assert not list((tmp_path / "out" / "train").rglob("*.png"))
@@ -473,9 +471,9 @@ def test_captions_that_the_text_encoder_would_cut_are_not_drawn(painted, tmp_pat
 def test_what_cannot_be_is_said_in_one_line(tmp_path, capsys, options, message):
     write_texts(tmp_path, records(1))
     with pytest.raises(SystemExit) as stopped:
-        make_dataset.main(["images", "--out", str(tmp_path), *options])
+        drawing.main(["--out", str(tmp_path), *options])
     error = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and error.startswith("make_dataset.py: error: ") and message in error
+    assert stopped.value.code == 2 and error.startswith("data_making.pictures: error: ") and message in error
 
 
 def test_the_four_scores_are_cosines_of_clip(tmp_path):
@@ -486,7 +484,7 @@ def test_the_four_scores_are_cosines_of_clip(tmp_path):
     from dataset import image_to_tensor
 
     pictures = torch.stack([image_to_tensor(world.render(scene))] * 2)[None]
-    scores = make_dataset.clip_scores(clip, tokenizer, pictures, (scene.caption(), "a red circle"))
+    scores = drawing.clip_scores(clip, tokenizer, pictures, (scene.caption(), "a red circle"))
     assert scores["clip_image"].item() == pytest.approx(1, abs=1e-5)
     assert scores["clip_direction"].item() == pytest.approx(0, abs=1e-3)
     assert scores["clip_before"].item() > scores["clip_after"].item() + 0.2
@@ -516,7 +514,7 @@ def test_check_finds_what_is_broken_double_unchanged_and_thin(painted, tmp_path,
     out = tmp_path / "out"
     write_texts(out, records(3, pairs=2))
     images(out, "--min-image", "0", "--min-caption", "0", "--min-direction", "0")
-    code, printed = program(make_dataset, "check", out, "--sheet", tmp_path / "sheet.png")
+    code, printed = program(check, out, "--sheet", tmp_path / "sheet.png")
     assert (
         code == 0
         and "pairs                        12" in printed
@@ -534,7 +532,7 @@ def test_check_finds_what_is_broken_double_unchanged_and_thin(painted, tmp_path,
     Path(two[0].output).write_bytes(Path(two[0].input).read_bytes())
     for a, b in zip((three[0].input, three[0].output), (three[1].input, three[1].output)):
         Path(b).write_bytes(Path(a).read_bytes())
-    code, printed = program(make_dataset, "check", out)
+    code, printed = program(check, out)
     assert code == 1
     assert "broken files: 3" in printed and f"{one[1].input}: not a picture" in printed
     assert "pairs without a change: 1" in printed and "pairs there twice: 1" in printed
@@ -555,12 +553,12 @@ def test_check_names_pairs_of_two_frames_and_reads_columns_of_any_name(tmp_path,
     Image.open(folder / "2_out.png").save(folder / "2_out.png", exif=exif)
     Image.open(folder / "3_out.png").resize((8, 6)).save(folder / "3_out.png")  # of one frame
     (folder / "metadata.csv").write_text("\n".join(rows))
-    code, printed = program(make_dataset, "check", folder, "--columns", "source", "target", "wish")
+    code, printed = program(check, folder, "--columns", "source", "target", "wish")
     assert code == 1 and "pairs of two frames: 2\n" in printed
     assert f"{folder / '1_out.png'}: 24 × 12 pixels, where the picture before has 16 × 12" in printed
     assert f"{folder / '2_out.png'}: 12 × 16 pixels, where the picture before has 16 × 12" in printed
     assert "good pairs of each            3 to 3" in printed
-    assert program(make_dataset, "check", folder)[0] == 2
+    assert program(check, folder)[0] == 2
 
 
 # --- All of it, in small ------------------------------------------------------------------------------------
@@ -570,16 +568,16 @@ def test_from_captions_to_a_dataset_on_the_toy_parts(tmp_path, program):
     code, captions = program(world, "--captions", 6)
     assert code == 0
     (tmp_path / "captions.txt").write_text(captions)
-    code, printed = program(make_dataset, "texts", "--seeds", "captions.txt", "--out", "made")
+    code, printed = program(writing, "--seeds", "captions.txt", "--out", "made")
     assert code == 0
-    texts = make_dataset.read_texts(tmp_path / "made" / "texts.jsonl")
+    texts = writing.read_texts(tmp_path / "made" / "texts.jsonl")
     assert f"6 captions: {len(texts)} instructions with {5 * len(texts)} pairs" in printed and len(texts) >= 3
     seeds = (tmp_path / "captions.txt").read_text().splitlines()
     assert all(text["pairs"][0][0] in seeds for text in texts)
     few = ("--samples", 2, "--steps", 2, "--min-image", 0.3, "--min-caption", -1, "--min-direction", -1)
-    assert program(make_dataset, "images", "--out", "made", *few)[0] == 0
+    assert program(drawing, "--out", "made", *few)[0] == 0
     pairs = read_pairs(tmp_path / "made", "train")
     assert len(VisualPromptDataset(pairs, 64)) == len(pairs) >= 2 * 3
-    code, printed = program(make_dataset, "check", "made")
+    code, printed = program(check, "made")
     assert code in (0, 1)  # two steps may draw a pair of equals
     assert f"pairs                  {len(pairs):8}" in printed and "broken files: 0" in printed

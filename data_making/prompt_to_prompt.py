@@ -7,8 +7,8 @@ attention maps M of the first, and fills them with the values V' of its own prom
     M'' = M A  for tokens that the first prompt has too, by the alignment A;   M'  for those that are new
     out = M'' V'
 
-`make_dataset.py` draws the pairs of the Visual Prompt Dataset with it. `python prompt_to_prompt.py` prints
-some alignments.
+`pictures.py` draws the pairs of the Visual Prompt Dataset with it. `python -m data_making.prompt_to_prompt`
+prints some alignments.
 
 Symbols: B pairs of pictures; R = 4B rows of a U-Net batch; L latent pixels; T tokens of a prompt.
 """

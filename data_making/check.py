@@ -1,0 +1,136 @@
+"""Contribution 5, phase 1: a look at a dataset, ours or another, before it is trained on.
+
+    python -m data_making.check data/mine --sheet sheet.png
+
+Prints counts and scores, and names duplicates, broken files, pairs whose pictures do not show one frame, and
+instructions that are too thin. `--sheet` draws a contact sheet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+import sys
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean, median
+
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import backbone
+from checkpoint import write_whole
+from dataset import COLUMNS, EditPair, ImageError, load_image, misfit, read_pairs
+
+
+def check(args: argparse.Namespace) -> None:
+    """Prints what a split holds; exits with 1 where something should be mended."""
+    pairs = read_pairs(args.data, args.split, args.columns)
+    read = {str(file) for pair in pairs for file in (pair.input, pair.output)}
+    if args.sheet and os.path.realpath(args.sheet) in read:
+        raise ValueError(f"--sheet {args.sheet}: would overwrite a picture that is read")
+    with ThreadPoolExecutor() as pool:
+        looks = pool.map(_look, pairs)
+        looks = list(tqdm(looks, total=len(pairs), desc="check", unit="pair", mininterval=1))
+    groups, seen, sizes = defaultdict(list), {}, Counter()
+    broken, misfits, unchanged, twice = [], [], [], []
+    for pair, look in zip(pairs, looks):
+        if isinstance(look, ImageError):
+            broken.append(str(look))
+            continue
+        size, before, after, reason = look
+        sizes[size] += 1
+        if reason:
+            misfits.append(f"{pair.output}: {reason}")
+        elif before == after:
+            unchanged.append(f"{pair.output}: the same picture as {pair.input}")
+        elif (before, after) in seen:
+            twice.append(f"{pair.input}, {pair.output}: the same pictures as {seen[before, after]}")
+        else:
+            seen[before, after] = pair.input
+            groups[pair.instruction].append(pair)
+    counts = [len(group) for group in groups.values()]
+    thin = [text for text, group in groups.items() if len(group) < args.thin]
+    thin += [text for text in dict.fromkeys(pair.instruction for pair in pairs) if text not in groups]
+    print(f"pairs                  {len(pairs):8}")
+    print(f"instructions           {len({pair.instruction for pair in pairs}):8}")
+    if counts:
+        print(f"good pairs of each     {min(counts):8} to {max(counts)}, median {median(counts):g}")
+    print("sizes                  " + ", ".join(f"{w} × {h} ({n})" for (w, h), n in sizes.most_common(5)))
+    for key in ("clip_before", "clip_after", "clip_image", "clip_direction"):
+        values = [pair.extra[key] for pair in pairs if isinstance(pair.extra.get(key), float)]
+        if values:
+            print(f"{key:22} {fmean(values):8.3f} in the mean, {min(values):.3f} to {max(values):.3f}")
+    faults = {"broken files": broken, "pairs of two frames": misfits}
+    faults |= {"pairs without a change": unchanged, "pairs there twice": twice}
+    faults[f"instructions of fewer than {args.thin} good pairs"] = thin
+    for name, which in faults.items():
+        print(f"{name}: {len(which)}")
+        for line in which[:20]:
+            print(f"    {line}")
+        if len(which) > 20:
+            print(f"    and {len(which) - 20} more")
+    if args.sheet and groups:
+        draw_sheet(groups, args.sheet)
+    if any(faults.values()):
+        sys.exit(1)
+
+
+def _look(pair: EditPair) -> tuple[tuple[int, int], str, str, str] | ImageError:
+    """Size and digests of the pixels of a pair of pictures, and why they are no pair, or ""."""
+    try:
+        pictures = [load_image(source) for source in (pair.input, pair.output)]
+    except ImageError as error:
+        return error
+    before, after = (hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures)
+    return pictures[0].size, before, after, misfit(*pictures)
+
+
+def draw_sheet(groups: dict[str, list[EditPair]], path: Path, side: int = 96, most: int = 60) -> None:
+    """Writes a PNG with the first two good pairs of each of the first instructions, a row of four panels of
+    `side` pixels under its words; three rows side by side."""
+    line, gap, font = 16, 12, ImageFont.load_default(size=11)
+    shown = list(groups.items())[:most]
+    width, height, columns = 4 * side + gap, side + line, min(3, len(shown))
+    sheet = Image.new("RGB", (columns * width + gap, -(-len(shown) // columns) * height + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (instruction, group) in enumerate(shown):
+        x, y = gap + k % columns * width, k // columns * height
+        draw.text((x + 2, y + 1), instruction, "black", font)
+        for j, file in enumerate(file for pair in group[:2] for file in (pair.input, pair.output)):
+            panel = load_image(file).resize((side, side), Image.Resampling.BICUBIC)
+            sheet.paste(panel, (x + j * side, y + line))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: sheet.save(file, format="PNG"))
+    print(f"contact sheet: {path}")
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_making.check",
+        description="What a dataset holds, and what to mend.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("data", help="a dataset's folder")
+    add("--split", default="train")
+    add("--columns", **COLUMNS)
+    add("--thin", type=int, default=2, help="an instruction of fewer good pairs is too thin")
+    add("--sheet", type=Path, help="write a contact sheet, PNG")
+    args = parser.parse_args(argv)
+    backbone.check_numbers(args, {(1, math.inf): "thin"})
+    if args.sheet and args.sheet.suffix.lower() != ".png":
+        raise ValueError(f"--sheet {args.sheet}: give a name that ends in .png")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    with backbone.one_line_errors("data_making.check"):
+        check(arguments(argv))
+
+
+if __name__ == "__main__":
+    main()
