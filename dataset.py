@@ -491,6 +491,8 @@ def _read_metadata(metadata: Path, columns: Sequence[str]) -> Iterator[EditPair]
                 yield line
 
     try:
+        if not metadata.is_file():  # but a pipe, say, which keeps a reader waiting
+            raise ValueError("not a file")
         objects = (json.loads(line) for line in lines() if not line.isspace())
         for row in csv.DictReader(lines(), strict=True) if is_csv else objects:
             if not isinstance(row, dict) or None in row:
@@ -521,7 +523,7 @@ def inside(folder: Path, name: object) -> str:
     if file in ("", ".", "..") or os.path.islink(path):
         path = os.path.realpath(path)
     if not path.startswith(os.path.join(folder, "")):
-        raise ValueError(f"{name[:80]!r} is not a path inside the folder")
+        raise ValueError(f"{name[:80]!r} is not a relative path inside the folder")
     return path
 
 

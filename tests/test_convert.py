@@ -57,9 +57,9 @@ def test_the_raw_layout_becomes_a_dataset(tmp_path, monkeypatch, capsys, links):
     [
         ("{", "{}", "seeds.json: Expecting"),
         ("[[1, 2, 3]]", "{}", "seeds.json: too many values"),
-        ('[["../x", ["1"]]]', "{}", "seeds.json: '../x/prompt.json' is not a path inside the folder"),
+        ('[["../x", ["1"]]]', "{}", "seeds.json: .* is not a relative path inside"),
         ('[["b", ["1"]]]', "{}", "b/prompt.json"),
-        ('[["a", ["/../../1"]]]', '{"edit": "e"}', "prompt.json: .* is not a path inside the folder"),
+        ('[["a", ["/../../1"]]]', '{"edit": "e"}', "prompt.json: .* is not a relative path inside"),
         ('[["a", ["1"]]]', '{"input": "e"}', "a/prompt.json: has no 'edit'"),
         ("[]", "{}", "no pairs"),
     ],

@@ -474,7 +474,7 @@ def test_metadata_csv_is_read_as_jsonl(tmp_path, monkeypatch, shards):
         ("input_file_name,output_file_name,instruction\na.png,b.png,\n", "2: has no 'instruction'"),
         ("input_file_name,output_file_name,instruction\na.png,b.png,x,y\n", "2: more cells than columns"),
         ('input_file_name,output_file_name,instruction\na.png,b.png,"x\n', "2: unexpected end of data"),
-        ("input_file_name,output_file_name,instruction\n../a.png,b.png,x\n", "2: .* not a path inside"),
+        ("input_file_name,output_file_name,instruction\n../a.png,b.png,x\n", "2: .* relative path inside"),
         ("input_file_name,output_file_name,instruction\na.png,b.png,\udcff\n", "2: .*utf-8"),
         ("input_file_name,output_file_name,instruction\n", "split 'train' is empty"),
         ("", "split 'train' is empty"),
@@ -623,13 +623,13 @@ GOOD = {"input_file_name": "a.png", "output_file_name": "b.png", "instruction": 
         (GOOD | {"output_caption": ["x"]}, "a caption is empty or not a text"),
         (GOOD | {"input_file_name": 3}, "a file name is empty or not a text"),
         (GOOD | {"input_file_name": ""}, "a file name is empty or not a text"),
-        (GOOD | {"input_file_name": "/etc/passwd"}, "not a path inside the folder"),
-        (GOOD | {"input_file_name": "../a.png"}, "not a path inside the folder"),
-        (GOOD | {"input_file_name": "x/../../a.png"}, "not a path inside the folder"),
-        (GOOD | {"input_file_name": "x\\..\\..\\a.png"}, "not a path inside the folder"),
-        (GOOD | {"input_file_name": ".."}, "not a path inside the folder"),
-        (GOOD | {"input_file_name": "link.png"}, "not a path inside the folder"),
-        (GOOD | {"output_file_name": "out/a.png"}, "not a path inside the folder"),
+        (GOOD | {"input_file_name": "/etc/passwd"}, "not a relative path inside the folder"),
+        (GOOD | {"input_file_name": "../a.png"}, "not a relative path inside the folder"),
+        (GOOD | {"input_file_name": "x/../../a.png"}, "not a relative path inside the folder"),
+        (GOOD | {"input_file_name": "x\\..\\..\\a.png"}, "not a relative path inside the folder"),
+        (GOOD | {"input_file_name": ".."}, "not a relative path inside the folder"),
+        (GOOD | {"input_file_name": "link.png"}, "not a relative path inside the folder"),
+        (GOOD | {"output_file_name": "out/a.png"}, "not a relative path inside the folder"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, row, reason):
@@ -852,5 +852,5 @@ def test_a_shard_may_not_lie_outside(tmp_path):
     (tmp_path / "elsewhere" / "metadata.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "train" / "shard").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ds.DatasetError, match="not a path inside the folder"):
+    with pytest.raises(ds.DatasetError, match="not a relative path inside the folder"):
         ds.read_pairs(tmp_path / "data", "train")
