@@ -497,7 +497,9 @@ def _read_metadata(metadata: Path, columns: Sequence[str]) -> Iterator[EditPair]
         for row in csv.DictReader(lines(), strict=True) if is_csv else objects:
             if not isinstance(row, dict) or None in row:
                 raise ValueError("more cells than columns" if is_csv else "not a JSON object")
-            row = {key: value for key, value in row.items() if value != ""} if is_csv else row
+            row = (
+                {key: value for key, value in row.items() if value} if is_csv else row
+            )  # without empty cells
             if missing := [key for key in columns if key not in row]:
                 raise ValueError(f"has no {missing[0]!r}, only {', '.join(map(repr, row))}")
             before, after, instruction = (row.pop(key) for key in columns)

@@ -164,7 +164,7 @@ def finished(answers: Path) -> set[str]:
                 names.add(json.loads(line)["answer"])
             else:
                 os.truncate(answers, answers.stat().st_size - len(line))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{answers}: damaged; remove its folder and start again") from None
     return names
 
@@ -182,7 +182,7 @@ def read_answers(folder: Path, keys: set[str]) -> list[dict[str, Any]]:
             try:
                 records.append(json.loads(line))
                 missing = keys - records[-1].keys()
-            except (ValueError, AttributeError):
+            except (ValueError, AttributeError, RecursionError):
                 raise ValueError(f"{where}: not a JSON object") from None
             if missing:
                 raise ValueError(f"{where}: has no {min(missing)!r}; answers need it for this metric")

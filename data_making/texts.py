@@ -154,7 +154,7 @@ def read_texts(path: Path) -> list[dict]:
                     records.append({"instruction": instruction, "pairs": pairs})
                 case _:
                     raise ValueError
-        except ValueError:
+        except (ValueError, RecursionError):
             form = '{"instruction": "…", "pairs": [["caption", "edited caption"], …]}'
             raise ValueError(f"{where}: not an object of the form {form}") from None
     if not records:
@@ -283,7 +283,7 @@ def append(path: Path, rows: Iterable[dict]) -> None:
 def read_lines(path: Path, *texts: str) -> Iterator[dict]:
     """The whole lines that `append` has written, which have a text by each of these names."""
     for _, line in lines_of(path) if path.exists() else ():
-        with contextlib.suppress(ValueError):  # cut short; it will be made again
+        with contextlib.suppress(ValueError, RecursionError):  # cut short; it will be made again
             row = json.loads(line)
             if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in texts):
                 yield row

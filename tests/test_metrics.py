@@ -131,8 +131,9 @@ def parquet(folder):
     table = datasets.Dataset.from_list(rows)
     for column in files:
         table = table.cast_column(column, datasets.Image())
-    (folder.parent / "table").mkdir()
-    table.to_parquet(folder.parent / "table" / "seen.parquet")
+    data = folder.parent / "table" / "data"
+    data.mkdir(parents=True)
+    table.to_parquet(data / "seen-00000-of-00001.parquet")  # as the hub names a split's files
     return "table"
 
 
