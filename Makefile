@@ -38,7 +38,7 @@ toy: $(VENV)/installed  ## trains what is under toy/weights anew; resumable
 	$(RUN) toy/pretrain.py
 
 ablations: $(VENV)/installed  ## trains and measures every arm of docs/results.md, three seeds each; resumable
-	$(RUN) ablations.py
+	$(RUN) -m evaluation.ablations
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -26,8 +26,8 @@ from scan import apart, resident
 from train_step import preset
 
 import backbone
-from baselines import Baseline
 from dataset import compose_grid, mask_query
+from evaluation.baselines import Baseline
 from pipeline import InstructGIEPipeline
 from rcldm import RCLDM
 

@@ -46,8 +46,8 @@ SMALLER = {
     " --workers 0 --validation-pictures 1",
     r"(edit\.py --model runs/train/editor)$": r"\1 --instruction 'make it night' --input examples/input.png"
     " --output out",
-    r"^(python toy/failures\.py)": r"python evaluate.py; \1",
-    r"(evaluate\.py[^;]*)": r"\1 --data tiny --count 4 --sheet 0 --steps 2",
+    r"^(python toy/failures\.py)": r"python -m evaluation.evaluate; \1",
+    r"(evaluation\.evaluate[^;]*)": r"\1 --data tiny --count 4 --sheet 0 --steps 2",
     r"(stages\.py.*)": r"\1 --data tiny --count 4",
     r"(data_making\.pictures.*)": r"\1 --steps 2 --samples 2"
     " --min-caption -1 --min-image -1 --min-direction -1",
@@ -59,7 +59,7 @@ SMALLER = {
     r"(edit_time\.py.*)": r"\1 --batch 1 --steps 2 --repeat 1",
     r"(many_pairs\.py.*)": r"\1 --pairs 2000",
     r"(bench/prompt_to_prompt\.py.*)": r"\1 --count 2 --steps 2 --batch 2",
-    r"(receptive_field\.py.*)": r"\1 --count 2",
+    r"(evaluation\.receptive_field.*)": r"\1 --count 2",
     r"(figures\.py.*)": r"\1 --output out",
     r"^(pytest exercises(?!.*--answers).*)": r"\1 --answers",  # a student's to be solved first
     r"(app\.py.*)": r"\1 --help",  # it serves until it is stopped: tests/test_app.py starts it

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import ablations
+from evaluation import ablations
 
-PAGE = "Before.\n<!-- measured: by ablations.py -->\nold\n<!-- end of what is measured -->\nAfter.\n"
+PAGE = "Before.\n<!-- measured: by evaluation.ablations -->\nold\n<!-- end of what is measured -->\nAfter.\n"
 
 
 @pytest.fixture
@@ -26,18 +26,18 @@ def programs(tmp_path, monkeypatch):
         def option(name):
             return Path(words[words.index(name) + 1])
 
-        if words[0] in ("train.py", "baselines.py"):
+        if words[0] in ("train.py", "evaluation.baselines"):
             name = "editor" if words[0] == "train.py" else "pipeline"
             (option("--output") / name).mkdir(parents=True)
             (option("--output") / "prompt-encoder").mkdir(exist_ok=True)
-        elif words[0] == "evaluate.py":
+        elif words[0] == "evaluation.evaluate":
             folder = option("--output") / "seen" / "both"
             folder.mkdir(parents=True)
             (folder / "answers.jsonl").write_text("")
-        elif words[0] == "bench/receptive_field.py":
+        elif words[0] == "evaluation.receptive_field":
             assert option("--out") == tmp_path / "receptive_field.png"
             return "| encoder | half in |\n| --- | ---: |\n"
-        elif words[0] == "metrics.py":
+        elif words[0] == "evaluation.metrics":
             better = "full" in words[1]
             interval = {"fid_interval": [0.01, 0.02], "directional_similarity_interval": [0.4, 0.6]}
             row = {"n": 9, "fid": 0.0123 if better else 0.5, "directional_similarity": 0.5, **interval}
@@ -61,7 +61,7 @@ def programs(tmp_path, monkeypatch):
 
 
 def trained(calls):
-    return [words for words in calls if words[0] in ("train.py", "baselines.py")]
+    return [words for words in calls if words[0] in ("train.py", "evaluation.baselines")]
 
 
 def test_every_arm_is_trained_once_a_seed_on_one_budget(programs):
@@ -74,10 +74,10 @@ def test_every_arm_is_trained_once_a_seed_on_one_budget(programs):
         assert (given["--encoder-steps"], given["--steps"], given["--batch"]) == (*budget, "4")
     switches = {words[-1] for words in ours if words[-1].startswith("--no")}
     assert switches == {"--no-rcldm", "--no-esm", "--no-liu", "--no-sam"}
-    baselines = [words for words in calls if words[0] == "baselines.py"]
+    baselines = [words for words in calls if words[0] == "evaluation.baselines"]
     totals = sorted(words[words.index("--steps") + 1] for words in baselines)
     assert totals == ["150"] * 2 * 3 + ["50"] * 2 * 3
-    asked = [words for words in calls if words[0] == "evaluate.py"]
+    asked = [words for words in calls if words[0] == "evaluation.evaluate"]
     assert sum("sdedit" in words for words in asked) == 2  # not trained: once on each split
     told = [words for words in asked if "paraphrase" in words]
     assert len(told) == 2 * 3  # the full one and that without LIU
@@ -138,6 +138,6 @@ def test_a_page_without_marks_is_left_alone(programs, tmp_path, capsys):
 
 
 def test_a_program_that_fails_stops_it(monkeypatch):
-    monkeypatch.setattr(ablations, "HERE", Path(ablations.__file__).parent)
-    with pytest.raises(ValueError, match=r"evaluate\.py failed"):
-        ablations.call("evaluate.py", "--count", "0")
+    monkeypatch.setattr(ablations, "HERE", Path(ablations.__file__).parents[1])
+    with pytest.raises(ValueError, match=r"evaluation\.evaluate failed"):
+        ablations.call("evaluation.evaluate", "--count", "0")

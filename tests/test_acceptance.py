@@ -16,10 +16,10 @@ from scipy.stats import binomtest
 
 import app
 import edit
-import evaluate
 import train
 from dataset import answer_panel, load_image, tensor_to_image
 from docs import check
+from evaluation import evaluate
 from pipeline import InstructGIEPipeline
 from toy import doctor, score, world
 
@@ -157,7 +157,7 @@ def toy(tmp_path_factory):
 
 def evaluated(monkeypatch, toy, output, *more):
     """Scenes, edits and answers of README's `evaluate.py`."""
-    command = readme("python evaluate.py", "--data", toy, "--output", output, *more)
+    command = readme("python -m evaluation.evaluate", "--data", toy, "--output", output, *more)
     in_process(monkeypatch, SimpleNamespace(main=lambda: evaluate.main(command[2:])), command)
     (folder,) = (path.parent for path in output.rglob("answers.jsonl"))
     records = score.read_queries(folder)

@@ -1,4 +1,4 @@
-"""baselines.py: each is trained for a few steps, saved, loaded by evaluate.py, and reads what it should."""
+"""The baselines: each is trained for a few steps, saved, loaded by evaluate.py, and reads what it should."""
 
 import json
 
@@ -10,9 +10,8 @@ from test_train import save_data
 from tiny import P, save_stable_diffusion
 
 import backbone
-import baselines
-import evaluate
-from baselines import InstructPix2Pix, Learner, PromptDiffusion, SDEdit
+from evaluation import baselines, evaluate
+from evaluation.baselines import InstructPix2Pix, Learner, PromptDiffusion, SDEdit
 
 METHODS = {"instruct-pix2pix": InstructPix2Pix, "prompt-diffusion": PromptDiffusion}
 
@@ -175,6 +174,6 @@ def test_a_folder_of_another_kind_is_one_line(run, parts, capsys):
     for options in (["--steps", "0"], ["--data", "/nowhere/at/all"]):
         with pytest.raises(SystemExit) as stopped:
             run("prompt-diffusion", *options)
-        assert stopped.value.code == 2 and "baselines.py: error: " in capsys.readouterr().err
+        assert stopped.value.code == 2 and "evaluation.baselines: error: " in capsys.readouterr().err
     with pytest.raises(backbone.BackboneError, match="no ControlNet of Prompt Diffusion"):
         PromptDiffusion.load(str(parts / "sd"), "cpu", P)

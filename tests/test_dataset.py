@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader
 
 import dataset as ds
-import evaluate
+from evaluation import evaluate
 from facts import look_at_all, without
 
 torch.set_num_threads(1)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate
 from dataset import VisualPromptDataset, load_image, read_pairs, to_panel
+from evaluation import evaluate
 from toy import failures, score, world
 
 
@@ -274,7 +274,7 @@ def test_bad_input_is_one_line_and_exit_code_2(data, tmp_path, editor, capsys, m
     with pytest.raises(SystemExit) as stopped:
         run(data, tmp_path / "out", *more)
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("evaluate.py: error: ")
+    assert capsys.readouterr().err.startswith("evaluation.evaluate: error: ")
     assert not (tmp_path / "out").exists()
 
 

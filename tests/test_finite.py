@@ -14,16 +14,13 @@ from safetensors.torch import save_file
 from tiny import P, save_clip, save_data, save_parts
 from torch import nn
 
-import ablations
 import app
 import backbone
-import baselines
 import edit
-import evaluate
-import metrics
 import train
 from checkpoint import load_checkpoint, save_checkpoint
 from dataset import VisualPromptDataset, read_pairs, tensor_to_image, to_bytes
+from evaluation import ablations, baselines, evaluate, metrics
 from facts import Frozen, observe_all, read_instructions
 from pipeline import InstructGIEPipeline
 from toy import pretrain, score, world

@@ -17,10 +17,10 @@ from tiny import save_data
 import backbone
 import dataset as ds
 import edit
-import evaluate
 import pipeline
 import train
 from data_making import check
+from evaluation import evaluate
 
 quick = settings(
     max_examples=100,
@@ -157,14 +157,19 @@ def data(tmp_path):
 COMMANDS = [
     "edit.py --prompt-pair x.png x.png --input x.png --output out --instruction hat --model editor "
     "--num-images 1 --seed 0 --steps 1 --guidance-text 1 --guidance-visual 1 --scheduler ddim --device cpu",
-    "evaluate.py editor --data data --split train --mode pair --told instruction --count 2 --batch 2 "
-    "--steps 1 --guidance-text 1 --guidance-visual 1 --seed 0 --device cpu --sheet 1",
+    "evaluation/evaluate.py editor --data data --split train --mode pair --told instruction --count 2 "
+    "--batch 2 --steps 1 --guidance-text 1 --guidance-visual 1 --seed 0 --device cpu --sheet 1",
     "train.py --data data --split train --validation-split train --seed 0 --device cpu --steps 1 --batch 2 "
     "--accumulate 1 --lr 0.1 --warmup 1 --weight-decay 0.01 --clip-norm 1 --ema 0.9 --es-weight 0.05 "
     "--sam-weight 0.1 --drop-text 0.5 --panel 32 --workers 0 --checkpoint-every 1 --keep 1",
     "data_making/check.py data --split train --thin 2",
 ]
-MAINS = {"edit.py": edit, "evaluate.py": evaluate, "train.py": train, "data_making/check.py": check}
+MAINS = {
+    "edit.py": edit,
+    "evaluation/evaluate.py": evaluate,
+    "train.py": train,
+    "data_making/check.py": check,
+}
 
 
 @st.composite

@@ -29,15 +29,13 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import backbone
-import baselines
 import dataset as ds
 import edit
-import evaluate
 import liu
-import metrics
 import train
 from checkpoint import load_checkpoint, other_settings, save_checkpoint
 from data_making import check, pictures, texts
+from evaluation import baselines, evaluate, metrics
 from pipeline import InstructGIEPipeline
 from rcldm import cross_merge, cross_scan
 from sam_loss import selective_area_loss

@@ -1,4 +1,4 @@
-"""metrics.py: each formula against another's, and the metrics of answers whose worth is known beforehand."""
+"""Metrics: each formula against another's, and the metrics of answers whose worth is known beforehand."""
 
 import json
 import shutil
@@ -13,9 +13,8 @@ from PIL import Image
 from test_evaluate import FakeEditor
 
 import backbone
-import evaluate
-import metrics
 from dataset import load_image, read_pairs
+from evaluation import evaluate, metrics
 from toy import world
 
 COUNT = 70  # more than the toy CLIP's 64 features
@@ -177,7 +176,7 @@ def test_what_cannot_be_measured_is_one_line(answers, capsys, changes, message):
     with pytest.raises(SystemExit) as stop:
         metrics.main([answers("folder", "truth", **changes)])
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and message in error and error.startswith("metrics.py: ")
+    assert stop.value.code == 2 and message in error and error.startswith("evaluation.metrics: ")
 
 
 def test_the_paper_sized_features_are_refused_in_one_line_without_their_library(monkeypatch):

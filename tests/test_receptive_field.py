@@ -1,10 +1,10 @@
-"""bench/receptive_field.py: fields whose extent is known beforehand."""
+"""evaluation/receptive_field.py: fields whose extent is known beforehand."""
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from bench import receptive_field as erf
+from evaluation import receptive_field as erf
 from rcldm import DESIGNS, RCLDM
 
 

@@ -1,6 +1,6 @@
 """A page of what an editor gets wrong: how each family of edits fares, what is made instead, and pictures.
 
-    python evaluate.py --split seen --mode both
+    python -m evaluation.evaluate --split seen --mode both
     python toy/failures.py out/eval/seen/both --out docs/failures.md
 
 For every family the page has its share of right answers and the families whose pictures the wrong ones came
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from checkpoint import write_whole
 from dataset import load_image
-from evaluate import panel_rows
+from evaluation.evaluate import panel_rows
 from toy import score, world
 
 PANELS = ("example before", "example after", "input", "answer", "truth", "nearest")

@@ -1,6 +1,6 @@
 """Exact metrics of saved answers: the toy world's renderer knows the right answer to the pixel.
 
-    python evaluate.py --mode both pair instruction
+    python -m evaluation.evaluate --mode both pair instruction
     python toy/score.py out/eval/seen/* --json out/score.json --markdown out/score.md
 
 Nearest-candidate accuracy. Of a query's scene the renderer makes every edit that exists; these pictures and
@@ -35,7 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from dataset import image_to_tensor, tensor_to_image
-from evaluate import read_answers
+from evaluation.evaluate import read_answers
 from toy import world
 
 UNEDITED = "unedited"  # the name of the input among the families

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 import esm
 from dataset import VisualPromptDataset, compose_grid, read_pairs, tensor_to_image
-from evaluate import draw_queries
+from evaluation.evaluate import draw_queries
 from pipeline import InstructGIEPipeline, seeded, settle
 from toy import score, world
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from checkpoint import write_whole
 from dataset import image_to_tensor, tensor_to_image
-from evaluate import panel_rows
+from evaluation.evaluate import panel_rows
 from pipeline import SAMPLING, InstructGIEPipeline
 from toy import world
 

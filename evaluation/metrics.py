@@ -1,8 +1,8 @@
 """The paper's metrics of saved answers: FID, CLIP directional similarity, CLIP image similarity.
 
-    python evaluate.py --split seen --mode both pair instruction
-    python metrics.py out/eval/seen/* --json out/metrics.json --markdown out/metrics.md
-    python metrics.py FOLDER … --clip laion/CLIP-ViT-L-14-laion2B-s32B-b82K --features inception
+    python -m evaluation.evaluate --split seen --mode both pair instruction
+    python -m evaluation.metrics out/eval/seen/* --json out/metrics.json --markdown out/metrics.md
+    python -m evaluation.metrics FOLDER … --clip laion/CLIP-ViT-L-14-laion2B-s32B-b82K --features inception
 
 FID (Heusel et al., 2017): how far apart two clouds of pictures lie in the space of a network's features, each
 taken for a normal distribution. Ours are the answers and the true outputs of the same queries, the features
@@ -36,7 +36,7 @@ import backbone
 import esm
 from checkpoint import write_whole
 from dataset import check_finite, image_to_tensor, load_image
-from evaluate import read_answers
+from evaluation.evaluate import read_answers
 
 FEATURES = ("clip", "inception")
 TEXTS = ("input", "output", "input_caption", "output_caption")  # of a line of answers.jsonl
@@ -194,6 +194,7 @@ def markdown(results: list[dict], features: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
+        prog="python -m evaluation.metrics",
         description="The paper's metrics of saved answers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--json", type=Path, metavar="OUT", help="all numbers, those of the bootstrap among them")
     add("--markdown", type=Path, metavar="OUT", help="the table that is printed")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("metrics.py"):
+    with backbone.one_line_errors("evaluation.metrics"):
         backbone.check_numbers(args, {(1, math.inf): "batch"})
         for path in filter(None, (args.json, args.markdown)):
             if path.is_dir() or path.name == "answers.jsonl":  # before the time is spent

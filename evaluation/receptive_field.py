@@ -1,8 +1,8 @@
 """The paper's figure of effective receptive fields: how much of the grid each kind of encoder looks at.
 
-    python bench/receptive_field.py                              # conv, vit and vmamba, as they start
-    python bench/receptive_field.py toy/weights/editor           # the same, and a trained editor's encoder
-    python bench/receptive_field.py --out docs/receptive_field.png
+    python -m evaluation.receptive_field                       # conv, vit and vmamba, as they start
+    python -m evaluation.receptive_field toy/weights/editor    # and a trained editor's encoder
+    python -m evaluation.receptive_field --out docs/receptive_field.png
 
 The field of one place of the encoder's last features is the gradient of a random sum over channels by the
 pixels of the condition grid, its size averaged over grids. (Luo et al., 2016, take the plain sum. Behind a
@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from checkpoint import write_whole
 from dataset import VisualPromptDataset, compose_grid, mask_query, read_pairs
-from evaluate import draw_queries, panel_rows
+from evaluation.evaluate import draw_queries, panel_rows
 from pipeline import known_latents
 from rcldm import DESIGNS, RCLDM
 
@@ -86,14 +84,17 @@ def fields(args: argparse.Namespace) -> dict[str, Tensor]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Effective receptive fields of the condition's encoders.")
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.receptive_field",
+        description="Effective receptive fields of the condition's encoders.",
+    )
     parser.add_argument(
         "editors", nargs="*", metavar="EDITOR", help="folders of editors, as train.py saves them"
     )
     parser.add_argument("--count", type=int, default=64, help="grids to average over")
     parser.add_argument("--out", type=Path, help="a .png of the fields")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("receptive_field.py"):
+    with backbone.one_line_errors("evaluation.receptive_field"):
         backbone.check_numbers(args, {(1, math.inf): "count"})
         found = fields(args)
         print("| encoder | " + " | ".join(f"{100 * share:g} % of it in" for share in SHARES) + " |")

@@ -1,8 +1,8 @@
 """The paper's two tables in miniature: every arm trained, edited with and measured, seed by seed.
 
-    make ablations                                   # all arms, three seeds; hours on a CPU, resumable
-    python ablations.py --seeds 0 --only full no-esm # a part of it
-    python ablations.py --table                      # only writes docs/results.md from what is measured
+    make ablations                                       # all arms, three seeds; hours on a CPU, resumable
+    python -m evaluation.ablations --seeds 0 --only full no-esm    # a part of it
+    python -m evaluation.ablations --table    # only writes docs/results.md from what is measured
 
 Each arm is a command of `train.py` or `baselines.py`, each set of answers one of `evaluate.py`, measured by
 `metrics.py` and `toy/score.py`. This file calls these programs and gathers what they wrote. All arms of a
@@ -27,10 +27,10 @@ from typing import NamedTuple
 import torch
 
 import backbone
-import metrics
 from checkpoint import other_settings, write_whole
+from evaluation import metrics
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 PAGE = HERE / "docs" / "results.md"
 
 
@@ -126,10 +126,11 @@ TITLES = {
 def call(*command: object) -> str:
     """A program of this repository; returns what it printed. Raises ValueError where it fails, as it says."""
     words = [str(word) for word in command]
+    words = words if words[0].endswith(".py") else ["-m", *words]
     print("python", *words, flush=True)
     ended = subprocess.run([sys.executable, *words], cwd=HERE, stdout=subprocess.PIPE, text=True)
     if ended.returncode:
-        raise ValueError(f"stopped: {words[0]} failed; mend what it says above and start again, it goes on")
+        raise ValueError(f"stopped: {command[0]} failed; mend what it says above and start again, it goes on")
     return ended.stdout
 
 
@@ -163,7 +164,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> str | None:
         call("train.py", "--output", folder, *begun, *budget, *steps, *arm.options)
     else:
         total = arm.times * (args.encoder_steps + args.steps)
-        call("baselines.py", arm.method, "--output", folder, *budget, "--steps", total)
+        call("evaluation.baselines", arm.method, "--output", folder, *budget, "--steps", total)
     (folder / "done").touch()
     return str(result)
 
@@ -177,9 +178,9 @@ def measure(name: str, seed: int, model: str | None, args: argparse.Namespace) -
             continue
         asked = ("--count", args.count, "--data", args.data, *SETS[each], "--sheet", 24)
         asked += ("--method", arm.method, *arm.sampling)
-        call("evaluate.py", *([model] if model else []), "--output", out, *asked)
+        call("evaluation.evaluate", *([model] if model else []), "--output", out, *asked)
         (folder,) = (path.parent for path in out.rglob("answers.jsonl"))
-        call("metrics.py", folder, "--json", out / "metrics.json")
+        call("evaluation.metrics", folder, "--json", out / "metrics.json")
         call("toy/score.py", folder, "--json", out / "score.json")
 
 
@@ -295,13 +296,13 @@ def receptive_fields(args: argparse.Namespace) -> str:
     if not all(editor.exists() for editor in editors):
         return "Not measured yet.\n"
     figure = PAGE.with_name("receptive_field.png")
-    printed = call("bench/receptive_field.py", *editors, "--out", figure)
+    printed = call("evaluation.receptive_field", *editors, "--out", figure)
     return f"{printed}\n![the fields in the order of the rows]({figure.name})\n"
 
 
 def write_page(args: argparse.Namespace) -> None:
     """Puts the tables into the page, between its two marks; what is written around them stays."""
-    start, end = "<!-- measured: by ablations.py -->\n", "<!-- end of what is measured -->\n"
+    start, end = "<!-- measured: by evaluation.ablations -->\n", "<!-- end of what is measured -->\n"
     parts = [
         f"{args.encoder_steps} steps of {args.batch} that teach the prompt encoder, and {args.steps} more; "
         f"baselines learn as many as both. Seeds {', '.join(map(str, args.seeds))}.\n"
@@ -325,6 +326,7 @@ def write_page(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
+        prog="python -m evaluation.ablations",
         description="Train and measure all arms of the paper's tables.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -341,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, default=Path("out/ablations"), help="answers and numbers")
     add("--table", action="store_true", help="only write the page")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("ablations.py"):
+    with backbone.one_line_errors("evaluation.ablations"):
         check_budget(args)
         for seed in args.seeds if not args.table else ():
             for name in args.only:

@@ -1,10 +1,11 @@
 """The three editors that the paper compares itself with, small, for `evaluate.py --method`.
 
-    python baselines.py instruct-pix2pix --steps 6000 --output runs/instruct-pix2pix       # trains it
-    python baselines.py prompt-diffusion --steps 6000 --output runs/prompt-diffusion
-    python evaluate.py runs/instruct-pix2pix/pipeline --method instruct-pix2pix
-    python evaluate.py --method sdedit                                                     # needs no training
-    python evaluate.py timbrooks/instruct-pix2pix --method instruct-pix2pix --backbone sd15 --data FOLDER
+    python -m evaluation.baselines instruct-pix2pix --steps 6000 --output runs/instruct-pix2pix
+    python -m evaluation.baselines prompt-diffusion --steps 6000 --output runs/prompt-diffusion
+    python -m evaluation.evaluate runs/instruct-pix2pix/pipeline --method instruct-pix2pix
+    python -m evaluation.evaluate --method sdedit    # needs no training
+    python -m evaluation.evaluate timbrooks/instruct-pix2pix --method instruct-pix2pix --backbone sd15 \
+        --data FOLDER
 
 SDEdit (Meng et al., 2022): the query with noise, from which Stable Diffusion draws what the output's caption
 says. It sees neither the instruction nor the example.
@@ -281,6 +282,7 @@ def train(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
+        prog="python -m evaluation.baselines",
         description="Train a baseline on edits; a stopped run goes on where it stood.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -302,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--cache", type=Path, default=Path("data/cache"), help="what the frozen parts computed")
     add("--checkpoint-every", type=int, default=250, help="steps")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("baselines.py"):
+    with backbone.one_line_errors("evaluation.baselines"):
         bounds = {(1, math.inf): "steps checkpoint_every", (1, 4096): "batch", (0, 1): "lr ema"}
         backbone.check_numbers(args, bounds | {(0, 256): "workers", (0, 2**32): "seed"})
         train(args)

@@ -1,9 +1,9 @@
 """Edits a split of a dataset and keeps every answer beside what it answers, for metrics to be computed from.
 
-    python evaluate.py                                        # the shipped editor, toy world, split `seen`
-    python evaluate.py runs/train/editor --split unseen_task --mode both pair instruction --sheet 24
-    python evaluate.py --method sdedit --output out/sdedit    # the paper's baselines, see baselines.py
-    python toy/score.py out/eval/seen/both                    # exact metrics of what is saved
+    python -m evaluation.evaluate                     # the shipped editor, toy world, split `seen`
+    python -m evaluation.evaluate runs/train/editor --split unseen_task --mode both pair --sheet 24
+    python -m evaluation.evaluate --method sdedit --output out/sdedit    # a baseline, see baselines.py
+    python toy/score.py out/eval/seen/both            # exact metrics of what is saved
 
 Below `--output` each split and mode has a folder: `<k>.png` the answer to query k, lossless; `answers.jsonl`
 with a line for each; `settings.json`; `pictures/`, where the dataset is a table, with the inputs and outputs.
@@ -28,7 +28,6 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import backbone
-from baselines import InstructPix2Pix, PromptDiffusion, SDEdit
 from checkpoint import locked, other_settings, write_whole
 from dataset import (
     COLUMNS,
@@ -39,6 +38,7 @@ from dataset import (
     read_pairs,
     tensor_to_image,
 )
+from evaluation.baselines import InstructPix2Pix, PromptDiffusion, SDEdit
 from pipeline import InstructGIEPipeline
 
 # What the editor is given besides the query. "other-pair" is a pair of another instruction, and no words: who
@@ -315,6 +315,7 @@ def panel_rows(
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog="python -m evaluation.evaluate",
         description="Edit a split of a dataset and keep every answer.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -394,7 +395,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with backbone.one_line_errors("evaluate.py"):
+    with backbone.one_line_errors("evaluation.evaluate"):
         run(arguments(argv))
 
 
