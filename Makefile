@@ -9,28 +9,28 @@ demo: $(VENV)/installed
 	$(RUN) edit.py --prompt-pair examples/before.png examples/after.png --input examples/input.png \
 		--output out/answer.png --grid
 
-test: $(VENV)/installed  ## a process for each core, four at most, and a file's tests in one of them
+test: $(VENV)/installed-dev  ## a process for each core, four at most, and a file's tests in one of them
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-test-slow: $(VENV)/installed
+test-slow: $(VENV)/installed-dev
 	$(RUN) -m pytest -m slow
 
-doctor: $(VENV)/installed  ## what this machine computes with, and whether it edits right: for bug reports
+doctor: $(VENV)/installed-dev  ## what this machine computes with, and whether it edits right: for bug reports
 	$(RUN) -m toy.doctor
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-format: $(VENV)/installed
+format: $(VENV)/installed-dev
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-docs: $(VENV)/installed  ## every file with its comments beside its code, and all figures, under out/docs
+docs: $(VENV)/installed-dev  ## every file with its comments beside its code, and all figures, under out/docs
 	$(VENV)/bin/pycco -p -i -d out/docs *.py data_making/*.py scan_kernels/*.py toy/*.py
 	$(RUN) docs/figures.py --output out/docs/figures
 
-docs-check: $(VENV)/installed  ## runs every command that README and docs show, and follows every link
+docs-check: $(VENV)/installed-dev  ## runs every command that README and docs show, and follows every link
 	$(RUN) docs/check.py
 	$(RUN) -m pytest -m "slow or not slow" tests/test_docs.py tests/test_figures.py tests/test_notebook.py
 
@@ -46,6 +46,10 @@ $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(RUN) rcldm.py > /dev/null  # compiles the scan, once
+	@touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 clean:
