@@ -63,9 +63,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 import backbone
-from checkpoint import write_whole
 from dataset import LONGEST_INSTRUCTION, ImageError, load_image
 from pipeline import SAMPLING, InstructGIEPipeline, call_options, seeded
+from training.files import write_whole
 
 # --- What is written ----------------------------------------------------------------------------------------
 

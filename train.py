@@ -13,7 +13,7 @@ One step, in the words of the paper's architecture figure:
     L = L_dm + λ_es · L_es + λ_sam · L_sam
 
 The file reads from top to bottom: settings, the losses, the prompt encoder's own lessons, the loop. What the
-frozen parts make of the data, once, is in facts.py.
+frozen parts make of the data, once, is in training/precompute.py.
 """
 
 from __future__ import annotations
@@ -41,17 +41,6 @@ import backbone
 import esm
 import liu
 import sam_loss
-from checkpoint import (
-    Stop,
-    Watch,
-    averaged,
-    load_checkpoint,
-    locked,
-    other_settings,
-    save_checkpoint,
-    whole_folder,
-    write_whole,
-)
 from dataset import (
     COLUMNS,
     DatasetError,
@@ -65,7 +54,13 @@ from dataset import (
     repeat_query,
     tensor_to_image,
 )
-from facts import (
+from pipeline import SAMPLING, InstructGIEPipeline, model_card
+from rcldm import RCLDM, VisualPromptEncoder
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.ema import new_ema
+from training.files import locked, other_settings, whole_folder, write_whole
+from training.monitor import LossMonitor
+from training.precompute import (
     Facts,
     Frozen,
     load_batches,
@@ -73,8 +68,7 @@ from facts import (
     observe_all,
     read_instructions,
 )
-from pipeline import SAMPLING, InstructGIEPipeline, model_card
-from rcldm import RCLDM, VisualPromptEncoder
+from training.stopping import Stop
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings: every one once, with its reason
@@ -452,7 +446,7 @@ def teach_prompt_encoder(
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     folder = args.output / "prompt-encoder"
-    watch = modules["watch"] = Watch()
+    watch = modules["watch"] = LossMonitor()
     start = load_checkpoint(folder, modules, *optimizers) if args.resume else 0
     steps = range(start * args.accumulate, args.encoder_steps * args.accumulate)
     batch_size, accelerator = args.encoder_batch or args.batch, losses_of.accelerator
@@ -776,13 +770,13 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack) -> N
             clip.set_grad_checkpointing()
     if args.encoder_steps and not args.init and not begun:
         teach_prompt_encoder(model, losses_of, data, args, is_main, stop)
-    average = averaged(model, args.ema)
+    average = new_ema(model, args.ema)
     taught = args.init or args.init_encoder or args.encoder_steps
     encoder_lr = args.encoder_lr if taught else 1.0
     model.prompt_encoder.requires_grad_(encoder_lr > 0)  # frozen, it needs no way back
     groups = parameter_groups(model, args.weight_decay, encoder_lr)
     optimizer = adamw(groups, lr=args.lr, betas=(0.9, 0.99))
-    modules = {"model": model, "average": average, "watch": (watch := Watch())}
+    modules = {"model": model, "average": average, "watch": (watch := LossMonitor())}
     start = load_checkpoint(args.output, modules, optimizer) if args.resume else 0
     wrapped, optimizer = accelerator.prepare(model, optimizer)
 

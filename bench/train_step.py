@@ -45,8 +45,8 @@ from scan import apart, resident
 
 import backbone
 import train
-from facts import Facts, Frozen
 from rcldm import RCLDM
+from training.precompute import Facts, Frozen
 
 MODELS = {
     "ControlNetModel": ("--no-rcldm", "--no-esm", "--no-sam"),

@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import backbone
-from checkpoint import write_whole
 from dataset import COLUMNS, EditPair, ImageError, load_image, misfit, read_pairs
+from training.files import write_whole
 
 
 def check(args: argparse.Namespace) -> None:

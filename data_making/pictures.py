@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 import backbone
 import esm
-from checkpoint import write_whole
 from data_making.prompt_to_prompt import PromptToPrompt, align
 from data_making.texts import (
     append,
@@ -41,6 +40,7 @@ from data_making.texts import (
     write_lines,
 )
 from dataset import tensor_to_image
+from training.files import write_whole
 
 # --- Two pictures from one noise ----------------------------------------------------------------------------
 

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import backbone
-from checkpoint import load_checkpoint, other_settings, save_checkpoint, whole_folder, write_whole
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.files import other_settings, whole_folder, write_whole
 
 # --- The form of what the language model writes -------------------------------------------------------------
 

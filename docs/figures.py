@@ -39,9 +39,9 @@ import esm
 import liu
 import rcldm
 import sam_loss
-from checkpoint import write_whole
 from dataset import VisualPromptDataset, image_to_tensor, read_pairs, tensor_to_image
 from toy import world
+from training.files import write_whole
 
 INK, GREY, PALE = "#2b2f36", "#868c96", "#e4e6ea"
 WRONG = "#c0392b"

@@ -38,10 +38,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import backbone
-from checkpoint import averaged, load_checkpoint, save_checkpoint, whole_folder
 from dataset import VisualPromptDataset, check_finite, read_pairs
-from facts import Frozen, load_batches, look_up, observe_all, read_instructions
 from train import draw_order, dropout, prediction_target
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.ema import new_ema
+from training.files import whole_folder
+from training.precompute import Frozen, load_batches, look_up, observe_all, read_instructions
 
 # --- Editing ------------------------------------------------------------------------------------------------
 
@@ -241,7 +243,7 @@ def train(args: argparse.Namespace) -> None:
     texts, rows = read_instructions(data, sd, unifier=None)
     torch.manual_seed(args.seed)
     learner = Learner(args.method, sd).to(device)
-    average = averaged(learner, args.ema)
+    average = new_ema(learner, args.ema)
     weights = [p for p in learner.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.99))
     modules = {"model": learner, "average": average}

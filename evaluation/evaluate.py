@@ -28,7 +28,6 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import backbone
-from checkpoint import locked, other_settings, write_whole
 from dataset import (
     COLUMNS,
     TableImage,
@@ -40,6 +39,7 @@ from dataset import (
 )
 from evaluation.baselines import InstructPix2Pix, PromptDiffusion, SDEdit
 from pipeline import InstructGIEPipeline
+from training.files import locked, other_settings, write_whole
 
 # What the editor is given besides the query. "other-pair" is a pair of another instruction, and no words: who
 # reads examples makes that other edit, who remembers the training makes the query's own.

@@ -23,11 +23,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import backbone
-from checkpoint import write_whole
 from dataset import VisualPromptDataset, compose_grid, mask_query, read_pairs
 from evaluation.evaluate import draw_queries, panel_rows
 from pipeline import known_latents
 from rcldm import DESIGNS, RCLDM
+from training.files import write_whole
 
 SHARES = (0.5, 0.9, 0.99)
 

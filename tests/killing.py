@@ -24,8 +24,8 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
 from tiny import options, save_all  # noqa: E402
 
-import checkpoint  # noqa: E402
 import train  # noqa: E402
+from training import checkpoint  # noqa: E402
 
 STEPS = ("--encoder-steps", "3", "--steps", "5", "--checkpoint-every", "1")
 WATCHED = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.unlink")

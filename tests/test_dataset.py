@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 import dataset as ds
 from evaluation import evaluate
-from facts import look_at_all, without
+from training.precompute import look_at_all, without
 
 torch.set_num_threads(1)
 

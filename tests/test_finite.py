@@ -18,12 +18,12 @@ import app
 import backbone
 import edit
 import train
-from checkpoint import load_checkpoint, save_checkpoint
 from dataset import VisualPromptDataset, read_pairs, tensor_to_image, to_bytes
 from evaluation import ablations, baselines, evaluate, metrics
-from facts import Frozen, observe_all, read_instructions
 from pipeline import InstructGIEPipeline
 from toy import pretrain, score, world
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.precompute import Frozen, observe_all, read_instructions
 
 NAN, INFINITY = math.nan, math.inf
 

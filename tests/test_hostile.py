@@ -33,12 +33,13 @@ import dataset as ds
 import edit
 import liu
 import train
-from checkpoint import load_checkpoint, other_settings, save_checkpoint
 from data_making import check, pictures, texts
 from evaluation import baselines, evaluate, metrics
 from pipeline import InstructGIEPipeline
 from rcldm import cross_merge, cross_scan
 from sam_loss import selective_area_loss
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.files import other_settings
 
 # --- Something valid of every kind --------------------------------------------------------------------------
 

@@ -27,7 +27,6 @@ from tiny import P, save_parts
 
 import backbone
 import edit
-import facts
 import liu
 from dataset import (
     compose_grid,
@@ -40,6 +39,7 @@ from dataset import (
 )
 from pipeline import InstructGIEPipeline, fit_panel, model_card, seeded, settle, unfit
 from rcldm import RCLDM
+from training import precompute
 
 
 def load(folder, **options):
@@ -799,7 +799,7 @@ def test_training_tells_how_many_instructions_are_cut(pipe, capsys):
     fits = " ".join(words_that_fit(pipe))
     told = ["night", fits, f"{fits} red", f"{fits} red hat", f"{fits} red"]
     data = SimpleNamespace(pairs=[SimpleNamespace(instruction=text) for text in told])
-    facts.read_instructions(data, pipe, unifier=None)
+    precompute.read_instructions(data, pipe, unifier=None)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("2 instructions are too long; of the first, ") and line.endswith('cut off: "red"')
 

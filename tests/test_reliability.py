@@ -24,13 +24,16 @@ from torch import nn
 import backbone
 import edit
 import esm
-import facts
 import rcldm
 import sam_loss
 import train
-from checkpoint import Stop, Watch, load_checkpoint, save_checkpoint, verified, whole_folder, write_whole
 from dataset import VisualPromptDataset, read_pairs
-from facts import Frozen, observe_all
+from training import precompute
+from training.checkpoint import load_checkpoint, save_checkpoint, verified
+from training.files import whole_folder, write_whole
+from training.monitor import LossMonitor
+from training.precompute import Frozen, observe_all
+from training.stopping import Stop
 
 TESTS = Path(__file__).parent
 QUICK = ("--no-esm", "--no-liu", "--no-sam", "--validation-pictures", "0")
@@ -300,7 +303,7 @@ def test_a_step_that_is_no_number_is_not_learnt_from(run, tmp_path, monkeypatch,
 
 
 def test_too_many_in_a_row_are_the_end_and_the_last_good_state_is_saved(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "Watch", lambda: Watch(limit=3))
+    monkeypatch.setattr(train, "LossMonitor", lambda: LossMonitor(limit=3))
     loss, calls = esm.editing_shift_loss, []
 
     def nan_from_now_on(*inputs):
@@ -317,7 +320,7 @@ def test_too_many_in_a_row_are_the_end_and_the_last_good_state_is_saved(run, tmp
 
 
 def test_a_step_that_explodes_is_told_from_a_hard_one():
-    watch, one = Watch(), torch.tensor(1.0)
+    watch, one = LossMonitor(), torch.tensor(1.0)
     watch.see({"loss": one})
     assert watch.is_sound(one)
     for loss, norm, wanted in (
@@ -329,7 +332,7 @@ def test_a_step_that_explodes_is_told_from_a_hard_one():
         watch.see({"loss": torch.tensor(loss)})
         assert watch.is_sound(torch.tensor(norm)) == wanted
     assert watch.skipped == 2 and watch.in_a_row == 0
-    again = Watch()
+    again = LossMonitor()
     again.load_state_dict(watch.state_dict())
     assert again.skipped == 2 and torch.equal(again.averages["loss"], watch.averages["loss"])
     watch.see({"loss": one})
@@ -463,8 +466,8 @@ def test_the_cache_knows_every_picture_row_and_weight(parts, tmp_path, monkeypat
     vae, clip = backbone.load_stable_diffusion(str(parts / "sd")).vae, backbone.load_clip(str(parts / "clip"))
     areas = sam_loss.SelectiveAreas(*backbone.load_segmenter(str(parts / "segmenter")))
     frozen, seen = Frozen(vae, clip, areas), []
-    look = facts.look_at_all
-    monkeypatch.setattr(facts, "look_at_all", lambda *args: seen.append(None) or look(*args))
+    look = precompute.look_at_all
+    monkeypatch.setattr(precompute, "look_at_all", lambda *args: seen.append(None) or look(*args))
 
     def observed(cache):
         args = SimpleNamespace(data="data", split="train", cache=tmp_path / cache, workers=0)

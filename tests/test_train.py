@@ -22,11 +22,11 @@ from tiny import options as tiny_options
 import backbone
 import esm
 import train
-from checkpoint import load_checkpoint, save_checkpoint
 from dataset import VisualPromptDataset, read_pairs
-from facts import Facts, Frozen, Pairs, commonest_classes, look_up, observe_all
 from pipeline import InstructGIEPipeline
 from rcldm import VisualPromptEncoder
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.precompute import Facts, Frozen, Pairs, commonest_classes, look_up, observe_all
 
 
 def weights(folder):

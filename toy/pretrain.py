@@ -41,10 +41,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from backbone import encode_images
-from checkpoint import averaged, load_checkpoint, save_checkpoint, whole_folder
 from data_making.texts import OWN_TASK, as_prompt, as_reply, writing_loss
 from dataset import from_bytes
 from toy import world
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.ema import new_ema
+from training.files import whole_folder
 
 WEIGHTS = Path(__file__).parent / "weights"
 LATENT_CHANNELS = 16
@@ -73,7 +75,7 @@ def fit(
     which is minimised.  A checkpoint is written every minute; a stage that is started again goes on from it.
     """
     module.train()
-    average = averaged(module, ema_decay)
+    average = new_ema(module, ema_decay)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
     folder = runs / name

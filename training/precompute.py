@@ -25,7 +25,6 @@ import backbone
 import esm
 import liu
 import sam_loss
-from checkpoint import begin_worker, write_whole
 from dataset import (
     DatasetError,
     ImageError,
@@ -35,6 +34,8 @@ from dataset import (
     from_bytes,
     to_bytes,
 )
+from training.files import write_whole
+from training.stopping import begin_worker
 
 
 class Facts(NamedTuple):

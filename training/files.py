@@ -1,0 +1,106 @@
+"""Files, folders and settings that are whole or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """`write` makes the file under another name, which becomes `path` when it is done. Raises OSError, also
+    for what safetensors makes of one."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder to write to, which takes the place of `path` when all is written, and only then.
+
+    What a killed process has left of such folders is cleared away. Raises OSError, also for what safetensors
+    makes of one, and ValueError for weights that are not finite, and then leaves `path` as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary, old = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "old"))
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*.safetensors"):
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 (no dict)
+                    if not weights.get_tensor(name).isfinite().all():
+                        raise ValueError(f"NaN or infinity in {name}: {path} is not written")
+        for file in temporary.rglob("*"):  # in the file system before its name is, should the power fail
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a folder to this process while it is entered; its threads and workers have no lock of their own.
+
+    The operating system holds the lock, and drops it when the process ends, however that ends. Where the file
+    system knows no locks there is none. Raises ValueError where another process holds it, and OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "ab") as file:
+        try:
+            _lock(file.fileno())
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                reason = "another process writes there; wait for its end, or give another --output"
+                raise ValueError(f"{folder}: {reason}") from None
+        yield
+
+
+def _lock(file: int) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    else:  # not flock, which a loader's worker would share, and keep when its parent is killed
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def other_settings(path: Path, settings: dict[str, Any], anew: bool = False) -> dict[str, tuple[Any, Any]]:
+    """Notes settings beside the work they are of, unless some are there (`anew`: even then); returns those
+    that differ from what is there, as name → (there, now). Raises ValueError where that holds no settings."""
+    settings = json.loads(json.dumps(settings))
+    if anew or not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: file.write_text(json.dumps(settings, indent=2) + "\n"))
+    try:
+        there = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: holds no settings ({error}); remove its folder, or give another") from None
+    pairs = {name: (there.get(name), settings.get(name)) for name in {**settings, **there}}
+    return {name: (one, other) for name, (one, other) in pairs.items() if one != other}

@@ -1,0 +1,66 @@
+"""Moving averages of the losses, and which steps are not to be taken."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class LossMonitor:
+    """Moving averages of the losses, and whether a step is sound.
+
+    Choice: a step whose gradient is no number, or whose loss is above `explosion` times its average, is not
+    learnt from; `limit` of them in a row are the end.
+    """
+
+    def __init__(self, limit: int = 20, explosion: float = 100.0) -> None:
+        self.limit, self.explosion = limit, explosion
+        self.averages: dict[str, Tensor] = {}
+        self.skipped, self.in_a_row = 0, 0
+        self.pending: list[dict[str, Tensor]] = []
+
+    def see(self, losses: dict[str, Tensor]) -> None:
+        """Losses by name, the one that is minimised first; of a step, or of one of its parts."""
+        self.pending.append({name: value.detach() for name, value in losses.items()})
+
+    def is_sound(self, norm: Tensor) -> bool:
+        """Of the step whose losses were seen since the last call. norm: of its gradient.
+
+        To ask is to wait for the device. Only the losses of sound steps enter the averages.
+        """
+        seen, self.pending = self.pending, []
+        sound = norm.isfinite()
+        for losses in seen:
+            name, loss = next(iter(losses.items()))
+            usual = self.averages.get(name, loss).to(loss).abs()
+            sound = sound & loss.isfinite() & (loss <= self.explosion * usual)
+        if not (is_sound := bool(sound)):
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            return False
+        self.in_a_row = 0
+        for losses in seen:
+            for name, value in losses.items():
+                self.averages[name] = torch.lerp(self.averages.get(name, value).to(value), value, 0.05)
+        return is_sound
+
+    @property
+    def is_over(self) -> bool:
+        return self.in_a_row >= self.limit
+
+    def check(self) -> None:
+        """Raises ValueError where too many steps in a row were not sound."""
+        if self.is_over:
+            way = "try --resume with a lower --lr or with --precision no"
+            raise ValueError(f"{self.in_a_row} steps in a row were no numbers or exploded; {way}")
+
+    def text(self) -> dict[str, str]:
+        shown = {name: f"{value:.4f}" for name, value in self.averages.items()}
+        return shown | ({"skipped": str(self.skipped)} if self.skipped else {})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        counts = {"skipped": torch.tensor(self.skipped)}
+        return {f"average/{name}": value for name, value in self.averages.items()} | counts
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.skipped = int(state.get("skipped", 0))
+        self.averages = {k.removeprefix("average/"): v for k, v in state.items() if k != "skipped"}
