@@ -34,7 +34,7 @@ docs-check: $(VENV)/installed-dev  ## runs every command that README and docs sh
 	$(RUN) docs/check.py
 	$(RUN) -m pytest -m "slow or not slow" tests/test_docs.py tests/test_figures.py tests/test_notebook.py
 
-toy: $(VENV)/installed  ## trains what is under toy/weights anew; resumable
+toy: $(VENV)/installed-dev  ## trains what is under toy/weights anew; resumable
 	$(RUN) toy/pretrain.py
 
 ablations: $(VENV)/installed  ## trains and measures every arm of docs/results.md, three seeds each; resumable

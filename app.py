@@ -43,8 +43,12 @@ if __name__ == "__main__":
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}  # it reads them early
 
 import diffusers
-import gradio as gr
 import transformers
+
+try:
+    import gradio as gr
+except ModuleNotFoundError as error:
+    raise SystemExit(f"app.py: error: {error}; pip install -r requirements-dev.txt") from None
 from PIL import Image
 from torchvision.utils import make_grid
 

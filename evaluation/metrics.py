@@ -109,7 +109,7 @@ def inception(device: torch.device) -> Callable[[Tensor], Tensor]:
         network = FrechetInceptionDistance(feature=2048).inception.to(device)
     except (ImportError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--features inception needs `pip install torchmetrics[image]` ({reason})") from None
+        raise ValueError(f"--features inception: {reason}; pip install -r requirements-dev.txt") from None
     return lambda images: network(((images + 1) * 127.5).round().to(torch.uint8))
 
 
