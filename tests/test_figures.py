@@ -1,7 +1,4 @@
-"""docs/: the figures and the numbers beside them, the worked examples as they are quoted, and all links.
-
-python tests/test_figures.py        # moves the links to lines to where what they name is now
-"""
+"""docs/: the figures and the numbers beside them, the worked examples as they are quoted, and all links."""
 
 import re
 import runpy
@@ -18,25 +15,6 @@ from toy import world
 HERE = Path(__file__).resolve().parents[1]
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
 LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<target>[^)\s]+)\)")
-TO_LINE = re.compile(r"\[`(?P<name>[^`]+)`\]\((?P<path>[^)#\s]+)#L(?P<line>\d+)\)")
-
-
-def line_of(source: Path, name: str) -> int:
-    """The line of a file that defines a name, else the first that holds it, counted from 1; 0: none does."""
-    lines = source.read_text(encoding="utf-8").splitlines()
-    defines = re.compile(rf"\s*(?:def|class) {re.escape(name)}\b|{re.escape(name)}\b[^=]*=")
-    holds = [k for k, line in enumerate(lines, 1) if name in line]
-    return next((k for k in holds if defines.match(lines[k - 1])), next(iter(holds), 0))
-
-
-def to_lines_of_now(page: Path) -> str:
-    """A page with every link to a line at the line where it should be."""
-
-    def moved(link: re.Match) -> str:
-        line = line_of(page.parent / link["path"], link["name"])
-        return f"[`{link['name']}`]({link['path']}#L{line})"
-
-    return TO_LINE.sub(moved, page.read_text("utf-8"))
 
 
 def quoted(command: str) -> list[tuple[str, list[str]]]:
@@ -125,9 +103,8 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files_headings_and_lines(page):
-    text = page.read_text("utf-8")
-    for link in LINK.finditer(text):
+def test_links_lead_to_files_headings_and_names(page):
+    for link in LINK.finditer(page.read_text("utf-8")):
         path, _, anchor = link["target"].partition("#")
         if "://" in path:
             continue
@@ -135,21 +112,8 @@ def test_links_lead_to_files_headings_and_lines(page):
         assert target.exists(), f"{page.name}: {link[0]} leads nowhere"
         if target.suffix == ".md" and anchor:
             assert anchor in anchors(target), f"{page.name}: {link[0]}: no such heading"
-    now = to_lines_of_now(page)
-    for link, moved in zip(TO_LINE.finditer(text), TO_LINE.finditer(now)):
-        assert link[0] == moved[0], f"{page.name}: a link to a line is to be moved; run {__file__}"
-        assert int(link["line"]) > 0, f"{page.name}: {link[0]}: nothing of that name"
-
-
-def test_a_line_is_found_where_a_name_is_defined(tmp_path):
-    source = tmp_path / "a.py"
-    source.write_text("import x  # f is below\n\nK: int = 1\nclass A:\n    def f(self): return K\n")
-    assert [line_of(source, name) for name in ("f", "A", "K", "return K", "g")] == [5, 4, 3, 5, 0]
-
-
-if __name__ == "__main__":
-    for page in PAGES:
-        text = page.read_text("utf-8")
-        if (moved := to_lines_of_now(page)) != text:
-            page.write_text(moved, "utf-8")
-            print(f"{page.relative_to(HERE)}: links moved")
+        name = link["text"].strip("`")
+        if target.suffix == ".py" and not name.endswith(".py"):  # not of a file, but of something in it
+            assert not anchor, f"{page.name}: {link[0]}: lines move; link the file and name the symbol"
+            if link["text"] == f"`{name}`":
+                assert name in target.read_text("utf-8"), f"{page.name}: {link[0]}: nothing of that name"
