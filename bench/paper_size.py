@@ -3,7 +3,7 @@
     python bench/paper_size.py     # takes minutes on a CPU, and 10 GB of disk while it runs
 
 Stable Diffusion 1.5, CLIP ViT-L-14 and Mask2Former Swin-L are built from their published configurations with
-random weights, saved to folders, and read back by `backbone.py` as anyone's weights would be, in a real
+random weights, saved to folders, and read back by `backbone/` as anyone's weights would be, in a real
 `train.py` and `edit.py`.  It shows that shapes, memory and loading are right, and of quality nothing.
 """
 

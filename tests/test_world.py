@@ -362,7 +362,7 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "toy").mkdir()
     program = re.sub(r"(?m)^SPLITS = .*", f"SPLITS = {SIZES}", Path(world.__file__).read_text())
     (tmp_path / "toy" / "world.py").write_text(program)
-    monkeypatch.setattr(backbone, "HERE", tmp_path)
+    monkeypatch.setattr("backbone.presets.HERE", tmp_path)
     return tmp_path
 
 

@@ -1,0 +1,37 @@
+"""The pretrained parts: Stable Diffusion, CLIP, Mask2Former and the language model.
+
+Every part is a preset's, a Hugging Face hub id or a local folder, and all three are read by the same code.
+
+    sd = load_stable_diffusion("stable-diffusion-v1-5/stable-diffusion-v1-5", device)
+    clip = load_clip(preset("sd15").clip, device)
+"""
+
+from backbone.command import PATIENCE, check_numbers, choose_attention, one_line_errors, pick_device
+from backbone.folders import (
+    HERE,
+    BackboneError,
+    check_parts,
+    clear_errors,
+    find_folder,
+    find_part,
+    fingerprint,
+    lasting_name,
+    local_folder,
+)
+from backbone.latents import cut_off, decode_latents, encode_images, encode_text, set_timesteps, vae_factor
+from backbone.loading import (
+    StableDiffusion,
+    check_llm,
+    check_model,
+    check_tokenizer,
+    check_weights,
+    load_clip,
+    load_clip_tokenizer,
+    load_editor,
+    load_llm,
+    load_segmenter,
+    load_stable_diffusion,
+    load_tiny_decoder,
+    words_of,
+)
+from backbone.presets import PRESETS, Preset, data_folder, preset

@@ -1,0 +1,76 @@
+"""What the programs share: devices, bounds of options, and errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+
+from backbone.folders import BackboneError
+
+# Of processes for each other: one looks at all the pictures while the others wait, on GPUs for ten minutes if
+# PyTorch is not told. Should that one fail, the launcher ends all.
+PATIENCE = timedelta(days=7)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto`: CUDA, else MPS, else the CPU. Raises BackboneError for a device that is not there."""
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if name == "auto":
+        return torch.device(next(device for device, count in there.items() if count))
+    kind = name.split(":")[0]
+    count = there.get(kind, 0)
+    if not count or name not in (kind, *(f"{kind}:{k}" for k in range(count))):
+        raise BackboneError(f"--device {name[:80]}: no such device here; use --device auto or cpu")
+    return torch.device(name)
+
+
+def choose_attention(device: torch.device, precision: str) -> None:
+    """Which of its attentions PyTorch takes in training from here on.
+
+    On a CPU in bf16, and at the toy's sizes, the way back through the fused one takes several times as long
+    as in float32. Switched for the whole process: what gradient checkpointing computes again, it must compute
+    as before.
+    """
+    fused = device.type != "cpu" or precision == "no"
+    torch.backends.cuda.enable_flash_sdp(fused)  # not of CUDA alone
+
+
+def check_numbers(args: argparse.Namespace, bounds: dict[tuple[float, float], str]) -> None:
+    """Raises ValueError for an option that is no finite number, or beyond its bounds.
+
+    bounds: (least, most) → the names of the options that they hold for, with spaces between.
+    """
+    of = {name: pair for pair, names in bounds.items() for name in names.split()}
+    for name, value in vars(args).items():
+        if isinstance(value, float | int):
+            option, (least, most) = f"--{name.replace('_', '-')}", of.get(name, (-math.inf, math.inf))
+            wanted = f"{least} … {most}" if most < math.inf else f"at least {least}"
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{option} must be a finite number, not {value}")
+            if not least <= value <= most:
+                raise ValueError(f"{option} must be {wanted}, not {str(value)[:40]}")
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """What the user can mend, a ValueError or OSError or too little memory, ends the program with one line
+    and exit code 2; Ctrl-C ends it without more words and with a shell's code for that, 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        line = " ".join(str(error).split())
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in line:
+            line = f"the memory does not suffice ({line[-200:]}); ask for less at a time, or smaller pictures"
+        elif isinstance(error, RuntimeError):
+            raise
+        print(f"{program}: error: {line}", file=sys.stderr)
+        raise SystemExit(2) from (error if os.environ.get("DEBUG") else None)

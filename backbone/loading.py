@@ -1,0 +1,184 @@
+"""The pretrained parts, loaded and frozen."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from backbone.folders import FOLDERS, BackboneError, clear_errors, find_folder, read_json
+
+
+class StableDiffusion(NamedTuple):
+    """The parts of a latent diffusion model in diffusers' layout, frozen."""
+
+    vae: nn.Module
+    unet: nn.Module
+    text_encoder: nn.Module
+    tokenizer: Any
+    scheduler: Any
+
+
+def load_stable_diffusion(
+    source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> StableDiffusion:
+    """A Stable Diffusion folder or hub id → its frozen parts in `dtype`. Raises BackboneError."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    folder = find_folder(source, FOLDERS["stable_diffusion"])
+    with clear_errors(source, "a Stable Diffusion folder in diffusers' layout", folder):
+        vae, unet = (
+            kind.from_pretrained(folder / part, torch_dtype=dtype, use_safetensors=True)
+            for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
+        )
+        text_encoder = _transformer(CLIPTextModel, folder / "text_encoder", dtype)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        # Whatever sampler the folder names, its noise schedule is what training needs. Latents have no
+        # bounds to clip to, and PNDM ends at the first noise level: so `StableDiffusionPipeline` reads it.
+        config = DDIMScheduler.load_config(folder / "scheduler")
+        config.setdefault("set_alpha_to_one", config.get("_class_name") != "PNDMScheduler")
+        scheduler = DDIMScheduler.from_config(config | {"clip_sample": False, "steps_offset": 1})
+        check_tokenizer(tokenizer, text_encoder)
+        models = [_freeze(model, device) for model in (vae, unet, text_encoder)]
+    return StableDiffusion(*models, tokenizer, scheduler)
+
+
+def check_tokenizer(tokenizer: Any, text_encoder: nn.Module) -> None:
+    """Raises ValueError for a tokenizer whose texts are longer than this encoder reads, or of other words."""
+    config = text_encoder.config
+    too_long = tokenizer.model_max_length > config.max_position_embeddings
+    if too_long or words_of(tokenizer) > config.vocab_size:
+        raise ValueError("its tokenizer does not fit its text encoder")
+
+
+def words_of(tokenizer: Any) -> int:
+    """How many words a model must know to read what this tokenizer of transformers writes: its ids may have
+    gaps, and those that it puts around a text be of no word."""
+    return 1 + max(*tokenizer.get_vocab().values(), *tokenizer("a cat")["input_ids"])
+
+
+def load_tiny_decoder(source: str, vae: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
+    """An AutoencoderTiny for latents such as `vae`'s (TAESD for Stable Diffusion), frozen.
+
+    Raises BackboneError.
+    """
+    from diffusers import AutoencoderTiny
+
+    folder = find_folder(source, ["*"])
+    with clear_errors(source, "an AutoencoderTiny's folder in diffusers' layout", folder):
+        decoder = _freeze(AutoencoderTiny.from_pretrained(folder, use_safetensors=True), device)
+    if decoder.config.latent_channels != vae.config.latent_channels:
+        mine, theirs = decoder.config.latent_channels, vae.config.latent_channels
+        raise BackboneError(f"{source}: decodes latents of {mine} channels; this VAE's have {theirs}")
+    return decoder
+
+
+def load_clip(
+    source: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """An open_clip model (a folder with `open_clip_config.json`, or a hub id of one), frozen."""
+    import open_clip
+
+    folder = find_folder(source, ["open_clip*"])
+    with clear_errors(source, "an open_clip folder", folder):
+        if not (folder / "open_clip_model.safetensors").is_file():
+            raise FileNotFoundError("open_clip_model.safetensors is missing")
+        return _freeze(open_clip.create_model(f"local-dir:{folder}").to(dtype), device)
+
+
+def load_clip_tokenizer(source: str) -> Any:
+    """The tokenizer of an open_clip model: texts (list of str) → token ids (B, context length)."""
+    import open_clip
+
+    folder = find_folder(source, ["*"])
+    with clear_errors(source, "an open_clip folder", folder):
+        config = read_json(folder / "open_clip_config.json")["model_cfg"]["text_cfg"]
+        # What is given here stands above the config's own, which could ask for the folder's code to be run.
+        own = config.get("hf_tokenizer_name")
+        options = {"trust_remote_code": False} if own else {}
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}", **options)
+        words = words_of(tokenizer.tokenizer) if own else tokenizer.vocab_size
+        if words > config.get("vocab_size", words):
+            raise ValueError("its tokenizer has more words than it")
+        tokenizer([""])
+    return tokenizer
+
+
+def load_segmenter(source: str, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
+    """A Mask2Former for panoptic segmentation, frozen, and its image processor."""
+    from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
+
+    folder = find_folder(source)
+    with clear_errors(source, "a Mask2Former folder", folder):
+        model = _transformer(Mask2FormerForUniversalSegmentation, folder, torch.float32)
+        processor = Mask2FormerImageProcessor.from_pretrained(folder, local_files_only=True)
+        return _freeze(model, device), processor
+
+
+def load_llm(
+    source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[nn.Module, Any]:
+    """A causal language model, frozen, and its tokenizer. dtype: None is bf16 on a GPU, float32 elsewhere."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    folder = find_folder(source)
+    with clear_errors(source, "a causal language model's folder", folder):
+        model = _transformer(AutoModelForCausalLM, folder, dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        check_llm(model, tokenizer)
+        return _freeze(model, device), tokenizer
+
+
+def load_editor(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, dict[str, Any]]:
+    """An editor that `train.py` has saved: its RCLDM, frozen, and its settings. Raises BackboneError."""
+    from rcldm import RCLDM
+
+    source, folder = folder, find_folder(folder)
+    with clear_errors(source, "an editor's folder as train.py saves it", folder):
+        settings = read_json(folder / "instructgie.json")
+        model = RCLDM.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        return _freeze(model, device), settings
+
+
+def _transformer(kind: Any, folder: Path, dtype: torch.dtype, **options: Any) -> nn.Module:
+    """A model of transformers. Raises ValueError where its files lack a weight, which would be made up."""
+    options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    model, found = kind.from_pretrained(folder, dtype=dtype, **options)
+    if lacking := sorted(set(found["missing_keys"]) & {name for name, _ in model.named_parameters()}):
+        raise ValueError(f"its weights lack {lacking[0]}")
+    return model
+
+
+def check_llm(model: nn.Module, tokenizer: Any) -> None:
+    """Raises ValueError for a tokenizer of more words than its language model."""
+    if words_of(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise ValueError("its tokenizer has more words than it")
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises ValueError where the files lack a weight, which diffusers leaves for later to stumble over."""
+    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"its weights lack {missing[0]}")
+
+
+def check_weights(model: nn.Module, folder: Path) -> None:
+    """Raises ValueError where its files hold fewer numbers than it, so that some must have been made up."""
+    held = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            held += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    if held < sum(parameter.numel() for parameter in model.parameters()):
+        raise ValueError(f"the weights in {folder.name} lack some of it")
+
+
+def _freeze(model: nn.Module, device: torch.device | str) -> nn.Module:
+    check_model(model)
+    return model.to(device).eval().requires_grad_(False)
