@@ -53,8 +53,8 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 import backbone
-from dataset import ImageError, load_image, tensor_to_image
 from edit import SCHEDULERS, labelled_grid, save_png
+from pictures import ImageError, load_image, tensor_to_image
 from pipeline import SAMPLING, InstructGIEPipeline, call_options, seeded, unfit
 from toy import world
 

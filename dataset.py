@@ -12,8 +12,8 @@ image pairs of one instruction two are drawn at random; one becomes the example 
     +----------------+----------------+        +----------------+----------------+
         P columns        P columns
 
-The module goes from the paper's matter to the plumbing: grids; the dataset that draws the two rows;
-pictures; the two readers. `data_making/` holds phase 1, which makes the pairs.
+The module goes from the paper's matter to the plumbing: grids; the dataset that draws the two rows; the two
+readers. `data_making/` holds phase 1, which makes the pairs.
 
 Symbols: P panel size (pixels, or latent pixels); C channels. Images are RGB in [-1, 1], where grey is 0.
 """
@@ -21,26 +21,24 @@ Symbols: P panel size (pixels, or latent pixels); C channels. Images are RGB in 
 from __future__ import annotations
 
 import csv
-import hashlib
-import io
 import json
 import logging
 import os
 import re
 import sys
-import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from pictures import ImageError, TableImage, load_image, misfit, to_panel
 
 log = logging.getLogger(__name__)
 
@@ -222,204 +220,6 @@ class VisualPromptDataset(Dataset):
         levels = (load_image(file, managed=False).getchannel(0) for file in self.pairs[i].classes)
         maps = (ImageOps.fit(one, (self.size, self.size), Image.Resampling.NEAREST) for one in levels)
         return torch.stack([torch.from_numpy(np.array(one)) for one in maps])
-
-
-# --- Pictures -----------------------------------------------------------------------------------------------
-
-
-class ImageError(ValueError):
-    """A picture that cannot be read. The message is one line: `path: reason`."""
-
-    def __init__(self, path: object, reason: str = "") -> None:
-        # A DataLoader raises a worker's error again as ImageError(traceback), whose last line is the message.
-        line = f"{path}: {reason}" if reason else str(path).strip().split("\n")[-1].split("ImageError: ")[-1]
-        super().__init__(" ".join(line.split()))
-
-
-class TableImage(NamedTuple):
-    """Where a picture lies in a `datasets` table."""
-
-    column: Any  # a datasets.Dataset of one column, its images still encoded
-    row: int
-
-    def __str__(self) -> str:
-        return f"column {self.column.column_names[0]}, row {self.row}"
-
-    def bytes(self) -> bytes:
-        """The encoded picture. Raises ImageError for a mere path: a table may not name its reader's files."""
-        (cell,) = self.column[self.row].values()
-        if not (cell and cell["bytes"]):
-            raise ImageError(self, "the row holds no image bytes")
-        return cell["bytes"]
-
-
-_warnings_lock = threading.Lock()  # warning filters belong to the process, not to a thread
-# The formats of photographs. Of Pillow's others EPS starts Ghostscript.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-
-
-def load_image(source: str | Path | TableImage, managed: bool = True) -> Image.Image:
-    """A picture in one of `FORMATS`, the first frame of several, as `to_rgb` returns it.
-
-    Raises ImageError, one line naming the file, for a missing, corrupt or truncated picture, and for more
-    pixels than Pillow's `Image.MAX_IMAGE_PIXELS` (89 million), where Pillow alone would only warn.
-    """
-    try:
-        with _image_file(source) as file:
-            with _warnings_lock, warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = Image.open(file, formats=FORMATS)  # reads the header alone
-            with image:
-                return to_rgb(image, managed)
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        raise ImageError(source, f"not a picture that is read here ({', '.join(FORMATS)})") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ImageError(source, f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
-    except Exception as error:  # Pillow's decoders raise errors of many kinds
-        raise ImageError(source, f"corrupt or truncated picture ({error})") from None
-
-
-def _image_file(source: str | Path | TableImage) -> io.IOBase:
-    if isinstance(source, TableImage):
-        return io.BytesIO(source.bytes())
-    if not os.path.isfile(source):
-        raise ImageError(source, "is a folder" if os.path.isdir(source) else "no such file")
-    return open(source, "rb")
-
-
-def picture_digest(source: str | Path | TableImage) -> str:
-    """SHA-256 of a picture's encoded bytes; "" for an unreadable picture."""
-    try:
-        with _image_file(source) as file:
-            return hashlib.sha256(file.read()).hexdigest()
-    except (ImageError, OSError):
-        return ""
-
-
-def to_rgb(image: Image.Image, managed: bool = True) -> Image.Image:
-    """A PIL image of any mode as upright 8-bit sRGB of mode "RGB".
-
-    Applies the EXIF orientation and converts the colour profile, unless not `managed`: class maps hold
-    numbers, not colours. [ours] Transparency shows white, as on a page. The result's `info` has the stored
-    orientation alone, so a second pass changes nothing. Raises ValueError for grey values outside 0 … 65,535.
-    """
-    stored = image.getexif().get(ExifTags.Base.Orientation, 1)
-    if stored != 1:
-        image = ImageOps.exif_transpose(image)
-    profile = image.info.get("icc_profile")
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _to_8_bits(image)
-    mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")  # of its colours alone
-    opacity = None
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        opacity = image.getchannel("A")
-    if managed and profile and (to_srgb := _to_srgb(profile, mode)):
-        image = to_srgb.apply(image.convert(mode))
-    page = Image.new("RGB", image.size, "white")
-    page.paste(image, mask=opacity)
-    page.info = {"orientation": stored}
-    return page
-
-
-@lru_cache(maxsize=16)  # the pictures of a dataset share a few
-def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform of a mode's pixels from their ICC profile to sRGB; None where they stay as they are.
-
-    [ours] A broken profile, or one of another mode, is ignored, as browsers do. A profile that moves no
-    colour by more than two levels is sRGB under another name.
-    """
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        to_srgb = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError):
-        return None
-    cube = 17 * np.indices((16, 16, 16), np.uint8).reshape(3, -1, 1).T  # (1, 4096, 3)
-    colours = Image.fromarray(cube).convert(mode)
-    before, after = (np.asarray(x, np.int16) for x in (colours.convert("RGB"), to_srgb.apply(colours)))
-    return to_srgb if np.abs(after - before).max() > 2 else None
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits, 32 bits or floats to 8 bits; Pillow's own conversion clips all above 255 to white.
-
-    [ours] 16-bit files span 0 … 65,535. The wider modes do not say what white is, so it is the first of
-    1 (floats only), 255 and 65,535 that no pixel exceeds.
-    """
-    values = np.asarray(image).astype(np.float32)
-    if not (values.min() >= 0 and values.max() <= 65535):  # false for NaN, too
-        raise ValueError("grey values outside 0 … 65,535")
-    whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
-    clear = values == image.info.get("transparency")
-    values *= 255 / next(white for white in whites if values.max() <= white)
-    grey = Image.fromarray(values.round().astype(np.uint8))
-    if np.any(clear):
-        grey.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
-    return grey
-
-
-def image_to_tensor(image: Image.Image) -> Tensor:
-    """PIL image of (H, W), of any mode, to float32 (3, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(to_rgb(image)))  # (H, W, 3) uint8
-    return from_bytes(pixels.permute(2, 0, 1).contiguous())
-
-
-def tensor_to_image(tensor: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1], of any float type on any device, to a PIL image; clips values beyond.
-
-    The exact inverse of `image_to_tensor`. Raises ValueError for another shape, and for NaN or infinity.
-    """
-    if tensor.ndim != 3 or tensor.shape[0] != 3:
-        raise ValueError(f"an image is (3, H, W), not {tuple(tensor.shape)}")
-    return Image.fromarray(to_bytes(tensor.detach()).permute(1, 2, 0).cpu().numpy())
-
-
-def from_bytes(pixels: Tensor) -> Tensor:
-    """Levels 0 … 255 of any shape, uint8, to float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
-
-
-def to_bytes(tensor: Tensor) -> Tensor:
-    """The inverse of `from_bytes`, for any float type; clips beyond [-1, 1]. Raises as `check_finite`."""
-    return ((check_finite(tensor, "a picture").float().clamp(-1, 1) + 1) * 127.5).round().byte()
-
-
-def check_finite(tensor: Tensor, what: str) -> Tensor:
-    """The tensor itself. Raises ValueError where it holds NaN or infinity; `what` names it in the message."""
-    if not tensor.isfinite().all():
-        raise ValueError(f"NaN or infinity in {what}")
-    return tensor
-
-
-def to_panel(image: Image.Image, size: int) -> Tensor:
-    """The training crop: the largest centred square, resized to (3, P, P) in [-1, 1], P = `size` pixels.
-
-    [ours] Lanczos, which antialiases, and no random crop: before and after keep one frame, and a panel's
-    latent can be cached.
-    """
-    return image_to_tensor(ImageOps.fit(to_rgb(image), (size, size), method=Image.Resampling.LANCZOS))
-
-
-def misfit(before: Image.Image, after: Image.Image) -> str:
-    """Why two pictures of `load_image` cannot be one frame before and after an edit; "" where they can.
-
-    [ours] They may differ by a uniform scale, and by a pixel of rounding. Where their files have different
-    EXIF orientations, a program may have lost one: then none of the other seven may fit twice as well.
-    """
-    (width, height), (w, h) = before.size, after.size
-    if abs(width * h - height * w) > max(width, height, w, h):
-        return f"{w} × {h} pixels, where the picture before has {width} × {height}: not one frame"
-    if before.info.get("orientation") != after.info.get("orientation"):
-        before, after = (image.convert("L").resize((32, 32)) for image in (before, after))
-        upright, *turned = (
-            np.abs(np.subtract(before, image, dtype=np.float32)).mean()
-            for image in (after, *map(after.transpose, Image.Transpose))
-        )
-        if 2 * min(turned) < upright:
-            return "shows the picture before turned or mirrored, as one of the two lacks its EXIF orientation"
-    return ""
 
 
 # --- Readers: an ImageFolder, and a table of the `datasets` library -----------------------------------------

@@ -63,7 +63,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 import backbone
-from dataset import LONGEST_INSTRUCTION, ImageError, load_image
+from dataset import LONGEST_INSTRUCTION
+from pictures import ImageError, load_image
 from pipeline import SAMPLING, InstructGIEPipeline, call_options, seeded
 from training.files import write_whole
 

@@ -41,17 +41,8 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrain
 
 import backbone
 import liu
-from dataset import (
-    answer_panel,
-    check_finite,
-    compose_grid,
-    drop_example,
-    image_to_tensor,
-    mask_query,
-    split_grid,
-    tensor_to_image,
-    to_rgb,
-)
+from dataset import answer_panel, compose_grid, drop_example, mask_query, split_grid
+from pictures import check_finite, image_to_tensor, tensor_to_image, to_rgb
 from rcldm import RCLDM
 
 log = logging.getLogger(__name__)

@@ -44,7 +44,6 @@ import sam_loss
 from dataset import (
     COLUMNS,
     DatasetError,
-    ImageError,
     VisualPromptDataset,
     answer_panel,
     compose_grid,
@@ -52,8 +51,8 @@ from dataset import (
     mask_query,
     read_pairs,
     repeat_query,
-    tensor_to_image,
 )
+from pictures import ImageError, tensor_to_image
 from pipeline import SAMPLING, InstructGIEPipeline, model_card
 from rcldm import RCLDM, VisualPromptEncoder
 from training.checkpoint import load_checkpoint, save_checkpoint

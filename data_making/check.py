@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import backbone
-from dataset import COLUMNS, EditPair, ImageError, load_image, misfit, read_pairs
+from dataset import COLUMNS, EditPair, read_pairs
+from pictures import ImageError, load_image, misfit
 from training.files import write_whole
 
 

@@ -39,7 +39,7 @@ from data_making.texts import (
     stage,
     write_lines,
 )
-from dataset import tensor_to_image
+from pictures import tensor_to_image
 from training.files import write_whole
 
 # --- Two pictures from one noise ----------------------------------------------------------------------------

@@ -39,7 +39,8 @@ import esm
 import liu
 import rcldm
 import sam_loss
-from dataset import VisualPromptDataset, image_to_tensor, read_pairs, tensor_to_image
+from dataset import VisualPromptDataset, read_pairs
+from pictures import image_to_tensor, tensor_to_image
 from toy import world
 from training.files import write_whole
 

@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import backbone
-from dataset import VisualPromptDataset, check_finite, read_pairs
+from dataset import VisualPromptDataset, read_pairs
+from pictures import check_finite
 from train import draw_order, dropout, prediction_target
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.ema import new_ema

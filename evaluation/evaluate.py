@@ -28,16 +28,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import backbone
-from dataset import (
-    COLUMNS,
-    TableImage,
-    VisualPromptDataset,
-    load_image,
-    picture_digest,
-    read_pairs,
-    tensor_to_image,
-)
+from dataset import COLUMNS, VisualPromptDataset, read_pairs
 from evaluation.baselines import InstructPix2Pix, PromptDiffusion, SDEdit
+from pictures import TableImage, load_image, picture_digest, tensor_to_image
 from pipeline import InstructGIEPipeline
 from training.files import locked, other_settings, write_whole
 

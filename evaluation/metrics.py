@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 import backbone
 import esm
-from dataset import check_finite, image_to_tensor, load_image
 from evaluation.evaluate import read_answers
+from pictures import check_finite, image_to_tensor, load_image
 from training.files import write_whole
 
 FEATURES = ("clip", "inception")

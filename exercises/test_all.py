@@ -19,8 +19,9 @@ from torch.testing import assert_close
 import backbone
 import esm
 import sam_loss
-from dataset import compose_grid, image_to_tensor, mask_query
+from dataset import compose_grid, mask_query
 from liu import InstructionUnifier
+from pictures import image_to_tensor
 from pipeline import InstructGIEPipeline
 from rcldm import RCLDM, cross_scan, selective_scan
 from toy import world

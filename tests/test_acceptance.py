@@ -17,9 +17,10 @@ from scipy.stats import binomtest
 import app
 import edit
 import train
-from dataset import answer_panel, load_image, tensor_to_image
+from dataset import answer_panel
 from docs import check
 from evaluation import evaluate
+from pictures import load_image, tensor_to_image
 from pipeline import InstructGIEPipeline
 from toy import doctor, score, world
 

@@ -26,8 +26,8 @@ from PIL import Image
 
 import app
 import backbone
-from dataset import load_image
 from edit import SCHEDULERS, labelled_grid
+from pictures import load_image
 from pipeline import InstructGIEPipeline, seeded
 from toy import doctor, score, world
 

@@ -20,7 +20,8 @@ from data_making import check
 from data_making import pictures as drawing
 from data_making import texts as writing
 from data_making.texts import EXAMPLES, OWN_TASK, Refusal, as_prompt, as_reply, parse_reply
-from dataset import VisualPromptDataset, load_image, read_pairs
+from dataset import VisualPromptDataset, read_pairs
+from pictures import load_image
 from toy import world
 
 
@@ -481,7 +482,7 @@ def test_the_four_scores_are_cosines_of_clip(tmp_path):
         load(backbone.preset("toy").clip) for load in (backbone.load_clip, backbone.load_clip_tokenizer)
     )
     scene = world.random_scene(random.Random(1))
-    from dataset import image_to_tensor
+    from pictures import image_to_tensor
 
     pictures = torch.stack([image_to_tensor(world.render(scene))] * 2)[None]
     scores = drawing.clip_scores(clip, tokenizer, pictures, (scene.caption(), "a red circle"))

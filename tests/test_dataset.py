@@ -19,6 +19,7 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader
 
 import dataset as ds
+import pictures
 from evaluation import evaluate
 from training.precompute import look_at_all, without
 
@@ -94,26 +95,26 @@ def picture(size=(12, 8), seed=0) -> Image.Image:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tensor_and_image_are_inverse(dtype):
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
-    tensor = ds.image_to_tensor(ramp)
+    tensor = pictures.image_to_tensor(ramp)
     assert tensor.dtype == torch.float32 and tensor.shape == (3, 16, 16)
     assert tensor.min() == -1 and tensor.max() == 1
-    assert ds.tensor_to_image(tensor.to(dtype)).tobytes() == ramp.tobytes()
-    assert ds.tensor_to_image(tensor * 3).getpixel((15, 15)) == (255, 255, 255)  # clipped, not wrapped
+    assert pictures.tensor_to_image(tensor.to(dtype)).tobytes() == ramp.tobytes()
+    assert pictures.tensor_to_image(tensor * 3).getpixel((15, 15)) == (255, 255, 255)  # clipped, not wrapped
     with pytest.raises(ValueError, match="3, H, W"):
-        ds.tensor_to_image(tensor[0])
+        pictures.tensor_to_image(tensor[0])
 
 
 def test_panel_is_the_centred_square():
     image = Image.new("RGB", (30, 10), "red")
     image.paste("blue", (10, 0, 20, 10))
     for size in (4, 10, 16):
-        panel = ds.to_panel(image, size)
+        panel = pictures.to_panel(image, size)
         assert panel.shape == (3, size, size)
-    assert torch.equal(ds.to_panel(image, 10)[:, 5, 5], torch.tensor([-1.0, -1.0, 1.0]))
-    assert (ds.to_panel(image, 10)[0] == -1).all()  # nothing of the red margins
+    assert torch.equal(pictures.to_panel(image, 10)[:, 5, 5], torch.tensor([-1.0, -1.0, 1.0]))
+    assert (pictures.to_panel(image, 10)[0] == -1).all()  # nothing of the red margins
     exact = picture((8, 8))
     assert torch.equal(
-        ds.to_panel(exact, 8), ds.image_to_tensor(exact)
+        pictures.to_panel(exact, 8), pictures.image_to_tensor(exact)
     )  # a panel of the right size stays as it is
 
 
@@ -135,7 +136,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation, ending):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / f"photo.{ending}", exif=exif, quality=95)
-    loaded = ds.load_image(tmp_path / f"photo.{ending}")
+    loaded = pictures.load_image(tmp_path / f"photo.{ending}")
     assert loaded.size == (48, 32)
     red, green, _ = loaded.getpixel((4, 4))
     assert red > 200 and green < 60 and min(loaded.getpixel((40, 28))) > 200
@@ -165,7 +166,7 @@ MODES = {
 def test_every_mode_becomes_rgb(tmp_path, name):
     image, expected = MODES[name]
     image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
-    loaded = ds.load_image(str(tmp_path / name))
+    loaded = pictures.load_image(str(tmp_path / name))
     assert loaded.mode == "RGB" and loaded.size == (4, 4)
     assert np.abs(np.subtract(loaded.getpixel((2, 2)), expected)).max() <= 2, loaded.getpixel((2, 2))
 
@@ -175,7 +176,7 @@ def test_palette_with_transparency_shows_white(tmp_path):
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putdata([0, 1])
     image.save(tmp_path / "p.png", transparency=1)
-    loaded = ds.load_image(tmp_path / "p.png")
+    loaded = pictures.load_image(tmp_path / "p.png")
     assert [loaded.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
 
 
@@ -184,7 +185,7 @@ def test_palette_with_shades_of_transparency_shows_white_through(tmp_path, recwa
     image.putpalette([255, 0, 0, 0, 0, 255, 0, 0, 0])
     image.putdata([0, 1, 2])
     image.save(tmp_path / "p.png", transparency=b"\x00\x80\xff")
-    loaded = ds.load_image(tmp_path / "p.png")
+    loaded = pictures.load_image(tmp_path / "p.png")
     assert [loaded.getpixel((x, 0)) for x in range(3)] == [(255, 255, 255), (127, 127, 255), (0, 0, 0)]
     assert not recwarn.list
 
@@ -195,7 +196,7 @@ def test_a_transparent_grey_of_16_bits_shows_white(tmp_path):
     clear = b"tRNS" + (1000).to_bytes(2, "big")
     chunk = (2).to_bytes(4, "big") + clear + zlib.crc32(clear).to_bytes(4, "big")
     (tmp_path / "grey.png").write_bytes(data[:at] + chunk + data[at:] if b"tRNS" not in data else data)
-    loaded = ds.load_image(tmp_path / "grey.png")
+    loaded = pictures.load_image(tmp_path / "grey.png")
     assert [loaded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (4, 4, 4)]
 
 
@@ -203,13 +204,13 @@ def test_the_first_frame_of_several_is_seen(tmp_path):
     red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
     for ending in ("gif", "webp", "tiff", "png"):
         red.save(tmp_path / f"a.{ending}", save_all=True, append_images=[blue], lossless=True)
-        assert ds.load_image(tmp_path / f"a.{ending}").getpixel((1, 1)) == (255, 0, 0)
+        assert pictures.load_image(tmp_path / f"a.{ending}").getpixel((1, 1)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2999), (2999, 1)])
 def test_a_picture_of_one_row_or_column_is_a_panel(tmp_path, size):
     Image.new("RGB", size, (255, 0, 255)).save(tmp_path / "line.png")
-    panel = ds.to_panel(ds.load_image(tmp_path / "line.png"), 8)
+    panel = pictures.to_panel(pictures.load_image(tmp_path / "line.png"), 8)
     assert panel.shape == (3, 8, 8) and panel.mean((1, 2)).tolist() == [1, -1, 1]
 
 
@@ -291,12 +292,12 @@ def test_display_p3_becomes_srgb(tmp_path, name):
     image = image.quantize(4) if name == "palette.png" else image
     lossless = {"quality": 100, "subsampling": 0} if name == "a.jpg" else {"lossless": True}
     image.save(tmp_path / name, icc_profile=P3, **lossless)
-    loaded = ds.load_image(tmp_path / name)
+    loaded = pictures.load_image(tmp_path / name)
     wanted = from_p3(levels)
     assert np.abs(wanted - levels).max() > 15 and np.abs(loaded.getpixel((6, 6)) - wanted).max() <= 2
     if name == "rgba.png":
         assert loaded.getpixel((1, 1)) == (255, 255, 255)  # the page itself is sRGB
-    assert ds.to_rgb(loaded).tobytes() == loaded.tobytes()  # not converted twice
+    assert pictures.to_rgb(loaded).tobytes() == loaded.tobytes()  # not converted twice
 
 
 def test_grey_and_cmyk_by_their_profiles(tmp_path):
@@ -304,30 +305,30 @@ def test_grey_and_cmyk_by_their_profiles(tmp_path):
     Image.new("LA", (4, 4), (128, 255)).save(tmp_path / "la.png", icc_profile=LINEAR_GREY)
     Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)).save(tmp_path / "16.png", icc_profile=LINEAR_GREY)
     for name in ("grey.png", "la.png", "16.png"):
-        assert np.abs(np.subtract(ds.load_image(tmp_path / name).getpixel((1, 1)), 188)).max() <= 1
+        assert np.abs(np.subtract(pictures.load_image(tmp_path / name).getpixel((1, 1)), 188)).max() <= 1
     for ending in ("tiff", "jpg"):
         Image.new("CMYK", (8, 8), (255,) * 4).save(tmp_path / f"a.{ending}", icc_profile=NEGATIVE_CMYK)
-        assert min(ds.load_image(tmp_path / f"a.{ending}").getpixel((1, 1))) >= 250
+        assert min(pictures.load_image(tmp_path / f"a.{ending}").getpixel((1, 1))) >= 250
         Image.new("CMYK", (8, 8), (255,) * 4).save(tmp_path / f"a.{ending}")
-        assert max(ds.load_image(tmp_path / f"a.{ending}").getpixel((1, 1))) <= 5
+        assert max(pictures.load_image(tmp_path / f"a.{ending}").getpixel((1, 1))) <= 5
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_a_profile_of_srgb_or_of_no_use_changes_no_pixel(tmp_path, mode):
     image = picture((32, 32)).convert(mode)
     image.save(tmp_path / "plain.tiff")
-    wanted = ds.load_image(tmp_path / "plain.tiff").tobytes()
+    wanted = pictures.load_image(tmp_path / "plain.tiff").tobytes()
     others = {"RGB": [SRGB, LINEAR_GREY, NEGATIVE_CMYK], "L": [SRGB, P3], "CMYK": [SRGB, P3]}[mode]
     for profile in (b"broken", P3[:200], bytes(500), *others):
         image.save(tmp_path / "a.tiff", icc_profile=profile)
-        assert ds.load_image(tmp_path / "a.tiff").tobytes() == wanted
+        assert pictures.load_image(tmp_path / "a.tiff").tobytes() == wanted
 
 
 def test_sixteen_bits_keep_their_shades(tmp_path):
     ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     assert np.array_equal(
-        np.asarray(ds.load_image(tmp_path / "ramp.png"))[..., 0], np.arange(256).reshape(16, 16)
+        np.asarray(pictures.load_image(tmp_path / "ramp.png"))[..., 0], np.arange(256).reshape(16, 16)
     )
 
 
@@ -365,8 +366,8 @@ def bad_pictures(folder) -> dict[str, str]:
 
 def test_a_bad_picture_is_one_line_with_its_name(tmp_path, recwarn):
     for name, reason in bad_pictures(tmp_path).items():
-        with pytest.raises(ds.ImageError, match=reason) as caught:
-            ds.load_image(tmp_path / name)
+        with pytest.raises(pictures.ImageError, match=reason) as caught:
+            pictures.load_image(tmp_path / name)
         assert name in str(caught.value) and "\n" not in str(caught.value)
     assert not recwarn.list  # the error says it; a warning beside it would be a second line
 
@@ -430,7 +431,7 @@ def test_folder_reader(tmp_path):
     first = pairs[0]
     assert (first.input_caption, first.output_caption, first.extra) == ("caption 0", None, {"score": 0})
     assert os.path.samefile(first.input, folder / "images/0_in.png")
-    assert ds.load_image(first.output).tobytes() == picture((16, 16), 1).tobytes()
+    assert pictures.load_image(first.output).tobytes() == picture((16, 16), 1).tobytes()
     make_folder(tmp_path, split="seen")
     assert "/seen/" in ds.read_pairs(tmp_path, split="seen")[0].input.replace("\\", "/")
 
@@ -441,7 +442,10 @@ def test_datasets_reads_our_folder(tmp_path, monkeypatch):
     make_folder(tmp_path / "data")
     table = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "data"), split="train")
     assert {"input", "output", "instruction", "input_caption", "score"} <= set(table.column_names)
-    assert table[1]["output"].tobytes() == ds.load_image(ds.read_pairs(tmp_path / "data")[1].output).tobytes()
+    assert (
+        table[1]["output"].tobytes()
+        == pictures.load_image(ds.read_pairs(tmp_path / "data")[1].output).tobytes()
+    )
 
 
 @pytest.mark.parametrize("shards", ["", "one", "two"])
@@ -461,7 +465,7 @@ def test_metadata_csv_is_read_as_jsonl(tmp_path, monkeypatch, shards):
     assert ds.read_pairs(tmp_path / "data") == ds.read_pairs(folder) == wanted
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     theirs = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "data"), split="train")
-    assert theirs[5]["output"].tobytes() == ds.load_image(wanted[5].output).tobytes()
+    assert theirs[5]["output"].tobytes() == pictures.load_image(wanted[5].output).tobytes()
     (folder / "metadata.jsonl").write_text("")
     with pytest.raises(ds.DatasetError, match="lie in one folder; keep one of the two"):
         ds.read_pairs(tmp_path / "data")
@@ -525,7 +529,7 @@ def test_table_reader(names):
         ("a", "d", {"score": 5}),
         ("b", None, {"score": 7}),
     ]
-    assert ds.load_image(pairs[2].output).tobytes() == picture((16, 16), 6).tobytes()
+    assert pictures.load_image(pairs[2].output).tobytes() == picture((16, 16), 6).tobytes()
     assert len(ds.VisualPromptDataset(pairs, 8)) == 4
 
 
@@ -536,8 +540,8 @@ def test_tables_of_magic_brush_and_of_any_names(tmp_path):
     pairs = ds.read_table(magic_brush)
     assert [p.instruction for p in pairs] == ["a", "a", "b", "b"] and pairs[0].extra["turn_index"] == "1"
     for pair, known in zip(pairs, plain):
-        assert ds.load_image(pair.input).tobytes() == ds.load_image(known.input).tobytes()
-        assert ds.load_image(pair.output).tobytes() == ds.load_image(known.output).tobytes()
+        assert pictures.load_image(pair.input).tobytes() == pictures.load_image(known.input).tobytes()
+        assert pictures.load_image(pair.output).tobytes() == pictures.load_image(known.output).tobytes()
     other = table.rename_columns({"original_image": "x", "edited_image": "y", "instruction": "z"})
     with pytest.raises(
         ds.DatasetError, match=r"needs columns .* has x, z, y, mask_img, turn_index; .*--columns"
@@ -549,8 +553,8 @@ def test_tables_of_magic_brush_and_of_any_names(tmp_path):
     other.to_parquet(str(tmp_path / "data/train.parquet"))
     swapped = ds.read_pairs(tmp_path, columns=["y", "x", "z"])  # the order says which is which
     assert [pair.instruction for pair in swapped] == ["a", "a", "b", "b"]
-    assert ds.load_image(swapped[1].input).tobytes() == ds.load_image(plain[1].output).tobytes()
-    assert ds.load_image(swapped[1].output).tobytes() == ds.load_image(plain[1].input).tobytes()
+    assert pictures.load_image(swapped[1].input).tobytes() == pictures.load_image(plain[1].output).tobytes()
+    assert pictures.load_image(swapped[1].output).tobytes() == pictures.load_image(plain[1].input).tobytes()
 
 
 def test_tables_on_disk(tmp_path, monkeypatch):
@@ -563,7 +567,7 @@ def test_tables_on_disk(tmp_path, monkeypatch):
     for name in ("one", "splits", "parquet"):
         pairs = ds.read_pairs(tmp_path / name)
         assert [pair.instruction for pair in pairs] == ["a", "a", "b", "b"]
-        assert ds.load_image(pairs[3].input).tobytes() == picture((16, 16), 3).tobytes()
+        assert pictures.load_image(pairs[3].input).tobytes() == picture((16, 16), 3).tobytes()
     for name in ("splits", "parquet"):
         with pytest.raises(ds.DatasetError, match="split 'seen'") as caught:
             ds.read_pairs(tmp_path / name, "seen")
@@ -600,11 +604,11 @@ def test_table_refuses(tmp_path):
     data = (tmp_path / "secret.png").read_bytes()
     table = datasets.Dataset.from_dict({"input_image": [data], "instruction": ["a"], "edited_image": [data]})
     pair = ds.read_table(table)[0]  # raw bytes are a picture too, but never metadata
-    assert ds.load_image(pair.output).size == (16, 16) and pair.extra == {}
+    assert pictures.load_image(pair.output).size == (16, 16) and pair.extra == {}
     path = str(tmp_path / "secret.png")
     table = datasets.Dataset.from_dict({"input_image": [path], "instruction": ["a"], "edited_image": [path]})
-    with pytest.raises(ds.ImageError, match="column input_image, row 0: the row holds no image bytes"):
-        ds.load_image(ds.read_table(table)[0].input)  # a stranger's table may not name a file of ours
+    with pytest.raises(pictures.ImageError, match="column input_image, row 0: the row holds no image bytes"):
+        pictures.load_image(ds.read_table(table)[0].input)  # a stranger's table may not name a file of ours
 
 
 GOOD = {"input_file_name": "a.png", "output_file_name": "b.png", "instruction": "x"}
@@ -647,7 +651,7 @@ def test_links_inside_the_folder_are_welcome(tmp_path):
     picture().save(tmp_path / "real.png")
     (tmp_path / "a.png").symlink_to("real.png")
     write_rows(tmp_path, [b"\xef\xbb\xbf" + json.dumps(GOOD).encode()])  # and so is a byte order mark
-    assert ds.load_image(ds.read_pairs(tmp_path)[0].input).tobytes() == picture().tobytes()
+    assert pictures.load_image(ds.read_pairs(tmp_path)[0].input).tobytes() == picture().tobytes()
 
 
 def test_missing_and_empty_datasets(tmp_path):
@@ -750,7 +754,7 @@ def test_a_broken_picture_is_named_through_a_worker(tmp_path, workers):
     folder = make_folder(tmp_path, ["x", "x"])
     (folder / "images/1_out.png").write_bytes(b"broken")
     loader = DataLoader(ds.VisualPromptDataset(ds.read_pairs(tmp_path), 8), batch_size=2, num_workers=workers)
-    with pytest.raises(ds.ImageError, match="not a picture") as caught:
+    with pytest.raises(pictures.ImageError, match="not a picture") as caught:
         list(loader)
     assert str(caught.value).startswith(os.path.realpath(folder)) and "\n" not in str(caught.value)
 
@@ -769,7 +773,7 @@ def test_a_broken_picture_is_named_through_a_worker(tmp_path, workers):
     ],
 )
 def test_a_pair_is_one_frame_but_for_its_scale(before, after, is_fault):
-    reason = ds.misfit(Image.new("RGB", before), Image.new("RGB", after))
+    reason = pictures.misfit(Image.new("RGB", before), Image.new("RGB", after))
     assert bool(reason) == is_fault
     if is_fault:
         assert f"{after[0]} × {after[1]} pixels" in reason and f"{before[0]} × {before[1]}" in reason
@@ -785,11 +789,11 @@ def test_an_orientation_lost_by_one_of_two_is_found(tmp_path, orientation, size)
     Image.blend(shape, edited, 0.2).save(tmp_path / "lost.png")
     ImageOps.exif_transpose(Image.open(tmp_path / "before.png")).save(tmp_path / "upright.png")
     before, lost, upright = (
-        ds.load_image(tmp_path / f"{name}.png") for name in ("before", "lost", "upright")
+        pictures.load_image(tmp_path / f"{name}.png") for name in ("before", "lost", "upright")
     )
-    assert "lacks its EXIF orientation" in ds.misfit(before, lost)
-    assert "lacks its EXIF orientation" in ds.misfit(lost, before)
-    assert ds.misfit(before, upright) == "" == ds.misfit(before, before)
+    assert "lacks its EXIF orientation" in pictures.misfit(before, lost)
+    assert "lacks its EXIF orientation" in pictures.misfit(lost, before)
+    assert pictures.misfit(before, upright) == "" == pictures.misfit(before, before)
 
 
 def test_a_pair_of_two_frames_is_named_and_left_out_of_training(tmp_path, capsys):

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import VisualPromptDataset, load_image, read_pairs, to_panel
+from dataset import VisualPromptDataset, read_pairs
 from evaluation import evaluate
+from pictures import load_image, to_panel
 from toy import failures, score, world
 
 

@@ -18,8 +18,9 @@ import app
 import backbone
 import edit
 import train
-from dataset import VisualPromptDataset, read_pairs, tensor_to_image, to_bytes
+from dataset import VisualPromptDataset, read_pairs
 from evaluation import ablations, baselines, evaluate, metrics
+from pictures import tensor_to_image, to_bytes
 from pipeline import InstructGIEPipeline
 from toy import pretrain, score, world
 from training.checkpoint import load_checkpoint, save_checkpoint

@@ -17,6 +17,7 @@ from tiny import save_data
 import backbone
 import dataset as ds
 import edit
+import pictures
 import pipeline
 import train
 from data_making import check
@@ -97,11 +98,11 @@ def test_a_picture_is_read_or_refused_in_one_line(tmp_path, data):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image = ds.load_image(path)
-        except ds.ImageError as error:
+            image = pictures.load_image(path)
+        except pictures.ImageError as error:
             assert in_one_line(error)
         else:
-            assert image.mode == "RGB" and ds.to_panel(image, 8).isfinite().all()
+            assert image.mode == "RGB" and pictures.to_panel(image, 8).isfinite().all()
 
 
 # --- Metadata -----------------------------------------------------------------------------------------------

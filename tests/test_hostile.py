@@ -33,8 +33,10 @@ import dataset as ds
 import edit
 import liu
 import train
-from data_making import check, pictures, texts
+from data_making import check, texts
+from data_making import pictures as making
 from evaluation import baselines, evaluate, metrics
+from pictures import ImageError, load_image
 from pipeline import InstructGIEPipeline
 from rcldm import cross_merge, cross_scan
 from sam_loss import selective_area_loss
@@ -162,8 +164,8 @@ def encoded(image, form):
 def test_a_hostile_picture_is_refused(tmp_path, monkeypatch, data, reason):
     monkeypatch.setattr(subprocess, "Popen", None)  # no program is started, as Ghostscript would be
     (tmp_path / "a.png").write_bytes(data)
-    with pytest.raises(ds.ImageError, match=reason) as caught:
-        ds.load_image(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=reason) as caught:
+        load_image(tmp_path / "a.png")
     assert "\n" not in str(caught.value)
 
 
@@ -175,8 +177,8 @@ def test_threads_do_not_spoil_each_others_limits(tmp_path):
 
     def look(name):
         try:
-            return ds.load_image(tmp_path / name).size
-        except ds.ImageError as error:
+            return load_image(tmp_path / name).size
+        except ImageError as error:
             return str(error).split(": ")[1]
 
     with ThreadPoolExecutor(8) as pool:
@@ -474,13 +476,13 @@ def test_replies_of_another_form_are_left_out(copy):
         (check, "folder --split ../seen", "split '../seen'"),
         (check, "folder --sheet folder/train/0_after.png", "overwrite a picture"),
         (check, "folder --sheet folder/train/metadata.jsonl", "ends in .png"),
-        (pictures, "--out run --size -32 --device cpu", "--size must be 1 … 4096, not -32"),
+        (making, "--out run --size -32 --device cpu", "--size must be 1 … 4096, not -32"),
         (
-            pictures,
+            making,
             "--out run --min-caption nan --device cpu",
             "--min-caption must be a finite number",
         ),
-        (pictures, "--out run --split ../../x --device cpu", "--split ../../x"),
+        (making, "--out run --split ../../x --device cpu", "--split ../../x"),
         (metrics, "run --json run/answers.jsonl", "no place for a table"),
         (train, "--data folder --panel 4194304", "--panel must be 8 … 1024, not 4194304"),
         (train, "--data folder --panel 36 --device cpu", "--panel 36: give a multiple of 8"),

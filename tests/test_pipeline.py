@@ -28,15 +28,8 @@ from tiny import P, save_parts
 import backbone
 import edit
 import liu
-from dataset import (
-    compose_grid,
-    image_to_tensor,
-    load_image,
-    repeat_query,
-    split_grid,
-    tensor_to_image,
-    to_panel,
-)
+from dataset import compose_grid, repeat_query, split_grid
+from pictures import image_to_tensor, load_image, tensor_to_image, to_panel
 from pipeline import InstructGIEPipeline, fit_panel, model_card, seeded, settle, unfit
 from rcldm import RCLDM
 from training import precompute

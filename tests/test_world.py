@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import backbone
-from dataset import load_image, read_pairs
+from dataset import read_pairs
+from pictures import load_image
 from toy import world
 
 few = settings(max_examples=15, deadline=None)

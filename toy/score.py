@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
-from dataset import image_to_tensor, tensor_to_image
 from evaluation.evaluate import read_answers
+from pictures import image_to_tensor, tensor_to_image
 from toy import world
 
 UNEDITED = "unedited"  # the name of the input among the families

@@ -29,8 +29,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 import esm
-from dataset import VisualPromptDataset, compose_grid, read_pairs, tensor_to_image
+from dataset import VisualPromptDataset, compose_grid, read_pairs
 from evaluation.evaluate import draw_queries
+from pictures import tensor_to_image
 from pipeline import InstructGIEPipeline, seeded, settle
 from toy import score, world
 

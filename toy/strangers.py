@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
-from dataset import image_to_tensor, tensor_to_image
 from evaluation.evaluate import panel_rows
+from pictures import image_to_tensor, tensor_to_image
 from pipeline import SAMPLING, InstructGIEPipeline
 from toy import world
 from training.files import write_whole

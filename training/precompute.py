@@ -25,15 +25,8 @@ import backbone
 import esm
 import liu
 import sam_loss
-from dataset import (
-    DatasetError,
-    ImageError,
-    TableImage,
-    VisualPromptDataset,
-    check_finite,
-    from_bytes,
-    to_bytes,
-)
+from dataset import DatasetError, VisualPromptDataset
+from pictures import ImageError, TableImage, check_finite, from_bytes, to_bytes
 from training.files import write_whole
 from training.stopping import begin_worker
 

@@ -1,0 +1,13 @@
+"""Pictures of any kind, seen in one way: read, upright, in sRGB, as tensors."""
+
+from pictures.colour import to_rgb
+from pictures.files import FORMATS, ImageError, TableImage, load_image, picture_digest
+from pictures.tensors import (
+    check_finite,
+    from_bytes,
+    image_to_tensor,
+    misfit,
+    tensor_to_image,
+    to_bytes,
+    to_panel,
+)

@@ -1,0 +1,71 @@
+"""Any picture as upright 8-bit sRGB: orientation, colour profiles, transparency, 16 bits."""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, ImageOps
+
+
+def to_rgb(image: Image.Image, managed: bool = True) -> Image.Image:
+    """A PIL image of any mode as upright 8-bit sRGB of mode "RGB".
+
+    Applies the EXIF orientation and converts the colour profile, unless not `managed`: class maps hold
+    numbers, not colours. [ours] Transparency shows white, as on a page. The result's `info` has the stored
+    orientation alone, so a second pass changes nothing. Raises ValueError for grey values outside 0 … 65,535.
+    """
+    stored = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if stored != 1:
+        image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _to_8_bits(image)
+    mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")  # of its colours alone
+    opacity = None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        opacity = image.getchannel("A")
+    if managed and profile and (to_srgb := _to_srgb(profile, mode)):
+        image = to_srgb.apply(image.convert(mode))
+    page = Image.new("RGB", image.size, "white")
+    page.paste(image, mask=opacity)
+    page.info = {"orientation": stored}
+    return page
+
+
+@lru_cache(maxsize=16)  # the pictures of a dataset share a few
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The transform of a mode's pixels from their ICC profile to sRGB; None where they stay as they are.
+
+    [ours] A broken profile, or one of another mode, is ignored, as browsers do. A profile that moves no
+    colour by more than two levels is sRGB under another name.
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        to_srgb = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return None
+    cube = 17 * np.indices((16, 16, 16), np.uint8).reshape(3, -1, 1).T  # (1, 4096, 3)
+    colours = Image.fromarray(cube).convert(mode)
+    before, after = (np.asarray(x, np.int16) for x in (colours.convert("RGB"), to_srgb.apply(colours)))
+    return to_srgb if np.abs(after - before).max() > 2 else None
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, 32 bits or floats to 8 bits; Pillow's own conversion clips all above 255 to white.
+
+    [ours] 16-bit files span 0 … 65,535. The wider modes do not say what white is, so it is the first of
+    1 (floats only), 255 and 65,535 that no pixel exceeds.
+    """
+    values = np.asarray(image).astype(np.float32)
+    if not (values.min() >= 0 and values.max() <= 65535):  # false for NaN, too
+        raise ValueError("grey values outside 0 … 65,535")
+    whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+    clear = values == image.info.get("transparency")
+    values *= 255 / next(white for white in whites if values.max() <= white)
+    grey = Image.fromarray(values.round().astype(np.uint8))
+    if np.any(clear):
+        grey.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
+    return grey

@@ -1,0 +1,86 @@
+"""Pictures from files and tables: six formats, a limit of pixels, errors of one line."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, UnidentifiedImageError
+
+from pictures.colour import to_rgb
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read. The message is one line: `path: reason`."""
+
+    def __init__(self, path: object, reason: str = "") -> None:
+        # A DataLoader raises a worker's error again as ImageError(traceback), whose last line is the message.
+        line = f"{path}: {reason}" if reason else str(path).strip().split("\n")[-1].split("ImageError: ")[-1]
+        super().__init__(" ".join(line.split()))
+
+
+class TableImage(NamedTuple):
+    """Where a picture lies in a `datasets` table."""
+
+    column: Any  # a datasets.Dataset of one column, its images still encoded
+    row: int
+
+    def __str__(self) -> str:
+        return f"column {self.column.column_names[0]}, row {self.row}"
+
+    def bytes(self) -> bytes:
+        """The encoded picture. Raises ImageError for a mere path: a table may not name its reader's files."""
+        (cell,) = self.column[self.row].values()
+        if not (cell and cell["bytes"]):
+            raise ImageError(self, "the row holds no image bytes")
+        return cell["bytes"]
+
+
+_warnings_lock = threading.Lock()  # warning filters belong to the process, not to a thread
+# The formats of photographs. Of Pillow's others EPS starts Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+def load_image(source: str | Path | TableImage, managed: bool = True) -> Image.Image:
+    """A picture in one of `FORMATS`, the first frame of several, as `to_rgb` returns it.
+
+    Raises ImageError, one line naming the file, for a missing, corrupt or truncated picture, and for more
+    pixels than Pillow's `Image.MAX_IMAGE_PIXELS` (89 million), where Pillow alone would only warn.
+    """
+    try:
+        with _image_file(source) as file:
+            with _warnings_lock, warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(file, formats=FORMATS)  # reads the header alone
+            with image:
+                return to_rgb(image, managed)
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(source, f"not a picture that is read here ({', '.join(FORMATS)})") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ImageError(source, f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except Exception as error:  # Pillow's decoders raise errors of many kinds
+        raise ImageError(source, f"corrupt or truncated picture ({error})") from None
+
+
+def _image_file(source: str | Path | TableImage) -> io.IOBase:
+    if isinstance(source, TableImage):
+        return io.BytesIO(source.bytes())
+    if not os.path.isfile(source):
+        raise ImageError(source, "is a folder" if os.path.isdir(source) else "no such file")
+    return open(source, "rb")
+
+
+def picture_digest(source: str | Path | TableImage) -> str:
+    """SHA-256 of a picture's encoded bytes; "" for an unreadable picture."""
+    try:
+        with _image_file(source) as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    except (ImageError, OSError):
+        return ""
