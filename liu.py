@@ -9,14 +9,12 @@ phrasings of one command become one condition:
 This file's order: the standard form and the prompt that asks for it, which replies are usable, the unifier.
 """
 
-import hashlib
-import json
 import re
 import warnings
 from collections.abc import Iterable
 from functools import cached_property
 from itertools import cycle
-from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,8 +100,8 @@ class InstructionUnifier:
 
     model: any causal LM of transformers; it is put in evaluation mode and frozen. tokenizer: the model's
     own; its chat template is used where it has one, and `eos_token` pads where it has no `pad_token`.
-    cache: a folder, or None to remember for this object's life only. max_new_tokens: the reply's length at
-    most. batch_size: instructions per generation.
+    cache: of raw replies, with `load` and `append`, such as training/replies.py's; None remembers them for
+    this object's life only. max_new_tokens: the reply's length at most. batch_size: instructions at a time.
 
     An instruction can steer no wording but its own: each is a conversation for itself, and a template's
     control tokens, written into it, are left out.
@@ -113,7 +111,7 @@ class InstructionUnifier:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        cache: str | Path | None = None,
+        cache: Any = None,
         max_new_tokens: int = 48,
         batch_size: int = 16,
     ):
@@ -122,10 +120,7 @@ class InstructionUnifier:
         self.device: torch.device | None = None  # where the model works, should that not be where it is
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self._cache = None
-        if cache:
-            fingerprint = _fingerprint(model, tokenizer, max_new_tokens)
-            self._cache = ReplyCache(Path(cache), _name(model), fingerprint)
+        self._cache = cache
         self._replies: dict[str, str] = self._cache.load() if self._cache else {}
         self._unified = {"": ""}  # an edit by the example alone has no instruction, and needs no model
 
@@ -202,57 +197,6 @@ class InstructionUnifier:
             for token in found:
                 text = text.replace(token, " ")
         return text
-
-
-class ReplyCache:
-    """Raw replies on disk, one JSON Lines file per model and prompt, to be read, and corrected, by hand.
-
-    A batch is appended in a single write: processes can share the file, and a crash costs its last line at
-    most. Raw, because `fault` may change, and a greedy model would only repeat itself.
-    """
-
-    def __init__(self, folder: Path, name: str, fingerprint: str):
-        self.path = folder / f"{name}-{fingerprint}.jsonl"
-
-    def load(self) -> dict[str, str]:
-        """Every whole entry of the file; broken lines are left out, with one warning for all of them."""
-        replies, broken = {}, 0
-        lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
-        for line in filter(None, lines):
-            try:
-                entry = json.loads(line)
-                replies[str(entry["instruction"])] = str(entry["reply"])
-            except (ValueError, TypeError, KeyError):
-                broken += 1
-        if broken:
-            warnings.warn(f"{self.path}: {broken} broken lines left out, to be asked for again", stacklevel=3)
-        return replies
-
-    def append(self, replies: dict[str, str]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        entries = [{"instruction": text, "reply": reply} for text, reply in replies.items()]
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(f"\n{lines}".encode())  # the first newline ends a line that a crash has cut short
-
-
-def _name(model: PreTrainedModel) -> str:
-    return re.sub(r"[^\w.-]+", "_", Path(model.config._name_or_path or "model").name)
-
-
-def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int) -> str:
-    """Differs where a weight, a config, the tokenizer, the prompt or the longest reply does."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    configs = [model.config.to_dict(), model.generation_config.to_dict()]
-    for config in configs:
-        for name in ("_name_or_path", "transformers_version"):
-            config.pop(name, None)
-    prompt = few_shot_prompt("")
-    words = sorted(tokenizer.get_vocab().items()), tokenizer(prompt)["input_ids"], tokenizer.chat_template
-    digest.update(repr((configs, words, prompt, longest, GREEDY)).encode())
-    return digest.hexdigest()[:16]
 
 
 def main() -> None:

@@ -11,18 +11,12 @@ This file's order: which classes, where they are in an image, the loss.
 """
 
 import difflib
-import hashlib
-import io
-import os
 import re
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from transformers import (
     Mask2FormerForUniversalSegmentation,
@@ -83,12 +77,11 @@ def _plain(name: str) -> str:
 
 
 class SelectiveAreas:
-    """Where images show the chosen classes: `areas = SelectiveAreas(…)(images)`, segmenting each once.
+    """Where images show the chosen classes: `areas = SelectiveAreas(…)(images)`.
 
     model: a Mask2Former for panoptic segmentation; it is put in evaluation mode and frozen. processor: its
     own; without one, images are normalised at the size they have. classes: names in
-    `model.config.id2label`. threshold: the least probability of a segment's class. cache: a folder, or None
-    to remember for this object's life only. batch_size: images per run of the model.
+    `model.config.id2label`. threshold: the least probability of a segment's class.
     Raises ValueError for a class that the model does not know, with names close to it.
 
     Choice: `person` is the default, because the paper's example is the human face.
@@ -100,71 +93,26 @@ class SelectiveAreas:
         processor: Mask2FormerImageProcessor | None = None,
         classes: Iterable[str] = ("person",),
         threshold: float = 0.5,
-        cache: str | Path | None = None,
-        batch_size: int = 8,
     ):
         self.model = model.eval().requires_grad_(False)
         self.processor = processor or Mask2FormerImageProcessor(do_resize=False)
-        self.classes, self.threshold, self.batch_size = tuple(classes), threshold, batch_size
+        self.classes, self.threshold = tuple(classes), threshold
         ids = {label.lower(): index for index, label in model.config.id2label.items()}
         for name in self.classes:
             if name.lower() not in ids:
                 close = difflib.get_close_matches(name.lower(), ids, n=3) or list(ids)[:10]
                 raise ValueError(f"the segmenter knows no class {name!r}; close to it: {', '.join(close)}")
         self._ids = torch.tensor([ids[name.lower()] for name in self.classes])
-        self._folder = cache and Path(cache)
-        self._known: dict[str, bytes] = {}  # 1-bit PNGs, where an area costs little more than its outline
-        # What an area depends on besides the image. On disk also all weights: a folder may be trained anew.
-        weights = hashlib.sha256()
-        for tensor in model.state_dict().values() if cache else ():
-            weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        setting = sorted(self._ids.tolist()), threshold, self.processor.to_dict()
-        self._setting = weights.digest() + repr(setting).encode()
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] → areas (B, 1, H, W), float32, 0 or 1, on the images' device."""
-        keys = [self._key(image) for image in images]
-        areas = {key: self._recall(key) for key in keys}
-        missing = {key: image for key, image in zip(keys, images) if areas[key] is None}
-        for start in range(0, len(missing), self.batch_size):
-            batch = list(missing)[start : start + self.batch_size]
-            for key, area in zip(batch, self.segment(torch.stack([missing[key] for key in batch]))):
-                areas[key] = area.cpu().numpy()
-                self._remember(key, areas[key])
-        stacked = np.stack([areas[key] for key in keys])[:, None]  # (B, 1, H, W)
-        return torch.from_numpy(stacked).to(images.device, torch.float32)
 
     @torch.no_grad()
-    def segment(self, images: Tensor) -> Tensor:
-        """The same without the cache: images (B, 3, H, W) in [-1, 1] → areas (B, H, W), bool."""
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] → areas (B, 1, H, W), float32, 0 or 1, on the images' device."""
         inputs = self.processor(images=list((images.float() + 1) / 2), do_rescale=False, return_tensors="pt")
         output = self.model(pixel_values=inputs["pixel_values"].to(self.model.device, self.model.dtype))
         logits = zip(output.class_queries_logits.float(), output.masks_queries_logits.float())
         size = images.shape[-2:]
-        return torch.stack([panoptic_area(*both, self._ids, size, self.threshold) for both in logits])
-
-    def _key(self, image: Tensor) -> str:
-        """A hash of the image, at 8 bits a channel, and the setting."""
-        pixels = ((image.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
-        return hashlib.sha256(self._setting + str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
-
-    def _recall(self, key: str) -> np.ndarray | None:
-        try:
-            if key not in self._known and self._folder:
-                self._known[key] = (self._folder / f"{key}.png").read_bytes()
-            return np.array(Image.open(io.BytesIO(self._known[key])), dtype=bool)
-        except (KeyError, OSError, SyntaxError):  # not there, or no whole PNG (Pillow's SyntaxError)
-            return None
-
-    def _remember(self, key: str, area: np.ndarray) -> None:
-        buffer = io.BytesIO()
-        Image.fromarray(area).save(buffer, "PNG")
-        self._known[key] = buffer.getvalue()
-        if self._folder:  # written aside, then moved into place: no other process meets half a file
-            self._folder.mkdir(parents=True, exist_ok=True)
-            aside = self._folder / f"{key}.{os.getpid()}.tmp"
-            aside.write_bytes(self._known[key])
-            os.replace(aside, self._folder / f"{key}.png")
+        areas = [panoptic_area(*both, self._ids, size, self.threshold) for both in logits]
+        return torch.stack(areas)[:, None].to(images.device, torch.float32)
 
 
 def panoptic_area(

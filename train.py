@@ -67,6 +67,7 @@ from training.precompute import (
     observe_all,
     read_instructions,
 )
+from training.replies import ReplyCache
 from training.stopping import Stop
 
 # ----------------------------------------------------------------------------------------------------------
@@ -731,7 +732,8 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack) -> N
         data, facts = observe_all(data, frozen, args, device)
         unifier = None
         if not args.no_liu:
-            unifier = liu.InstructionUnifier(*backbone.load_llm(args.llm, device), cache=args.cache / "liu")
+            llm = backbone.load_llm(args.llm, device)
+            unifier = liu.InstructionUnifier(*llm, cache=ReplyCache(args.cache / "liu", *llm))
         texts, rows = read_instructions(data, sd, unifier)
         validation = Validation(validation_data(data, source, args), unifier, args)
         del unifier

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from liu import EXAMPLES, RULES, InstructionUnifier, fault, few_shot_prompt, standard_form
+from training.replies import ReplyCache
 
 LAST_TURN = "{{ messages[-1]['content'] }}<sep>"
 ALL_TURNS = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<sep>"
@@ -36,7 +37,8 @@ class Scripted(InstructionUnifier):
     """Replies from a table in place of the model's, and notes what was asked."""
 
     def __init__(self, replies: dict[str, str], cache=None, seed: int = 0, batch_size: int = 16):
-        super().__init__(tiny_llama(seed), byte_tokenizer(LAST_TURN), cache=cache, batch_size=batch_size)
+        parts = tiny_llama(seed), byte_tokenizer(LAST_TURN)
+        super().__init__(*parts, cache=cache and ReplyCache(cache, *parts), batch_size=batch_size)
         self.replies, self.asked = replies, []
 
     def _generate(self, instructions: list[str]) -> list[str]:
@@ -136,7 +138,7 @@ def test_the_cache_knows_every_weight_the_configs_and_the_tokenizer(tmp_path):
     def file(change=lambda model, tokenizer: None, **more):
         model, tokenizer = tiny_llama(), byte_tokenizer(LAST_TURN)
         change(model, tokenizer)
-        return InstructionUnifier(model, tokenizer, cache=tmp_path, **more)._cache.path
+        return ReplyCache(tmp_path, model, tokenizer, **more).path
 
     changes = [
         lambda model, tokenizer: model.get_input_embeddings().weight.data[3, 5].add_(1),

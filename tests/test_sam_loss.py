@@ -1,11 +1,9 @@
-"""Selective-area matching: areas by hand and by a tiny Mask2Former, their cache, the proposal, the loss."""
+"""Selective-area matching: areas by hand and by a tiny Mask2Former, the proposal, the loss."""
 
-import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Mask2FormerConfig,
@@ -57,13 +55,6 @@ def images() -> torch.Tensor:
     return torch.rand(3, 3, 64, 64) * 2 - 1
 
 
-def count_calls(areas: SelectiveAreas) -> list[int]:
-    """The sizes of the batches that `areas` hands to its segmenter from now on."""
-    calls, segment = [], areas.segment
-    areas.segment = lambda images: calls.append(len(images)) or segment(images)
-    return calls
-
-
 def queries(*found: tuple[int, float, slice, slice]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (Q, 5) and (Q, 8, 8) of queries; each: its class, the logit of that, its rows and columns."""
     class_logits, mask_logits = torch.zeros(len(found), len(LABELS) + 1), torch.full((len(found), 8, 8), -6.0)
@@ -112,57 +103,12 @@ def test_area_is_scaled_to_the_image():
 
 @pytest.mark.parametrize("processor", [None, Mask2FormerImageProcessor(size={"height": 96, "width": 96})])
 def test_areas_of_images(segmenter, images, processor):
-    areas = SelectiveAreas(segmenter, processor, LABELS, threshold=0.0, batch_size=2)
+    areas = SelectiveAreas(segmenter, processor, LABELS, threshold=0.0)
     result = areas(images)
     assert result.shape == (3, 1, 64, 64) and result.dtype == torch.float32
     assert set(result.unique().tolist()) <= {0.0, 1.0}
-    for image, area in zip(images, result):  # neither the batch nor the cache changes the answer
-        torch.testing.assert_close(areas.segment(image[None]).float(), area)
-
-
-def test_cache_asks_for_each_image_once(segmenter, images, tmp_path):
-    areas = SelectiveAreas(segmenter, cache=tmp_path / "areas", batch_size=2)
-    calls = count_calls(areas)
-    first = areas(images)
-    assert calls == [2, 1] and 0 < first.mean() < 1
-    torch.testing.assert_close(areas(images.flip(0)), first.flip(0))
-    torch.testing.assert_close(areas(images[[0, 0]]), first[[0, 0]])
-    assert calls == [2, 1]
-
-    again = SelectiveAreas(segmenter, cache=tmp_path / "areas")
-    calls = count_calls(again)
-    torch.testing.assert_close(again(images), first)
-    assert calls == []
-    assert len(list((tmp_path / "areas").iterdir())) == 3  # no temporary file stays
-
-    cats = SelectiveAreas(segmenter, classes=["cat"], cache=tmp_path / "areas")
-    assert cats(images).sum() == 0  # areas of another class are other areas
-
-
-def test_cache_knows_a_segmenter_trained_anew(segmenter, images, tmp_path):
-    SelectiveAreas(segmenter, cache=tmp_path)(images)
-    trained = copy.deepcopy(segmenter)
-    trained.class_predictor.bias.data[1] = 20.0  # now it finds cats
-    assert SelectiveAreas(trained, cache=tmp_path)(images).sum() == 0
-    trained = copy.deepcopy(segmenter)
-    next(trained.parameters()).data.add_(1.0)  # not the last weight alone
-    areas = SelectiveAreas(trained, cache=tmp_path)
-    calls = count_calls(areas)
-    areas(images)
-    assert calls
-
-
-def test_broken_cache_file_is_made_anew(segmenter, images, tmp_path):
-    first = SelectiveAreas(segmenter, cache=tmp_path)(images)
-    files = sorted(tmp_path.iterdir())
-    whole = files[0].read_bytes()
-    for content in (b"", b"no picture", whole[: len(whole) // 2], whole[:40] + b"\0\0\0\0" + whole[44:]):
-        files[0].write_bytes(content)
-        areas = SelectiveAreas(segmenter, cache=tmp_path)
-        calls = count_calls(areas)
-        torch.testing.assert_close(areas(images), first)
-        assert calls == [1] and files[0].read_bytes() == whole
-    assert Image.open(files[0]).mode == "1"
+    for image, area in zip(images, result):  # the batch does not change the answer
+        torch.testing.assert_close(areas(image[None])[0], area)
 
 
 def test_unknown_class_is_named_with_the_ones_close_to_it(segmenter):

@@ -61,10 +61,8 @@ class Frozen(NamedTuple):
     areas: sam_loss.SelectiveAreas | None
 
     @torch.no_grad()
-    def observe(self, panels: Tensor, once: bool = False) -> Facts:
+    def observe(self, panels: Tensor) -> Facts:
         """Latents, embeddings and areas of pairs of pictures (N, 2, 3, P, P) in [-1, 1].
-
-        once: they will not come again, and their areas need not be remembered.
 
         Choice: each panel passes the VAE by itself, where the figure encodes the grid. The latents tile to
         the same grid, panels do not leak into each other at their borders, and a picture is encoded once,
@@ -77,7 +75,7 @@ class Frozen(NamedTuple):
             embeddings = esm.embed(self.clip, flat).unflatten(0, panels.shape[:2])
         if self.areas is not None:
             after = panels[:, 1]
-            areas = self.areas.segment(after)[:, None].float() if once else self.areas(after)
+            areas = self.areas(after)
             areas = F.interpolate(areas, latents.shape[-2:], mode="area")
         return Facts(latents.unflatten(0, panels.shape[:2]), embeddings, areas)
 
@@ -197,7 +195,7 @@ def observe_all(
         columns: dict[str, list[Tensor]] = {name: [] for name in Facts._fields}
         broken: dict[int, str] = {}
         for batch in look_at_all(data, args, broken):
-            facts = frozen.observe(batch["panels"].to(device), once=True)
+            facts = frozen.observe(batch["panels"].to(device))
             if "classes" in batch:
                 places = commonest_classes(batch["classes"].to(device), facts.latents.shape[-1])
                 facts = facts._replace(classes=places)
