@@ -159,7 +159,7 @@ def toy(tmp_path_factory):
 def evaluated(monkeypatch, toy, output, *more):
     """Scenes, edits and answers of README's `evaluate.py`."""
     command = readme("python -m evaluation.evaluate", "--data", toy, "--output", output, *more)
-    in_process(monkeypatch, SimpleNamespace(main=lambda: evaluate.main(command[2:])), command)
+    in_process(monkeypatch, SimpleNamespace(main=lambda: evaluate.main(command[3:])), command)
     (folder,) = (path.parent for path in output.rglob("answers.jsonl"))
     records = score.read_queries(folder)
     truths = [
