@@ -93,6 +93,7 @@ def fault(reply: str, instruction: str) -> str | None:
 # and a repetition penalty would keep the instruction's own words out of the reply.
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 GREEDY |= {"temperature": None, "top_p": None, "top_k": None}
+MAX_NEW_TOKENS = 48  # of a reply
 
 
 class InstructionUnifier:
@@ -112,7 +113,7 @@ class InstructionUnifier:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         cache: Any = None,
-        max_new_tokens: int = 48,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         batch_size: int = 16,
     ):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer

@@ -8,10 +8,10 @@ import re
 import warnings
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from liu import GREEDY, few_shot_prompt
+from liu import GREEDY, MAX_NEW_TOKENS, few_shot_prompt
+from training.precompute import fingerprint
 
 
 class ReplyCache:
@@ -26,7 +26,7 @@ class ReplyCache:
         folder: Path,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        max_new_tokens: int = 48,
+        max_new_tokens: int = MAX_NEW_TOKENS,
     ):
         name = re.sub(r"[^\w.-]+", "_", Path(model.config._name_or_path or "model").name)
         self.path = folder / f"{name}-{_fingerprint(model, tokenizer, max_new_tokens)}.jsonl"
@@ -55,14 +55,8 @@ class ReplyCache:
 
 def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int) -> str:
     """Differs where a weight, a config, the tokenizer, the prompt or the longest reply does."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    configs = [model.config.to_dict(), model.generation_config.to_dict()]
-    for config in configs:
-        for name in ("_name_or_path", "transformers_version"):
-            config.pop(name, None)
+    generation = {**model.generation_config.to_dict(), "transformers_version": None}
     prompt = few_shot_prompt("")
     words = sorted(tokenizer.get_vocab().items()), tokenizer(prompt)["input_ids"], tokenizer.chat_template
-    digest.update(repr((configs, words, prompt, longest, GREEDY)).encode())
-    return digest.hexdigest()[:16]
+    key = fingerprint(model), generation, words, prompt, longest, GREEDY
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
