@@ -14,7 +14,6 @@ BELOW = {name: set() for name in GROUND} | {
     "rcldm": {"scan_kernels"},  # looked up where a faster backend is asked for
     "dataset": {"pictures"},
     "scan_kernels": set(),
-    "pictures": set(),
     "backbone": {"rcldm"},
     "training": {"backbone", *GROUND},
     "pipeline": {"backbone", *GROUND},
