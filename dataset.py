@@ -34,7 +34,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -84,14 +83,6 @@ def mask_query(grid: Tensor, fill: float = 0.0) -> Tensor:
     return masked
 
 
-def repeat_query(grid: Tensor) -> Tensor:
-    """A copy of the grid (..., C, 2P, 2P) whose answer is the query itself: what is known before the edit."""
-    _, _, query, _ = split_grid(grid)
-    repeated = grid.clone()
-    answer_panel(repeated).copy_(query)
-    return repeated
-
-
 def drop_example(grid: Tensor, fill: float = 0.0) -> Tensor:
     """A copy of the grid (..., C, 2P, 2P) whose example row is `fill`, so that the instruction stands alone.
 
@@ -130,7 +121,6 @@ class EditPair:
     input_caption: str | None = None
     output_caption: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # further keys of the metadata, untouched
-    classes: tuple[str, str] | None = None  # two grey pictures more, whose levels are classes
 
 
 class VisualPromptDataset(Dataset):
@@ -212,15 +202,6 @@ class VisualPromptDataset(Dataset):
         panels, instruction = self.load_panels(example, query), self.pairs[query].instruction
         return {"panels": panels, "instruction": instruction, "index": query, "example_index": example}
 
-    def load_classes(self, i: int) -> Tensor | None:
-        """The class of each pixel of before and after of pair `i`, (2, P, P) uint8, 0 for none; None without
-        class maps. Raises ImageError."""
-        if self.pairs[i].classes is None:
-            return None
-        levels = (load_image(file, managed=False).getchannel(0) for file in self.pairs[i].classes)
-        maps = (ImageOps.fit(one, (self.size, self.size), Image.Resampling.NEAREST) for one in levels)
-        return torch.stack([torch.from_numpy(np.array(one)) for one in maps])
-
 
 # --- Readers: an ImageFolder, and a table of the `datasets` library -----------------------------------------
 
@@ -231,7 +212,6 @@ COLUMNS: dict[str, Any] = {
     "help": "the dataset's names of these columns, or keys of its metadata (default: the usual ones)",
 }
 _FOLDER_COLUMNS = ("input_file_name", "output_file_name", "instruction")
-_CLASSES = ("input_classes_file_name", "output_classes_file_name")
 _TABLE_COLUMNS = (
     ("original_image", "input_image", "source_img"),  # InstructPix2Pix's names, ours, MagicBrush's
     ("edited_image", "target_img"),
@@ -304,11 +284,9 @@ def _read_metadata(metadata: Path, columns: Sequence[str]) -> Iterator[EditPair]
                 raise ValueError(f"has no {missing[0]!r}, only {', '.join(map(repr, row))}")
             before, after, instruction = (row.pop(key) for key in columns)
             captions = [_caption(row.pop(key, None)) for key in ("input_caption", "output_caption")]
-            maps = [row.pop(key, None) for key in _CLASSES]
-            classes = tuple(inside(folder, name) for name in maps) if all(maps) else None
             extra = {key: _number(cell) for key, cell in row.items()} if is_csv else row
             files = inside(folder, before), inside(folder, after)
-            yield EditPair(*files, _instruction(instruction), *captions, extra, classes)
+            yield EditPair(*files, _instruction(instruction), *captions, extra)
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         reason = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
         raise DatasetError(f"{metadata}:{number}: {reason}") from None

@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils import BaseOutput
-from huggingface_hub import ModelCardData
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -44,13 +43,9 @@ import liu
 from dataset import answer_panel, compose_grid, drop_example, mask_query, split_grid
 from pictures import check_finite, image_to_tensor, tensor_to_image, to_rgb
 from rcldm import RCLDM
+from training.card import SAMPLING, model_card
 
 log = logging.getLogger(__name__)
-
-# Choice: how an editor samples unless told otherwise; `train.py` records it with what it trained. A scale of
-# 1 is no guidance: one branch instead of three. On the toy world 1.5 makes a few more edits right, and what
-# they leave alone more wrong. DDIM without fresh noise is as good as with it.
-SAMPLING = {"steps": 20, "guidance_text": 1.0, "guidance_visual": 1.0}
 
 Picture = Image.Image | np.ndarray | Tensor
 
@@ -390,15 +385,14 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
         shown = torch.where(has_pair, shown, alone)
         told, silent = self.encode_prompt(instructions), self.encode_prompt([""] * batch)
 
-        def encode() -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-            """Text embeddings and encoded condition of all branches, known latents and draft."""
+        def encode() -> tuple[Tensor, Tensor]:
+            """Text embeddings and encoded condition of all branches."""
             condition = torch.cat([shown if pair else alone for _, pair in branches])  # (K·B, 3, 2P, 2P)
             states = torch.cat([told if text else silent for text, _ in branches])  # (K·B, tokens, D)
-            known = known_latents(self.vae, condition) if self.rcldm.config.prompt_encoder_latents else None
-            return states, *self.rcldm.encode_condition(condition, states, known), known
+            return states, self.rcldm.encode_condition(condition)
 
         branches = weigh()
-        states, condition, draft, known = encode()
+        states, condition = encode()
 
         backbone.set_timesteps(scheduler, steps, device)
         shape = (batch, self.unet.config.in_channels, *[2 * self.panel // self.factor] * 2)
@@ -418,7 +412,7 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
                     continue
                 before, branches = branches, weigh()
                 if branches.keys() != before.keys():
-                    states, condition, draft, known = encode()
+                    states, condition = encode()
                 inputs = scheduler.scale_model_input(torch.cat([x_t] * len(branches)), t).to(dtype)
                 down, mid = self.rcldm(inputs, t, states, condition, return_dict=False)
                 residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
@@ -438,8 +432,6 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
                     x_t, states = changed.get("latents", x_t), changed.get("prompt_embeds", states)
                     condition = changed.get("condition", condition)
                 progress.update()
-        if draft is not None:
-            x_t = settle(x_t, known[-batch:], draft[-batch:])  # the last branch is told most
         return check_finite(x_t, "the grid as drawn")
 
     # --- What comes out -------------------------------------------------------------------------------------
@@ -535,33 +527,6 @@ def _is_pair(given: Any) -> bool:
     return isinstance(one, Image.Image) or (isinstance(one, np.ndarray | Tensor) and one.ndim == 3)
 
 
-@torch.no_grad()
-def known_latents(vae: nn.Module, condition: Tensor) -> Tensor:
-    """What is known of condition grids (B, 3, 2P, 2P) before an edit: latents (B, C, 2p, 2p).
-
-    The query's stand in the answer's place too, as `repeat_query` has it in training.
-    """
-    before, after, query = (backbone.encode_images(vae, panel) for panel in split_grid(condition)[:3])
-    return compose_grid(before, after, query, query)
-
-
-def settle(drawn: Tensor, known: Tensor, draft: Tensor) -> Tensor:
-    """Finished latents, without what they only add to the encoder's draft, nor that to what is known.
-
-    drawn, known, draft: all (B, C, 2p, 2p), of about unit variance.
-
-    Choice: where the drawn latents differ from the draft by a mean square of less than 0.04, that shows
-    through, wholly where they do not differ: the frozen U-Net repeats nothing exactly, and what comes that
-    near it was shown, not invented. Likewise what is known, where the draft differs by less than 0.01.
-    """
-
-    def show_through(over: Tensor, under: Tensor, difference: Tensor, limit: float) -> Tensor:
-        return torch.lerp(under, over, (difference.square().mean(1, keepdim=True) / limit).clamp(max=1))
-
-    draft = draft.float()
-    return show_through(show_through(drawn, draft, drawn - draft, 0.04), known, draft - known, 0.01)
-
-
 # --- Pictures of any kind and shape -------------------------------------------------------------------------
 
 
@@ -612,68 +577,3 @@ def unfit(answer: Tensor, box: tuple[int, int, int, int]) -> Tensor:
     """
     left, top, right, bottom = box
     return answer[..., top:bottom, left:right]
-
-
-# --- The model card -----------------------------------------------------------------------------------------
-
-
-def model_card(settings: dict[str, Any], measured: dict[str, float] | None = None) -> str:
-    """README.md of an editor: what it is, how it learnt, what was measured, its limits and licence.
-
-    settings: what `train.py` records. measured: numbers by name, of the training's end.
-    """
-    source, data = str(settings.get("stable_diffusion", "unknown")), str(settings.get("data", "unknown"))
-    licences = {preset.stable_diffusion: preset.licence for preset in backbone.PRESETS.values()}
-    head = {"license": licences.get(source, "other"), "library_name": "diffusers"}
-    head |= {"pipeline_tag": "image-to-image", "tags": ["instructgie", "image-editing", "in-context"]}
-    if backbone.local_folder(source) is None and source.count("/") == 1:
-        head["base_model"] = source
-    off = [name for name in ("rcldm", "esm", "liu", "sam") if settings.get(f"no_{name}")]
-    left_out = f"without {' and '.join(off).upper()}" if off else "with all four contributions"
-    learnt = f"{settings.get('trained_steps', 'an unknown number of')} steps of {settings.get('batch', '?')}"
-    numbers = "".join(f"| {name} | {value:.4g} |\n" for name, value in (measured or {}).items())
-    numbers = f"| | |\n|---|---:|\n{numbers}" if numbers else "Nothing.\n"
-    rows = "".join(f"| `{name}` | {json.dumps(value)} |\n" for name, value in sorted(settings.items()))
-    return f"""---
-{ModelCardData(**head).to_yaml()}
----
-
-# InstructGIE editor
-
-Shown one finished edit, or told in words, or both, it makes the same edit of another picture: a reading of
-*InstructGIE: Towards Generalizable Image Editing* (Meng et al., ECCV 2024,
-[arXiv 2403.05018](https://arxiv.org/abs/2403.05018)), {left_out}, on the frozen Stable Diffusion `{source}`.
-
-```python
-from pipeline import InstructGIEPipeline
-
-pipe = InstructGIEPipeline.from_pretrained("this folder")
-edited = pipe("make it night", image, prompt_pair=(before, after)).images[0]
-```
-
-## Data
-
-`{data}`, split `{settings.get("split", "unknown")}`: {learnt} grids.
-
-## Measured
-
-At the end of training, moving averages of the losses and, on a few queries of the validation split, the mean
-absolute error of the answers in levels of 0 … 255. `evaluate.py` and `metrics.py` measure more.
-
-{numbers}
-## Limits
-
-- Answers have a long side of {settings.get("panel", "P")} pixels, whatever the input's.
-- Everything drawn passes the frozen autoencoder, and loses what that loses.
-- Edits unlike those of the data may be made wrongly, in part, or not at all; whatever biases Stable Diffusion
-  and the data have, the answers have too.
-
-## Licence
-
-That of the weights this was trained on, `{source}`: {head["license"]}.
-
-## Settings
-
-| | |
-|---|---|
-{rows}"""

@@ -282,126 +282,36 @@ class ZeroVMamba(nn.Module):
         return self.zero_proj(self.block(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
-# -------- 5. The visual prompt encoder, and its rival -----------------------------------------------
-
-
-def _heads(dim: int) -> int:
-    """Choice: heads of 64 channels as in ViT, or of the largest size below that divides the width."""
-    return dim // next(size for size in range(min(64, dim), 0, -1) if dim % size == 0)
-
-
-class TextAttention(nn.Module):
-    """Stable Diffusion's cross-attention, channels last: (B, H, W, C), (B, T, text_dim) → (B, H, W, C).
-
-    x + Attention(norm(x), text), its last projection zero at the start.
-    """
-
-    def __init__(self, dim: int, text_dim: int):
-        super().__init__()
-        self.heads = _heads(dim)
-        self.norm = nn.LayerNorm(dim)
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.kv = nn.Linear(text_dim, 2 * dim, bias=False)
-        self.zero_proj = _zero(nn.Linear(dim, dim))
-
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        q = self.q(self.norm(x).flatten(1, 2)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H·W, ·)
-        return x + self.zero_proj(attended.transpose(1, 2).reshape(x.shape))
-
-
-class ViTBlock(nn.Module):
-    """The pre-norm transformer block, channels last: (B, H, W, C) → (B, H, W, C), at a cost of (H·W)²."""
-
-    def __init__(self, dim: int, mlp_ratio: float):
-        super().__init__()
-        self.heads = _heads(dim)
-        self.norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = _MLP(dim, int(dim * mlp_ratio))
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x).flatten(1, 2)).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, heads, ·)
-        attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
-        x = x + self.proj(attended.transpose(1, 2).reshape(x.shape))
-        return x + self.mlp(self.norm2(x))
-
-
-def _sin_cos_positions(x: Tensor) -> Tensor:
-    """Fixed positions (H, W, C) for x (B, H, W, C) of any size: half the channels by row, half by column."""
-    _, height, width, dim = x.shape
-    rates = 1e4 ** -torch.linspace(0, 1, math.ceil(dim / 4), device=x.device)
-    angles = torch.arange(max(height, width), device=x.device)[:, None] * rates
-    line = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (max(H, W), about C/2)
-    rows, columns = line[:height, None].expand(-1, width, -1), line[None, :width].expand(height, -1, -1)
-    return torch.cat([rows, columns], dim=-1)[..., :dim].to(x.dtype)
-
-
-def _interleave(x: Tensor) -> Tensor:
-    """The four panels of grids (B, 2h, 2w, C) dealt out like cards: the same place of all is a block of 2×2.
-
-    Pixel (y, x) of panel (i, j) moves from (i·h + y, j·w + x) to (2y + i, 2x + j).
-    """
-    return x.unflatten(1, (2, -1)).unflatten(3, (2, -1)).permute(0, 2, 1, 4, 3, 5).reshape(x.shape)
-
-
-def _deinterleave(x: Tensor) -> Tensor:
-    """The way back."""
-    return x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 2, 1, 4, 3, 5).reshape(x.shape)
+# -------- 5. The visual prompt encoder --------------------------------------------------------------
 
 
 class VisualPromptEncoder(nn.Module):
-    """The condition grid (B, 3, H, W) in [-1, 1] → (B, out_channels, H/factor, W/factor), 0 at the start.
+    """G_ven: the condition grid (B, 3, H, W) in [-1, 1] → (B, out_channels, H/factor, W/factor).
 
-    A patch embedding of log2(factor) convolutions of stride 2 (like VMamba v2's), `depth` blocks, and a
-    linear projection that starts at zero. From the first block on, every location has access to the whole
-    grid. With `text_dim`, it also takes the text embeddings (B, T, text_dim), by an attention of each
-    location to the words before each block.
+    Zero at the start.
 
-    Choice: it reads the instruction, which in the paper's figure enters the U-Nets alone. What the example
-    shows and what the words say are one edit; read together, each settles what the other leaves open.
-    Choice: each channel of the text is normalised over the instruction's words, and what is left is whitened.
-    A text encoder's states are nearly one and the same vector, whatever the word; most of the rest tells
-    where in the sentence a word stands. `whiten` makes every direction as strong, those of meaning as well.
-    Choice: depth 8, the width of the U-Net's first level, MLP ratio 2, blocks at latent resolution, no gate
-    (VMamba v2). The paper gives none of these.
-    Choice: N = 4 numbers of state, where VMamba v2 classifies with one. What a place reads of another is
-    weighed by C · B, its query and the other's key, each of length N, as in linear attention: here a thing
-    must find its like in the example, and one number says little of what it is.
-    Choice: every other VMamba block, the first among them, reads the grid interleaved. On the plain grid a
-    pixel's twin in the next panel is half a grid of scanning away, and a state that decays as it goes must
-    carry each pixel that far to compare or copy it. Interleaved, the twins are neighbours, and the block
-    itself stays VMamba's. The blocks between see the panels whole.
-    Choice: design "vit" has the same patch embedding, depth, width and MLP: only the way of mixing differs.
+    A patch embedding of log2(factor) convolutions of stride 2 (like VMamba v2's), `depth` VMamba blocks, and
+    a linear projection that starts at zero. [figure] From the first block on, every place has access to the
+    whole grid.
 
-    It also drafts the latents of the whole grid, and its projection reads the draft beside the features. A
-    gated encoder is given what is known of them (the example's, the query's, and the query's again where the
-    answer will be), and draws only where it must: draft = m · drawn + (1 - m) · known, with a gate m for each
-    place, half open at the start.
-    Choice: the draft, and the gate. An edit leaves most of a picture alone, and a small network cannot repeat
-    that as well as the autoencoder has it; with the gate it need not.
+    Choice: depth 4, the width of the U-Net's first level, MLP ratio 2, blocks at latent resolution, no gate
+    (VMamba v2). [ours] The paper gives none of these.
+    Choice: N = 4 numbers of state, where VMamba v2 classifies with one. [ours] A place reads another by the
+    product C · B, its query and the other's key, both of length N, as in linear attention. A thing has to
+    find its like in the example, and one number says little of what it is.
     """
 
     def __init__(
         self,
         out_channels: int,
-        depth: int = 8,
+        depth: int = 4,
         width: int | None = None,
         ssm_d_state: int = 4,
         ssm_ratio: float = 1.0,
         mlp_ratio: float = 2.0,
         factor: int = 8,
-        design: str = "vmamba",
-        text_dim: int | None = None,
-        latent_channels: int = 4,
-        gated: bool = False,
     ):
         super().__init__()
-        if design not in ("vmamba", "vit"):
-            raise ValueError(f"the blocks are of design 'vmamba' or 'vit', got {design!r}")
         width = width or out_channels
         halvings = factor.bit_length() - 1
         widths = [3, *(max(16, width >> i) for i in range(halvings - 1, 0, -1)), width]
@@ -409,71 +319,24 @@ class VisualPromptEncoder(nn.Module):
         self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride, padding=1) for a, b in pairwise(widths))
         self.stem_norms = nn.ModuleList(nn.LayerNorm(b) for b in widths[1:])
         kind = dict(ssm_conv_bias=False, forward_type="v05_noz")
-        self.blocks = nn.ModuleList(
-            ViTBlock(width, mlp_ratio)
-            if design == "vit"
-            else VSSBlock(width, ssm_d_state, ssm_ratio, mlp_ratio, **kind)
-            for _ in range(depth)
-        )
-        readers = depth if text_dim else 0
-        self.text_attentions = nn.ModuleList(TextAttention(width, text_dim) for _ in range(readers))
-        if text_dim:
-            self.register_buffer("text_whitening", torch.eye(text_dim))
+        blocks = (VSSBlock(width, ssm_d_state, ssm_ratio, mlp_ratio, **kind) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
-        self.drawn = nn.Linear(width, latent_channels)
-        self.gate = _zero(nn.Linear(width, 1)) if gated else None
-        self.zero_proj = _zero(nn.Linear(width + latent_channels, out_channels))
-        self.positions = design == "vit"  # VMamba needs none: its scans and convolutions know where they are
-        self.interleaved = design == "vmamba"  # to attention all places are equally near
+        self.zero_proj = _zero(nn.Linear(width, out_channels))
         self.gradient_checkpointing = False
 
-    @torch.no_grad()
-    def whiten(self, texts: Tensor, floor: float = 0.01) -> None:
-        """Sets the whitening by the embeddings (K, T, text_dim) of the instructions to be learnt.
-
-        floor: variance below which a direction is taken for noise, and not made as strong as the others.
-        """
-        words = F.instance_norm(texts.float().mT).mT.flatten(0, 1)  # (K·T, text_dim)
-        variances, directions = torch.linalg.eigh(words.T.cov(correction=0).cpu())
-        whitening = directions * (variances.clamp(min=0) + floor).rsqrt() @ directions.T
-        self.text_whitening.copy_(whitening)
-
-    def forward(
-        self, grid: Tensor, text: Tensor | None = None, known: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The encoding (B, out_channels, h, w), and the draft (B, latent_channels, h, w).
-
-        known: latents of the draft's shape, for a gated encoder alone; it raises a ValueError without them.
-        """
+    def forward(self, grid: Tensor) -> Tensor:
         x = grid.contiguous(memory_format=torch.channels_last)
         for conv, norm in zip(self.stem, self.stem_norms):
             x = x if conv is self.stem[0] else F.gelu(x).permute(0, 3, 1, 2)
             x = norm(conv(x).permute(0, 2, 3, 1))  # (B, H, W, C)
-        if self.positions:
-            x = x + _sin_cos_positions(x)
-        if self.text_attentions:
-            text = F.instance_norm(text.mT).mT @ self.text_whitening.to(text.dtype)
-        for i, block in enumerate(self.blocks):
-            x = self.text_attentions[i](x, text) if self.text_attentions else x
-            interleaved = self.interleaved and i % 2 == 0
-            x = _interleave(x) if interleaved else x
+        for block in self.blocks:
             checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
             x = self._gradient_checkpointing_func(block, x) if checkpointed else block(x)
-            x = _deinterleave(x) if interleaved else x
-        x = self.norm(x)
-        draft = self.drawn(x)
-        if self.gate is not None:
-            if known is None:
-                raise ValueError("this prompt encoder also needs the latents of the known panels")
-            gate = self.gate(x).sigmoid()
-            draft = torch.lerp(known.permute(0, 2, 3, 1).to(draft.dtype), draft, gate)
-        encoding = self.zero_proj(torch.cat([x, draft], -1))
-        return encoding.permute(0, 3, 1, 2), draft.permute(0, 3, 1, 2)
+        return self.zero_proj(self.norm(x)).permute(0, 3, 1, 2)
 
 
 # -------- 6. RCLDM ----------------------------------------------------------------------------------
-
-DESIGNS = ("vmamba", "conv", "vit")
 
 
 class RCLDM(ModelMixin, ConfigMixin):
@@ -483,22 +346,17 @@ class RCLDM(ModelMixin, ConfigMixin):
         unet_encoder: configuration of the trainable copy, as `ControlNetModel` takes it; `from_unet` fills
             it in.
         design: what stands in the two places. "vmamba": `VisualPromptEncoder` and `ZeroVMamba` links, the
-            paper's; "conv": ControlNet's own convolutional encoder and zero convolutions (`--no-rcldm`);
-            "vit": a `VisualPromptEncoder` of transformer blocks, and zero convolutions.
+            paper's; "conv": ControlNet's own convolutional encoder and zero convolutions (`--no-rcldm`).
         factor: of the autoencoder, a power of two: the condition grid is so many times as high and wide as
             the latents.
-        prompt_encoder_depth, prompt_encoder_width, mlp_ratio: of the `VisualPromptEncoder`; no width means
-            that of the U-Net's first level.
-        prompt_encoder_d_state: numbers of state per channel in its VMamba blocks.
-        prompt_encoder_text: whether the `VisualPromptEncoder` reads the instruction too.
-        prompt_encoder_latents: whether it is gated, and wants the latents that are known.
+        prompt_encoder_depth, prompt_encoder_width, prompt_encoder_d_state, mlp_ratio: of the
+            `VisualPromptEncoder`; no width means that of the U-Net's first level.
         panel: P, pixels along the side of the panels that it is trained for; None where nobody has told it.
         ssm_d_state: numbers of state per channel in the links. ssm_ratio: of all VMamba blocks.
 
     Untrained, every design leaves the U-Net's output exactly as it is: the condition comes in through a
     projection that is zero and goes out through links that are zero. The optimiser's first step moves the
-    links, the second the trainable copy and the encoder's last projection, the third everything but what the
-    encoder reads of the text, which is behind a zero of its own.
+    links, the second the trainable copy and the encoder's last projection, the third all of the encoder.
     """
 
     _supports_gradient_checkpointing = True
@@ -511,47 +369,45 @@ class RCLDM(ModelMixin, ConfigMixin):
         unet_encoder: dict,
         design: str = "vmamba",
         factor: int = 8,
-        prompt_encoder_depth: int = 8,
+        prompt_encoder_depth: int = 4,
         prompt_encoder_width: int | None = None,
         prompt_encoder_d_state: int = 4,
-        prompt_encoder_text: bool = True,
-        prompt_encoder_latents: bool = False,
         mlp_ratio: float = 2.0,
         ssm_d_state: int = 1,
         ssm_ratio: float = 1.0,
         panel: int | None = None,
     ):
         super().__init__()
-        if design not in DESIGNS:
-            raise ValueError(f"unknown design {design!r}: choose one of {', '.join(DESIGNS)}")
         if factor < 1 or factor & (factor - 1):
             raise ValueError(f"factor must be a power of two, got {factor}")
         # diffusers builds the copy of the U-Net's encoder, and runs it. The ways in and out of it are ours.
         self.trainable_copy = copy = ControlNetModel(**unet_encoder)
         copy.controlnet_cond_embedding = nn.Identity()  # it is handed features, which an edit makes only once
-        channels = copy.config.block_out_channels[0]
-        if design == "conv":
-            widths = (16, 32, 96, *[256] * factor.bit_length())[: factor.bit_length()]
-            self.prompt_encoder = ControlNetConditioningEmbedding(channels, block_out_channels=widths)
-        else:
-            self.prompt_encoder = VisualPromptEncoder(
-                channels,
-                prompt_encoder_depth,
-                prompt_encoder_width,
-                ssm_d_state=prompt_encoder_d_state,
-                ssm_ratio=ssm_ratio,
-                mlp_ratio=mlp_ratio,
-                factor=factor,
-                design=design,
-                text_dim=copy.config.cross_attention_dim if prompt_encoder_text else None,
-                latent_channels=copy.config.in_channels,
-                gated=prompt_encoder_latents,
-            )
+        self.prompt_encoder = self.new_prompt_encoder(copy.config.block_out_channels[0])
         if design == "vmamba":
             links = [*copy.controlnet_down_blocks, copy.controlnet_mid_block]  # zero convolutions until here
             links = [ZeroVMamba(link.in_channels, ssm_d_state, ssm_ratio) for link in links]
             *down, copy.controlnet_mid_block = links
             copy.controlnet_down_blocks = nn.ModuleList(down)
+
+    def new_prompt_encoder(self, channels: int) -> nn.Module:
+        """The encoder of this config's design; channels: of the U-Net's first level."""
+        config = self.config
+        if config.design == "vmamba":
+            return VisualPromptEncoder(
+                channels,
+                config.prompt_encoder_depth,
+                config.prompt_encoder_width,
+                config.prompt_encoder_d_state,
+                config.ssm_ratio,
+                config.mlp_ratio,
+                config.factor,
+            )
+        if config.design == "conv":
+            halvings = config.factor.bit_length()
+            widths = (16, 32, 96, *[256] * halvings)[:halvings]
+            return ControlNetConditioningEmbedding(channels, block_out_channels=widths)
+        raise ValueError(f"unknown design {config.design!r}: choose one of vmamba, conv")
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel, design: str = "vmamba", **options) -> RCLDM:
@@ -563,27 +419,16 @@ class RCLDM(ModelMixin, ConfigMixin):
         model.trainable_copy.load_state_dict(weights, strict=False)  # lacks only the ways in and out
         return model
 
-    def encode_condition(
-        self, grid: Tensor, encoder_hidden_states: Tensor, known: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The condition grid (B, 3, H, W) in [-1, 1] → its encoding (B, C0, H/factor, W/factor), and with
-        `prompt_encoder_latents` the draft (B, latent channels, H/factor, W/factor), else None.
+    def encode_condition(self, grid: Tensor) -> Tensor:
+        """The condition grid (B, 3, H, W) in [-1, 1] → its encoding (B, C0, H/factor, W/factor).
 
-        encoder_hidden_states: text embeddings (B, T, cross_attention_dim). known: with
-        `prompt_encoder_latents`, the latents of the example and the query, and of the query again in the
-        answer's place (B, latent channels, H/factor, W/factor). Design "conv" reads neither.
         Zeros of the encoding's shape mean "no visual prompt": the trainable copy then sees the latents alone.
         """
         sides = 2 * self.config.factor  # two panels, each a whole number of latents
         if grid.dim() != 4 or grid.shape[1] != 3 or grid.shape[2] % sides or grid.shape[3] % sides:
             wanted = f"(B, 3, H, W) with H and W multiples of {sides}"
             raise ValueError(f"the condition grid must be {wanted}, got {(*grid.shape,)}")
-        if self.config.design == "conv":
-            return self.prompt_encoder(grid.to(self.dtype)), None
-        batch = len(encoder_hidden_states)  # one grid may stand for all
-        grid, known = (x if x is None else x.to(self.dtype).expand(batch, -1, -1, -1) for x in (grid, known))
-        encoding, draft = self.prompt_encoder(grid, encoder_hidden_states.to(self.dtype), known)
-        return encoding, draft if self.config.prompt_encoder_latents else None
+        return self.prompt_encoder(grid.to(self.dtype))
 
     def forward(
         self,
@@ -593,7 +438,6 @@ class RCLDM(ModelMixin, ConfigMixin):
         controlnet_cond: Tensor,
         conditioning_scale: float = 1.0,
         return_dict: bool = True,
-        known: Tensor | None = None,
         **kwargs,
     ) -> ControlNetOutput | tuple[list[Tensor], Tensor]:
         """The residuals that `UNet2DConditionModel` adds to its skip features and its middle block's output.
@@ -606,7 +450,6 @@ class RCLDM(ModelMixin, ConfigMixin):
                 `encode_condition` made of it (B or 1, C0, h, w). Shapes tell them apart, and no other is
                 taken.
             conditioning_scale: factor on all residuals.
-            known: for `encode_condition`, where the condition is a grid.
             kwargs: for `ControlNetModel.forward` (class_labels, attention_mask, guess_mode, …).
 
         Returns:
@@ -621,7 +464,7 @@ class RCLDM(ModelMixin, ConfigMixin):
         if shape in ((1, c0, h, w), (batch, c0, h, w)):
             features = controlnet_cond
         elif shape in ((1, 3, f * h, f * w), (batch, 3, f * h, f * w)):
-            features, _ = self.encode_condition(controlnet_cond, encoder_hidden_states, known)
+            features = self.encode_condition(controlnet_cond)
         else:
             wanted = f"a grid ({batch}, 3, {f * h}, {f * w}) or its encoding ({batch}, {c0}, {h}, {w})"
             raise ValueError(f"for latents {(*sample.shape,)} the condition must be {wanted}, got {shape}")
@@ -666,7 +509,7 @@ def main() -> None:
     grid = torch.rand(1, 3, 128, 128) * 2 - 1
     with torch.no_grad():
         bare = unet(*inputs).sample
-        for design in DESIGNS:
+        for design in ("vmamba", "conv"):
             model = RCLDM.from_unet(unet, design)
             down, mid = model(*inputs, grid, return_dict=False)
             residuals = dict(down_block_additional_residuals=down, mid_block_additional_residual=mid)
@@ -678,7 +521,7 @@ def main() -> None:
             sizes, largest = [(*r.shape[1:],) for r in (*down, mid)], max(r.abs().max() for r in (*down, mid))
             print(f"          residuals {sizes}, the largest {largest:g}")
             print(f"          the U-Net's output is unchanged to the last bit: {same}")
-        encoding, _ = model.encode_condition(grid, inputs[2])
+        encoding = model.encode_condition(grid)
         print(f"   condition grid {(*grid.shape,)} → encoding {(*encoding.shape,)}")
 
 

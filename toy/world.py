@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import random
-import re
 import shutil
 import sys
 import uuid
@@ -31,20 +30,18 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 PANEL = 64  # pixels along a side of a picture
 SUPERSAMPLING = 4  # drawn larger by this factor, then averaged: smooth edges
 
 COLOURS = {
     "red": (222, 40, 40),
-    "orange": (250, 145, 20),
     "yellow": (248, 222, 40),
     "green": (40, 160, 60),
     "blue": (40, 80, 225),
     "purple": (140, 50, 170),
     "pink": (255, 130, 190),
-    "brown": (120, 72, 36),
 }
 BACKGROUNDS = {  # colour of the upper half, of the lower half
     "white": ((245, 245, 245), (245, 245, 245)),
@@ -57,7 +54,9 @@ BACKGROUNDS = {  # colour of the upper half, of the lower half
     "desert": ((190, 220, 240), (225, 190, 130)),
 }
 SKINS = {"pale": (250, 222, 196), "tan": (224, 172, 105), "dark": (110, 70, 45)}
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond")
+HAIR = {"brown": (120, 72, 36), "yellow": COLOURS["yellow"]}  # of heads, beards and moustaches
+HORN = (250, 145, 20)
+SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 PLACES = {"top left": (17, 17), "top right": (47, 17), "bottom left": (17, 47), "bottom right": (47, 47)}
 RADII = {"small": 7, "big": 12}
 FEATURES = (
@@ -77,24 +76,17 @@ FEATURES = (
     "a scarf",
 )
 HATS = ("a purple hat", "a green hat", "a red hat")
-PATTERNS = ("white stripes", "a white half")
-HUES = {"a sixth": 60, "a third": 120, "a half": 180, "two thirds": 240, "five sixths": 300}  # degrees
-CHANNELS = {"red and green": (1, 0, 2), "green and blue": (0, 2, 1), "red and blue": (2, 1, 0)}  # exchanged
 VISIBLE = 8  # levels of 255 by which a pixel must differ, in any channel, to count as edited
 OUTLINES = {"white": (250, 250, 250), "black": (10, 10, 10)}
 CLASSES = ("background", "face", *SHAPES)  # what the segment masks tell apart; the index is the class id
 
 # No training picture holds one of these (every colour and every shape still occurs often).
-HELD_OUT_COMBINATIONS = frozenset((colour, SHAPES[(3 * i + 1) % 8]) for i, colour in enumerate(COLOURS))
+HELD_OUT_COMBINATIONS = frozenset((colour, SHAPES[(5 * i + 1) % 6]) for i, colour in enumerate(COLOURS))
 HELD_OUT_FAMILIES = frozenset({"sepia", "frame", "hat", "swap"})
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Scenes
-
-
-def _with_articles(text: str) -> str:
-    return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
 @dataclass(frozen=True)
@@ -107,16 +99,11 @@ class Thing:
     size: str = "big"
     jitter: tuple[int, int] = (0, 0)  # pixels away from the middle of its quarter
     outline: str = ""  # of a shape: a key of OUTLINES
-    pattern: str = ""  # of a shape: one of PATTERNS
     mouth: str = "plain"  # of a face: plain, smile, frown, open
     features: tuple[str, ...] = ()  # of a face: of FEATURES and HATS
 
     def caption(self) -> str:
-        parts = [
-            part
-            for part in (*self.features, self.pattern, self.outline and f"a {self.outline} outline")
-            if part
-        ]
+        parts = [*self.features, *([f"a {self.outline} outline"] if self.outline else [])]
         details = " with " + " and ".join(parts) if parts else ""
         if self.kind != "face":
             return f"a {self.size} {self.colour} {self.kind}{details} at the {self.place}"
@@ -128,14 +115,13 @@ class Thing:
 class Scene:
     """A picture before it is drawn.
 
-    overlay: what lies over everything, see `_draw_overlay`. pose: how the picture is turned, shifted or cut,
-    see `_apply_pose`. look: what is done to its pixels at last, see `_apply_look`. All are said in words.
+    overlay: what lies over everything, see `_draw_overlay`. look: what is done to its pixels at last, see
+    `_apply_look`. Both are said in words.
     """
 
     background: str
     things: tuple[Thing, ...]
     overlay: str = ""
-    pose: str = ""
     look: str = ""
 
     def find(self, kind: str) -> Thing | None:
@@ -152,10 +138,8 @@ class Scene:
 
     def caption(self) -> str:
         things = [thing.caption() for thing in self.things] or ["nothing"]
-        extras = [
-            f", {part}" for part in (self.overlay and f"with {self.overlay}", self.pose, self.look) if part
-        ]
-        return _with_articles(f"{' and '.join(things)}, on a {self.background} background{''.join(extras)}")
+        extras = [f", {part}" for part in (self.overlay and f"with {self.overlay}", self.look) if part]
+        return f"{' and '.join(things)}, on a {self.background} background{''.join(extras)}"
 
     def is_held_out(self) -> bool:
         return any((thing.colour, thing.kind) in HELD_OUT_COMBINATIONS for thing in self.things)
@@ -223,8 +207,6 @@ def _polygon(kind: str, x: float, y: float, r: float) -> list[tuple[float, float
         return [(x, y - r), (x + r, y + 0.85 * r), (x - r, y + 0.85 * r)]
     if kind == "star":
         return star(5, 0.42, 0.0)
-    if kind == "diamond":
-        return [(x, y - 1.1 * r), (x + 0.7 * r, y), (x, y + 1.1 * r), (x - 0.7 * r, y)]
     if kind == "cross":
         a, b = 0.33 * r, 0.95 * r
         corners = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a)]
@@ -254,15 +236,15 @@ def _draw_face(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r: f
 
     hair = next((f.split()[0] for f in thing.features if f.endswith("hair")), None)
     if hair:
-        disc(0, -0.12, 1.12, fill=COLOURS[hair])
+        disc(0, -0.12, 1.12, fill=HAIR[hair])
     if "ears" in thing.features:
         disc(-1, 0, 0.32, fill=skin)
         disc(1, 0, 0.32, fill=skin)
     disc(0, 0, 1, fill=skin)
     if hair:
-        draw.pieslice((x - r, y - r, x + r, y + r), 205, 335, fill=COLOURS[hair])
+        draw.pieslice((x - r, y - r, x + r, y + r), 205, 335, fill=HAIR[hair])
     if "a beard" in thing.features:
-        draw.chord((x - r, y - r, x + r, y + r), 15, 165, fill=COLOURS["brown"])
+        draw.chord((x - r, y - r, x + r, y + r), 15, 165, fill=HAIR["brown"])
     for side in (-0.4, 0.4):
         disc(side, -0.22, 0.15, fill=dark)
         if "glasses" in thing.features:
@@ -278,7 +260,7 @@ def _draw_face(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r: f
     else:
         disc(0, 0.52, 0.24, fill=dark)
     if "a moustache" in thing.features:
-        draw.rectangle((x - 0.5 * r, y + 0.2 * r, x + 0.5 * r, y + 0.38 * r), fill=COLOURS["brown"])
+        draw.rectangle((x - 0.5 * r, y + 0.2 * r, x + 0.5 * r, y + 0.38 * r), fill=HAIR["brown"])
     if "a red nose" in thing.features:
         disc(0, 0.12, 0.22, fill=COLOURS["red"])
     _draw_clothes(draw, thing, x, y, r)
@@ -296,7 +278,7 @@ def _draw_clothes(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r
         "a crown": ("yellow", [crown]),
         "a headband": ("red", [((-0.88, -0.7), (0.88, -0.7), (0.95, -0.42), (-0.95, -0.42))]),
         "a bow": ("pink", [half_bow, [(-u, v) for u, v in half_bow]]),
-        "horns": ("orange", [horn, [(-u, v) for u, v in horn]]),
+        "horns": ("horn", [horn, [(-u, v) for u, v in horn]]),
         "a scarf": (
             "green",
             [((-0.8, 0.75), (0.8, 0.75), (0.8, 1.4), (0.35, 1.4), (0.35, 1.1), (-0.8, 1.1))],
@@ -308,14 +290,13 @@ def _draw_clothes(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r
     for feature in thing.features:
         colour, parts = polygons.get(feature, ("", []))
         for corners in parts:
-            draw.polygon([(x + u * r, y + v * r) for u, v in corners], fill=COLOURS[colour])
+            fill = HORN if colour == "horn" else COLOURS[colour]
+            draw.polygon([(x + u * r, y + v * r) for u, v in corners], fill=fill)
 
 
 def _draw_shape(draw: ImageDraw.ImageDraw, kind: str, x: float, y: float, r: float, fill: object) -> None:
     if kind == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-    elif kind == "ring":
-        draw.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=round(0.38 * r))
     else:
         draw.polygon(_polygon(kind, x, y, r), fill=fill)
 
@@ -331,14 +312,6 @@ def _draw_thing(image: Image.Image, thing: Thing) -> None:
         _draw_shape(draw, thing.kind, x, y, r, OUTLINES[thing.outline])
         r -= 2 * s
     _draw_shape(draw, thing.kind, x, y, r, COLOURS[thing.colour])
-    if thing.pattern:
-        shape = Image.new("L", image.size)
-        _draw_shape(ImageDraw.Draw(shape), thing.kind, x, y, r, 255)
-        bands = ((0, 2 * r),) if thing.pattern == "a white half" else ((-5 * s, -2 * s), (2 * s, 5 * s))
-        painted = Image.new("L", image.size)
-        for top, bottom in bands:
-            ImageDraw.Draw(painted).rectangle((x - 2 * r, y + top, x + 2 * r, y + bottom), fill=255)
-        image.paste("white", mask=ImageChops.darker(shape, painted))
 
 
 def _draw_overlay(image: Image.Image, overlay: str) -> None:
@@ -352,18 +325,6 @@ def _draw_overlay(image: Image.Image, overlay: str) -> None:
         bars = {"top": (0, 0, side, 3 * width), "bottom": (0, side - 3 * width, side, side)}
         bars |= {"left": (0, 0, 3 * width, side), "right": (side - 3 * width, 0, side, side)}
         draw.rectangle(bars[words[-1]], fill=fill)
-    elif "bars" in words:  # along two sides that face each other
-        near, far = (0, 3 * width // 2), (side - 3 * width // 2, side)
-        for low, high in (near, far):
-            draw.rectangle((0, low, side, high) if "top" in words else (low, 0, high, side), fill=fill)
-    elif "corners" in words:
-        for x in (0, side - 3 * width):
-            for y in (0, side - 3 * width):
-                draw.rectangle((x, y, x + 3 * width, y + 3 * width), fill=fill)
-    elif "grid" in words:
-        for i in range(step // 2, side, step):
-            draw.rectangle((0, i, side, i + width // 2), fill=fill)
-            draw.rectangle((i, 0, i + width // 2, side), fill=fill)
     elif "dots" in words:
         for x in range(step // 2, side, step):
             for y in range(step // 2, side, step):
@@ -378,34 +339,7 @@ def _draw_overlay(image: Image.Image, overlay: str) -> None:
             )
 
 
-_TRANSPOSED = {
-    "mirrored": Image.Transpose.FLIP_LEFT_RIGHT,
-    "flipped": Image.Transpose.FLIP_TOP_BOTTOM,
-    "turned left": Image.Transpose.ROTATE_90,
-    "turned right": Image.Transpose.ROTATE_270,
-    "turned upside down": Image.Transpose.ROTATE_180,
-}
-_SHIFTS = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}  # by a quarter of the side, round
-
-
-def _apply_pose(image: Image.Image, pose: str) -> Image.Image:
-    """A picture or class map mirrored, turned, shifted round its edges, or a quarter of it enlarged."""
-    if pose in _TRANSPOSED:
-        return image.transpose(_TRANSPOSED[pose])
-    side, (what, _, where) = image.width, pose.partition(" ")
-    if what == "shifted":
-        return ImageChops.offset(image, *(side // 4 * step for step in _SHIFTS[where]))
-    left, top = (side // 2 * (word in where) for word in ("right", "bottom"))
-    return image.resize(image.size, Image.Resampling.NEAREST, (left, top, left + side // 2, top + side // 2))
-
-
 _GREY = np.array([[0.299], [0.587], [0.114]], np.float32)
-
-
-def _turn_hues(pixels: np.ndarray, degrees: int) -> np.ndarray:
-    """Rotates colours (…, 3) around the axis of greys."""
-    a, b, c = (math.cos(math.radians(degrees + shift)) * 2 / 3 + 1 / 3 for shift in (0, 120, 240))
-    return _mix(pixels, np.array([[a, c, b], [b, a, c], [c, b, a]], np.float32))
 
 
 def _mix(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -416,10 +350,6 @@ def _mix(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def _apply_look(image: Image.Image, look: str) -> Image.Image:
     what, _, value = look.partition(" ")
-    if what == "blurred":
-        return image.filter(ImageFilter.GaussianBlur({"a little": 1.2, "strongly": 4.0}[value]))
-    if what == "pixelated":
-        return image.reduce(8).resize(image.size, Image.Resampling.NEAREST)
     pixels = np.asarray(image, np.float32)
     grey = _mix(pixels, _GREY)
     if what == "night":
@@ -434,14 +364,8 @@ def _apply_look(image: Image.Image, look: str) -> Image.Image:
         pixels = 0.55 * pixels + 0.45 * np.array(COLOURS[value], np.float32)
     elif what == "toned":
         pixels = grey * np.array(COLOURS[value], np.float32) / max(COLOURS[value])
-    elif what == "hues":
-        pixels = _turn_hues(pixels, HUES[value.removeprefix("turned by ")])
-    elif what == "light":
-        pixels = 0.55 * pixels + 0.45 * 255 * (value == "brighter")
-    elif what == "contrast":
-        pixels = 128 + (pixels - 128) * {"stronger": 1.8, "weaker": 0.4}[value]
     else:
-        pixels = pixels[..., CHANNELS[value]]
+        raise ValueError(f"no look {look!r}")
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 
@@ -456,8 +380,6 @@ def render(scene: Scene) -> Image.Image:
         _draw_thing(image, thing)
     if scene.overlay:
         _draw_overlay(image, scene.overlay)
-    if scene.pose:
-        image = _apply_pose(image, scene.pose)
     image = image.reduce(SUPERSAMPLING)
     return _apply_look(image, scene.look) if scene.look else image
 
@@ -468,8 +390,6 @@ def render_classes(scene: Scene) -> np.ndarray:
     for thing in scene.things:
         shown = Image.new("RGB", (SUPERSAMPLING * PANEL,) * 2)
         _draw_thing(shown, thing)
-        if scene.pose:
-            shown = _apply_pose(shown, scene.pose)
         covered = np.asarray(shown.reduce(SUPERSAMPLING)).any(axis=-1)
         classes[covered] = CLASSES.index(thing.kind)
     return classes
@@ -498,7 +418,7 @@ class Edit:
         return self.worded(FAMILIES[self.family].canonical)
 
     def worded(self, template: str) -> str:
-        return _with_articles(template.format(target=self.target, value=self.value).strip())
+        return template.format(target=self.target, value=self.value).strip()
 
 
 def _change_thing(**changes: object) -> Callable[[Scene, str, str], Scene | None]:
@@ -535,29 +455,11 @@ def _move(scene: Scene, target: str, value: str) -> Scene | None:
     return scene.put(thing, place=value) if thing and value in scene.empty_places() else None
 
 
-def _keep(scene: Scene, target: str, value: str) -> Scene | None:
-    thing = scene.find(target)
-    return replace(scene, things=(thing,)) if thing else None
-
-
-def _copy(scene: Scene, target: str, value: str) -> Scene | None:
-    thing = scene.find(target)
-    if thing is None or value not in scene.empty_places():
+def _swap_colours(scene: Scene, target: str, value: str) -> Scene | None:
+    first, second = scene.find(target), scene.find(value)
+    if not first or not second:
         return None
-    return replace(scene, things=(*scene.things, replace(thing, place=value)))
-
-
-def _exchange(*names: str) -> Callable[[Scene, str, str], Scene | None]:
-    """A rule that two things trade some of their properties."""
-
-    def rule(scene: Scene, target: str, value: str) -> Scene | None:
-        first, second = scene.find(target), scene.find(value)
-        if not first or not second:
-            return None
-        ours, theirs = ({name: getattr(thing, name) for name in names} for thing in (first, second))
-        return scene.put(first, **theirs).put(second, **ours)
-
-    return rule
+    return scene.put(first, colour=second.colour).put(second, colour=first.colour)
 
 
 def _recolour_all(scene: Scene, target: str, value: str) -> Scene:
@@ -571,10 +473,6 @@ def _wear(scene: Scene, target: str, value: str) -> Scene | None:
         return None
     others = (worn for worn in face.features if not (worn.endswith(" hair") and value.endswith(" hair")))
     return _if_visible(scene, scene.put(face, features=(*others, value)))
-
-
-def _exchange_channels(scene: Scene, target: str, value: str) -> Scene | None:
-    return _if_visible(scene, replace(scene, look=f"channels {value}"))
 
 
 def _if_visible(scene: Scene, edited: Scene) -> Scene | None:
@@ -654,13 +552,6 @@ FAMILIES = {
         "the {target} should disappear | the picture looks better without the {target} | "
         "take the {target} out | i do not want to see the {target}",
     ),
-    "keep": _family(
-        _keep,
-        _product(_EVERY_KIND, _NONE),
-        "remove everything but the {target}",
-        "keep only the {target} | only the {target} should stay | delete everything except the {target} | "
-        "leave nothing but the {target} | show the {target} alone | all but the {target} should disappear",
-    ),
     "add": _family(
         _add,
         _product([f"{colour} {shape}" for shape in SHAPES for colour in COLOURS], PLACES),
@@ -669,14 +560,6 @@ FAMILIES = {
         "place a {target} in the {value} | there should be a {target} at the {value} | "
         "i want a {target} at the {value} | insert a {target} in the {value} | "
         "at the {value} add a {target} | show a {target} in the {value} corner",
-    ),
-    "copy": _family(
-        _copy,
-        _product(_EVERY_KIND, PLACES),
-        "copy the {target} to the {value}",
-        "duplicate the {target} at the {value} | another {target} like this at the {value} | "
-        "repeat the {target} in the {value} corner | clone the {target} to the {value} | "
-        "the {target} should also be at the {value} | show the {target} a second time at the {value}",
     ),
     "move": _family(
         _move,
@@ -687,37 +570,6 @@ FAMILIES = {
         "the {target} belongs in the {value} | place the {target} in the {value} | "
         "let the {target} go to the {value}",
     ),
-    "exchange": _family(
-        _exchange("place", "jitter"),
-        itertools.combinations(_EVERY_KIND, 2),
-        "let the {target} and the {value} change places",
-        "put the {target} where the {value} is and back | exchange the {target} and the {value} | "
-        "the {target} and the {value} should trade places | swap the {target} and the {value} around | "
-        "switch the places of the {target} and the {value} | the {target} takes the place of the {value} "
-        "and the other way round",
-    ),
-    "exchange shapes": _family(
-        _exchange("kind"),
-        itertools.combinations(SHAPES, 2),
-        "let the {target} and the {value} trade shapes",
-        "turn the {target} into a {value} and the {value} into a {target} | "
-        "the {target} takes the shape of the {value} and the other way round | "
-        "make the {target} a {value} and the {value} a {target} | "
-        "the {target} and the {value} should trade shapes | "
-        "exchange the shapes of the {target} and the {value} | "
-        "switch the shapes of the {target} and the {value}",
-    ),
-    "exchange sizes": _family(
-        _exchange("size"),
-        itertools.combinations(SHAPES, 2),
-        "let the {target} and the {value} trade sizes",
-        "exchange the sizes of the {target} and the {value} | "
-        "the {target} takes the size of the {value} and the other way round | "
-        "give the {target} and the {value} each other's size | "
-        "the {target} and the {value} should trade sizes | "
-        "switch the sizes of the {target} and the {value} | "
-        "let the {target} be as big as the {value} and the other way round",
-    ),
     "resize": _family(
         _change_thing(size="value"),
         _product(SHAPES, RADII),
@@ -725,13 +577,6 @@ FAMILIES = {
         "the {target} should be {value} | i want a {value} {target} | let the {target} be {value} | "
         "change the size of the {target} to {value} | the {target} needs to be {value} | "
         "resize the {target} until it is {value}",
-    ),
-    "pattern": _family(
-        _change_thing(pattern="value"),
-        _product(SHAPES, PATTERNS),
-        "give the {target} {value}",
-        "paint {value} on the {target} | the {target} should have {value} | put {value} on the {target} | "
-        "i want {value} on the {target} | decorate the {target} with {value} | the {target} needs {value}",
     ),
     "outline": _family(
         _change_thing(outline="value"),
@@ -742,7 +587,7 @@ FAMILIES = {
         "surround the {target} with a {value} line | the {target} needs a {value} contour",
     ),
     "swap": _family(
-        _exchange("colour"),
+        _swap_colours,
         itertools.combinations(SHAPES, 2),
         "swap the colours of the {target} and the {value}",
         "exchange the colours of the {target} and the {value} | "
@@ -828,34 +673,6 @@ FAMILIES = {
         "add a {value} | put a {value} | i want a {value} | there should be a {value} | "
         "lay a {value} over it | it needs a {value}",
     ),
-    "bars": _family(
-        _change_picture("overlay", "{value}"),
-        _product(
-            _NONE,
-            [
-                f"{colour} bars at the {sides}"
-                for sides in ("top and bottom", "left and right")
-                for colour in COLOURS
-            ],
-        ),
-        "draw {value}",
-        "add {value} | put {value} | i want {value} | there should be {value} | "
-        "lay {value} over it | it needs {value}",
-    ),
-    "corners": _family(
-        _change_picture("overlay", "{value} corners"),
-        _product(_NONE, COLOURS),
-        "give it {value} corners",
-        "draw {value} corners | put a {value} square in each corner | the corners should be {value} | "
-        "i want {value} corners | paint the four corners {value} | it needs {value} corners",
-    ),
-    "grid": _family(
-        _change_picture("overlay", "a {value} grid"),
-        _product(_NONE, COLOURS),
-        "draw a {value} grid over it",
-        "add a {value} grid | cover it with a {value} grid | put a {value} grid over the picture | "
-        "i want a {value} grid | lay a {value} grid over everything | put it behind {value} bars",
-    ),
     "dots": _family(
         _change_picture("overlay", "{value} dots"),
         _product(_NONE, COLOURS),
@@ -870,43 +687,7 @@ FAMILIES = {
         "frame it in {value} | add a {value} frame | the picture needs a {value} frame | "
         "i want a {value} frame | put a {value} border around the picture | surround it with a {value} frame",
     ),
-    # The picture moved.
-    "mirror": _family(
-        _change_picture("pose", "mirrored"),
-        [("", "")],
-        "mirror the picture",
-        "reflect the picture | show it in a mirror | flip it left to right | mirror it | "
-        "flip it horizontally | swap left and right",
-    ),
-    "flip": _family(
-        _change_picture("pose", "flipped"),
-        [("", "")],
-        "flip the picture top to bottom",
-        "flip it vertically | reflect it in water | swap top and bottom | mirror it top to bottom | "
-        "turn it over vertically | show it as a lake mirrors it",
-    ),
-    "turn": _family(
-        _change_picture("pose", "turned {value}"),
-        _product(_NONE, ("left", "right", "upside down")),
-        "turn the picture {value}",
-        "rotate it {value} | turn it {value} | rotate the picture {value} | it should be turned {value} | "
-        "let it be turned {value} | i want the picture turned {value}",
-    ),
-    "shift": _family(
-        _change_picture("pose", "shifted {value}"),
-        _product(_NONE, _SHIFTS),
-        "shift the picture {value}",
-        "slide it {value} | move everything {value} | push the picture {value} | shift everything {value} | "
-        "the whole picture should go {value} | scroll the picture {value}",
-    ),
-    "zoom": _family(
-        _change_picture("pose", "enlarged {value}"),
-        _product(_NONE, PLACES),
-        "enlarge the {value}",
-        "zoom in on the {value} | show only the {value} and larger | cut out the {value} | "
-        "magnify the {value} | look closer at the {value} | crop it to the {value}",
-    ),
-    # The picture's colours and sharpness.
+    # The picture's colours.
     "night": _family(
         _change_picture("look", "night"),
         [("", "")],
@@ -935,14 +716,6 @@ FAMILIES = {
         "give it an old photo look | make it look like an old brown photo | tone it in sepia | "
         "i want a sepia picture | make it look antique | an aged sepia look please",
     ),
-    "hue": _family(
-        _change_picture("look", "hues turned by {value}"),
-        _product(_NONE, HUES),
-        "turn the hues by {value}",
-        "rotate the hues by {value} | shift all hues by {value} | turn the colour wheel by {value} | "
-        "every hue should move by {value} | rotate the colours by {value} of a circle | "
-        "change the hues by {value}",
-    ),
     "tint": _family(
         _change_picture("look", "tinted {value}"),
         _product(_NONE, COLOURS),
@@ -956,41 +729,6 @@ FAMILIES = {
         "make everything a shade of {value}",
         "show it in shades of {value} | print it in {value} alone | only shades of {value} please | "
         "reduce it to {value} and black | tone the picture {value} | i want a picture all in {value}",
-    ),
-    "light": _family(
-        _change_picture("look", "light {value}"),
-        _product(_NONE, ("brighter", "darker")),
-        "make it {value}",
-        "it should be {value} | i want it {value} | show it {value} | everything a bit {value} | "
-        "let it be {value} | the picture should look {value}",
-    ),
-    "contrast": _family(
-        _change_picture("look", "contrast {value}"),
-        _product(_NONE, ("stronger", "weaker")),
-        "make the contrast {value}",
-        "{value} contrast please | i want a {value} contrast | the contrast should be {value} | "
-        "give it a {value} contrast | let the contrast be {value} | it needs a {value} contrast",
-    ),
-    "channels": _family(
-        _exchange_channels,
-        _product(_NONE, CHANNELS),
-        "exchange {value} everywhere",
-        "swap the channels {value} | swap {value} in every pixel | trade {value} in all colours | "
-        "let {value} change roles | mix up {value} | {value} should be the other way round",
-    ),
-    "blur": _family(
-        _change_picture("look", "blurred {value}"),
-        _product(_NONE, ("a little", "strongly")),
-        "blur the picture {value}",
-        "make it blurry {value} | soften everything {value} | defocus it {value} | blur it {value} | "
-        "make it out of focus {value} | i want it blurred {value}",
-    ),
-    "pixelate": _family(
-        _change_picture("look", "pixelated"),
-        [("", "")],
-        "pixelate the picture",
-        "make it a mosaic | show big pixels | turn it into blocks | make it blocky | "
-        "reduce it to a few squares | like an old computer game",
     ),
 }
 
@@ -1119,7 +857,7 @@ def write_split(folder: Path, pairs: list[Pair]) -> None:
 
     Beyond the format's own keys each line keeps what `toy/score.py` needs: the family, the canonical wording,
     and the scene before the edit together with the edit's arguments; and a paraphrase of the instruction that
-    no model has seen. The segment masks are pictures whose grey levels are indices into CLASSES.
+    no model has seen.
     """
     folder.mkdir(parents=True)
     with ProcessPoolExecutor() as pool:
@@ -1130,16 +868,12 @@ def write_split(folder: Path, pairs: list[Pair]) -> None:
 def _write_pair(folder: Path, i: int, pair: Pair) -> str:
     """Writes the pictures of pair number `i`; returns its line of the metadata."""
     names = f"{i:06d}_before.png", f"{i:06d}_after.png"
-    masks = f"{i:06d}_before_classes.png", f"{i:06d}_after_classes.png"
-    for name, mask, scene in zip(names, masks, (pair.before, pair.after)):
+    for name, scene in zip(names, (pair.before, pair.after)):
         render(scene).save(folder / name, compress_level=1)
-        Image.fromarray(render_classes(scene)).save(folder / mask, compress_level=1)
     return json.dumps(
         {
             "input_file_name": names[0],
             "output_file_name": names[1],
-            "input_classes_file_name": masks[0],
-            "output_classes_file_name": masks[1],
             "instruction": pair.instruction,
             "input_caption": pair.before.caption(),
             "output_caption": pair.after.caption(),

@@ -36,14 +36,12 @@ class Facts(NamedTuple):
 
     latents: (N, 2, C, p, p), of before and after. embeddings: (N, 2, E), CLIP's, or None without ESM.
     areas: (N, 1, p, p) in [0, 1], the after picture's selected area on the latent's raster, or None.
-    classes: (N, 2, p, p) uint8, see `place_classes`, or None where the dataset does not tell them.
     pictures: (N, 2, 3, P, P) uint8, or None where they are too many for the memory.
     """
 
     latents: Tensor
     embeddings: Tensor | None = None
     areas: Tensor | None = None
-    classes: Tensor | None = None
     pictures: Tensor | None = None
 
     def of(self, index: Tensor, device: torch.device) -> Facts:
@@ -123,7 +121,7 @@ def fingerprint_pictures(data: VisualPromptDataset) -> str:
     """
     digest, tables = hashlib.sha256(), {}
     for pair in data.pairs:
-        for source in (pair.input, pair.output, *(pair.classes or ())):
+        for source in (pair.input, pair.output):
             if isinstance(source, TableImage):
                 table = source.column
                 if id(table) not in tables:
@@ -146,25 +144,22 @@ def _file_state(path: str) -> str:
 
 
 class Pairs(Dataset):
-    """The pictures of each edit pair, (2, 3, P, P), and if all pairs tell them the classes of its pixels,
-    (2, P, P); what is broken of them, in words, or "". Decoded on worker processes."""
+    """The pictures of each edit pair, (2, 3, P, P); what is broken of them, in words, or "". Decoded on
+    worker processes."""
 
     def __init__(self, data: VisualPromptDataset) -> None:
         self.data = data
-        self.classes = all(pair.classes is not None for pair in data.pairs)
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, i: int) -> dict[str, Tensor | str]:
-        panels, side, broken = torch.zeros(2, 3, *[self.data.size] * 2), self.data.size, ""
-        classes = torch.zeros(2, side, side, dtype=torch.uint8)
+        panels, broken = torch.zeros(2, 3, *[self.data.size] * 2), ""
         try:
             panels = torch.stack(self.data.load_pair(i))
-            classes = self.data.load_classes(i) if self.classes else classes
         except ImageError as error:
             broken = str(error)
-        return {"panels": panels, "broken": broken} | ({"classes": classes} if self.classes else {})
+        return {"panels": panels, "broken": broken}
 
 
 class Draws(Dataset):
@@ -196,9 +191,6 @@ def observe_all(
         broken: dict[int, str] = {}
         for batch in look_at_all(data, args, broken):
             facts = frozen.observe(batch["panels"].to(device))
-            if "classes" in batch:
-                places = commonest_classes(batch["classes"].to(device), facts.latents.shape[-1])
-                facts = facts._replace(classes=places)
             if in_memory:
                 facts = facts._replace(pictures=to_bytes(batch["panels"]))
             for name, fact in facts._asdict().items():
@@ -277,19 +269,6 @@ def look_up(batch: dict, facts: Facts, device: torch.device) -> tuple[Tensor, Fa
     if known.pictures is None:
         return batch["panels"].to(device), known
     return from_bytes(torch.cat(known.pictures.chunk(2), 1)), known
-
-
-def commonest_classes(levels: Tensor, side: int) -> Tensor:
-    """What each of p × p places (p = `side`) shows: class of each pixel (B, 2, P, P) → (B, 2, p, p) uint8.
-
-    The commonest class but 0 where it fills three sixteenths of the place, so that small things count; else
-    0, nothing.
-    """
-    squares = levels.unflatten(3, (side, -1)).unflatten(2, (side, -1)).transpose(3, 4).flatten(4).long()
-    counts = squares.new_zeros(*squares.shape[:4], int(levels.max()) + 1)  # (B, 2, p, p, classes)
-    counts.scatter_add_(4, squares, torch.ones_like(squares))
-    counts[..., 0] = 3 * squares.shape[4] // 16 - 1
-    return counts.argmax(4).byte()
 
 
 @torch.no_grad()

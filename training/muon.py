@@ -1,0 +1,109 @@
+"""The optimiser: Muon for matrices, Adam for the rest.
+
+Adam scales each number of a gradient alone; Muon (Jordan et al., 2024) takes a matrix as a whole: it keeps
+the gradient's singular vectors and sets all its singular values to one, so that rare directions of a matrix
+learn as fast as common ones. `torch.optim.Muon` does so in bfloat16, for two axes alone; here a convolution's
+kernel is a matrix too, of output channels by all else, and the work is float32, equal on every processor.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of Jordan's quintic, which takes singular values into 0.7 … 1.2
+
+
+def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices (K, m, n), each with its singular vectors and, nearly, singular values of one."""
+    a, b, c = COEFFICIENTS
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the groups marked `matrices=True`, Adam for the others; weight decay as in AdamW.
+
+    An update of a matrix (m, n) has the size of Adam's, 0.2 for each number (Liu et al., 2025), so that one
+    learning rate serves both.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict],
+        lr: float,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        eps: float = 1e-8,
+    ):
+        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay, "eps": eps}
+        super().__init__(params, defaults | {"matrices": False})
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            (self._step_matrices if group["matrices"] else self._step_adam)(parameters, group)
+
+    def _step_matrices(self, parameters: list[Tensor], group: dict) -> None:
+        by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+        for p in parameters:
+            by_shape[(p.shape[0], p[0].numel())].append(p)
+        momentum = group["momentum"]
+        for (m, n), alike in by_shape.items():
+            averages = [self._state(p, "momentum") for p in alike]
+            gradients = [p.grad for p in alike]
+            torch._foreach_lerp_(averages, gradients, 1 - momentum)
+            ahead = torch._foreach_lerp(gradients, averages, momentum)  # Nesterov's look ahead
+            updates = orthogonalised(torch.stack([x.reshape(m, n).float() for x in ahead]))
+            scale = -group["lr"] * 0.2 * max(m, n) ** 0.5
+            for p, update in zip(alike, updates):
+                p.add_(update.view(p.shape), alpha=scale)
+
+    def _step_adam(self, parameters: list[Tensor], group: dict) -> None:
+        (first, second), gradients = group["betas"], [p.grad for p in parameters]
+        means, squares = ([self._state(p, name) for p in parameters] for name in ("mean", "square"))
+        counts = [self._state(p, "count", ()) for p in parameters]
+        torch._foreach_add_(counts, 1)
+        torch._foreach_lerp_(means, gradients, 1 - first)
+        torch._foreach_mul_(squares, second)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - second)
+        for p, mean, square, count in zip(parameters, means, squares, counts):
+            spread = (square / (1 - second**count)).sqrt_().add_(group["eps"])
+            p.sub_(group["lr"] * mean / (1 - first**count) / spread)
+
+    def _state(self, p: Tensor, name: str, shape: tuple | None = None) -> Tensor:
+        """The parameter's running value of that name, of its own shape unless told; zero at first."""
+        state = self.state[p]
+        if name not in state:
+            state[name] = torch.zeros_like(p) if shape is None else p.new_zeros(shape)
+        return state[name]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict]:
+    """What of a model is a matrix: weights of linear layers and of convolutions but depthwise ones.
+
+    Weight decay is for these alone, not for norms, biases, embeddings or the scan's parameters.
+    """
+    matrices = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    }
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in learnt if id(p) in matrices], "matrices": True, "weight_decay": weight_decay},
+        {"params": [p for p in learnt if id(p) not in matrices], "matrices": False, "weight_decay": 0.0},
+    ]
