@@ -294,8 +294,8 @@ class VisualPromptEncoder(nn.Module):
     a linear projection that starts at zero. [figure] From the first block on, every place has access to the
     whole grid.
 
-    Choice: depth 4, the width of the U-Net's first level, MLP ratio 2, blocks at latent resolution, no gate
-    (VMamba v2). [ours] The paper gives none of these.
+    Choice: depth 4, the width of the U-Net's first level but 64 at least, MLP ratio 2, blocks at latent
+    resolution, no gate (VMamba v2). [ours] The paper gives none of these.
     Choice: N = 4 numbers of state, where VMamba v2 classifies with one. [ours] A place reads another by the
     product C · B, its query and the other's key, both of length N, as in linear attention. A thing has to
     find its like in the example, and one number says little of what it is.
@@ -312,7 +312,7 @@ class VisualPromptEncoder(nn.Module):
         factor: int = 8,
     ):
         super().__init__()
-        width = width or out_channels
+        width = width or max(64, out_channels)
         halvings = factor.bit_length() - 1
         widths = [3, *(max(16, width >> i) for i in range(halvings - 1, 0, -1)), width]
         stride = min(2, factor)  # factor 1: diffusion of pixels
@@ -350,7 +350,7 @@ class RCLDM(ModelMixin, ConfigMixin):
         factor: of the autoencoder, a power of two: the condition grid is so many times as high and wide as
             the latents.
         prompt_encoder_depth, prompt_encoder_width, prompt_encoder_d_state, mlp_ratio: of the
-            `VisualPromptEncoder`; no width means that of the U-Net's first level.
+            `VisualPromptEncoder`; no width means that of the U-Net's first level, 64 at least.
         panel: P, pixels along the side of the panels that it is trained for; None where nobody has told it.
         ssm_d_state: numbers of state per channel in the links. ssm_ratio: of all VMamba blocks.
 

@@ -46,7 +46,7 @@ from dataset import (
     mask_query,
     read_pairs,
 )
-from pictures import tensor_to_image
+from pictures import ImageError, tensor_to_image
 from pipeline import InstructGIEPipeline
 from rcldm import RCLDM
 from training.card import save_editor
@@ -88,8 +88,8 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no-sam", action="store_true", help="without selective-area matching")
 
     # Choice: all numbers below. [ours] The paper gives none of them.
-    add("--steps", type=int, default=3000, help="optimiser steps; on two CPU cores about half an hour")
-    add("--batch", type=int, default=16, help="grids per step and process")
+    add("--steps", type=int, default=2500, help="optimiser steps; on two CPU cores about half an hour")
+    add("--batch", type=int, default=32, help="grids per step and process")
     add("--accumulate", type=int, default=1, help="batches per optimiser step")
     add("--lr", type=float, help="peak (default: the preset's); warm-up, then cosine to a hundredth of it")
     add("--answer-weight", type=float, default=4.0, help="of the answer panel in L_dm; the others have 1")
@@ -117,7 +117,7 @@ WARMUP = 50  # steps
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0  # the largest norm of the gradient
 EMA_DECAY = 0.998
-ES_SHARE = 16  # one answer in so many is decoded for L_es: decoder and CLIP cost more than all else
+ES_SHARE = 32  # one answer in so many is decoded for L_es: decoder and CLIP cost more than all else
 CHECKPOINTS = 2  # that stay
 VALIDATION_PICTURES = 6
 
@@ -345,11 +345,12 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
             for name, value in monitor.averages.items():
                 log.add_scalar(f"loss/{name}", value, step)
         if is_main and (step % args.save_every == 0 or is_over):
-            save_checkpoint(args.output, step, modules, optimizer.optimizer, keep=CHECKPOINTS)
-            if not stop.asked and not monitor.is_over:
+            if step == args.steps or not (stop.asked or monitor.is_over):
                 measured = {name: value.item() for name, value in monitor.averages.items()}
                 measured["validation error"] = validation.draw(ema.module, sd, args.output, step, log)
                 save_editor(ema.module, args, step, measured)
+            # Last: a run that is killed before it resumes from an older one, and makes the others again.
+            save_checkpoint(args.output, step, modules, optimizer.optimizer, keep=CHECKPOINTS)
         monitor.check()
         if stop.asked and step < args.steps:
             stop.end(f"step {step}")
@@ -364,7 +365,12 @@ class Validation:
         with contextlib.suppress(DatasetError):
             data = VisualPromptDataset(read_pairs(source, "seen", args.columns), args.panel, args.seed)
         g = torch.Generator().manual_seed(args.seed)
-        items = [data[0, i] for i in torch.randperm(len(data), generator=g)[:VALIDATION_PICTURES].tolist()]
+        order, items = torch.randperm(len(data), generator=g).tolist(), []
+        while order and len(items) < VALIDATION_PICTURES:
+            try:
+                items.append(data[0, order.pop(0)])
+            except ImageError as error:
+                print(f"left out: {error}", flush=True)
         self.panels = torch.stack([item["panels"] for item in items])  # (N, 4, 3, P, P)
         self.texts = [item["instruction"] for item in items]
         if unifier:

@@ -31,7 +31,6 @@ from backbone.loading import (
     load_llm,
     load_segmenter,
     load_stable_diffusion,
-    load_tiny_decoder,
     words_of,
 )
 from backbone.presets import PRESETS, Preset, data_folder, preset

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from backbone.folders import FOLDERS, BackboneError, clear_errors, find_folder, read_json
+from backbone.folders import FOLDERS, clear_errors, find_folder, read_json
 
 
 class StableDiffusion(NamedTuple):
@@ -60,22 +60,6 @@ def words_of(tokenizer: Any) -> int:
     """How many words a model must know to read what this tokenizer of transformers writes: its ids may have
     gaps, and those that it puts around a text be of no word."""
     return 1 + max(*tokenizer.get_vocab().values(), *tokenizer("a cat")["input_ids"])
-
-
-def load_tiny_decoder(source: str, vae: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
-    """An AutoencoderTiny for latents such as `vae`'s (TAESD for Stable Diffusion), frozen.
-
-    Raises BackboneError.
-    """
-    from diffusers import AutoencoderTiny
-
-    folder = find_folder(source, ["*"])
-    with clear_errors(source, "an AutoencoderTiny's folder in diffusers' layout", folder):
-        decoder = _freeze(AutoencoderTiny.from_pretrained(folder, use_safetensors=True), device)
-    if decoder.config.latent_channels != vae.config.latent_channels:
-        mine, theirs = decoder.config.latent_channels, vae.config.latent_channels
-        raise BackboneError(f"{source}: decodes latents of {mine} channels; this VAE's have {theirs}")
-    return decoder
 
 
 def load_clip(
@@ -138,13 +122,18 @@ def load_llm(
 def load_editor(
     folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """An editor that `train.py` has saved: its RCLDM, frozen, and its settings. Raises BackboneError."""
+    """An editor that `train.py` has saved: its RCLDM, frozen, and its settings. Raises BackboneError.
+
+    Where its config names a subclass of RCLDM that has been imported, it is one (evaluation/vit.py).
+    """
     from rcldm import RCLDM
 
     source, folder = folder, find_folder(folder)
     with clear_errors(source, "an editor's folder as train.py saves it", folder):
         settings = read_json(folder / "instructgie.json")
-        model = RCLDM.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        kinds = {kind.__name__: kind for kind in RCLDM.__subclasses__()}
+        kind = kinds.get(read_json(folder / "config.json").get("_class_name"), RCLDM)
+        model = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
         return _freeze(model, device), settings
 
 

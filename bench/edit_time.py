@@ -4,9 +4,9 @@
     python bench/edit_time.py --backbone sd15 --batch 1 --steps 2 --repeat 1
 
 Both draw a whole grid with the same frozen Stable Diffusion, with as many passes of the U-Net for each step:
-one without guidance, two with guidance by text. Ours also encodes what is known of the latents, unifies no
-instruction, and decodes the answer's panel alone; the pipeline decodes the grid. ControlNet and RCLDM have
-random weights, which cost as much as trained ones.
+one without guidance, two with guidance by text. Ours unifies no instruction, and decodes the answer's panel
+alone; the pipeline decodes the grid. ControlNet and RCLDM have random weights, which cost as much as trained
+ones.
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
             options = {"image": condition, "guidance_scale": args.guidance}
             return pipeline.draw(texts, seeds, args.steps, **options)
     else:
-        factor = backbone.vae_factor(sd.vae)
-        model = RCLDM.from_unet(sd.unet, factor=factor, prompt_encoder_latents=True).to(device, dtype).eval()
+        model = RCLDM.from_unet(sd.unet, factor=backbone.vae_factor(sd.vae)).to(device, dtype).eval()
         pipe = InstructGIEPipeline(**sd._asdict(), rcldm=model, panel=chosen.panel)
         pipe.set_progress_bar_config(disable=True)
         if name.endswith("compiled"):

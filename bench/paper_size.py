@@ -155,10 +155,9 @@ def main() -> None:
                 folder / "data",
             ),
             *("--output", folder / "run", "--cache", folder / "cache", "--steps", args.steps, "--batch", 1),
-            *("--workers", 0, "--validation-pictures", 0, "--gradient-checkpointing"),
-            *("--encoder-steps", 1),
-            # Weak noise, so that the losses on the picture take part and their memory counts.
-            *("--noise-power", 0.05),
+            *("--workers", 0, "--gradient-checkpointing"),
+            # Its first noise is weak, so that the losses on the picture take part and their memory counts.
+            *("--seed", 2),
         )
         picture = folder / "data" / "train" / "0_before.png"
         pair = picture, folder / "data" / "train" / "0_after.png"

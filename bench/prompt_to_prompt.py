@@ -44,7 +44,7 @@ def local_edits(count: int, seed: int) -> list[tuple[str, str, str]]:
         edited = world.random_edit(scene, rng)
         before, after = ({thing.place: thing for thing in one.things} for one in (scene, edited))
         places = [place for place in world.PLACES if before.get(place) != after.get(place)]
-        rest = [(one.background, one.overlay, one.pose, one.look) for one in (scene, edited)]
+        rest = [(one.background, one.overlay, one.look) for one in (scene, edited)]
         if len(places) == 1 and rest[0] == rest[1]:
             found.append((scene.caption(), edited.caption(), places[0]))
     return found

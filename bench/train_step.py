@@ -1,10 +1,10 @@
-"""A training step of ours against the same step with diffusers' ControlNet: time and peak memory.
+"""A training step of ours against the same step with diffusers' ControlNet: grids a second and peak memory.
 
     python bench/train_step.py                                    # the toy size
     python bench/train_step.py --backbone sd15 --batch 1 --repeat 16 --rounds 1 --gradient-checkpointing
     python bench/train_step.py --backbone sd15 --batch 4 --precision bf16 --device cuda
 
-A step is forward, backward, clipping and AdamW, on random pictures under the same frozen U-Net; each model
+A step is forward, backward, clipping and Muon, on random pictures under the same frozen U-Net; each model
 runs in processes of its own, whose peak memory is its alone. Steps differ: L_es decodes no answer whose noise
 is too strong. So the time is a mean over steps, each counted as the fastest of all that decoded as many, and
 beside it stands how many a step decoded. The operations are those of products of matrices, convolutions and
@@ -13,7 +13,7 @@ attention in one step more; what is left out, the scan too, is small beside them
 ControlNet learns from the same grids, its condition the grid with the answer greyed out, its loss the plain
 mean of squares. All four contributions are RCLDM, the unified instruction (it costs nothing here: encoded
 once, before training), L_es and L_sam. Parts of the paper's size are built from their configurations, with
-random weights (bench/paper_size.py), and the tiny decoder from TAESD's.
+random weights (bench/paper_size.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, ControlNetModel
+from diffusers import ControlNetModel
 from torch import Tensor
 from torch.utils.flop_counter import (
     FlopCounterMode,
@@ -46,17 +46,13 @@ from scan import apart, resident
 import backbone
 import train
 from rcldm import RCLDM
-from training.precompute import Facts, Frozen
+from training.muon import Muon, parameter_groups
+from training.precompute import Facts
 
 MODELS = {
     "ControlNetModel": ("--no-rcldm", "--no-esm", "--no-sam"),
-    "ours without RCLDM, ESM and SAM": ("--no-rcldm", "--no-esm", "--no-sam"),
     "ours without ESM and SAM": ("--no-esm", "--no-sam"),
-    "ours, its encoder frozen, without ESM and SAM": ("--encoder-lr", "0", "--no-esm", "--no-sam"),
-    "ours with ViT, without ESM and SAM": ("--encoder", "vit", "--no-esm", "--no-sam"),
     "ours, all four": (),
-    "ours, all four, its encoder frozen": ("--encoder-lr", "0"),
-    "ours, all four, a tiny decoder for L_es": ("--tiny-decoder", "random"),
 }
 
 ATTENTION = "_scaled_dot_product_flash_attention"
@@ -99,7 +95,7 @@ def random_facts(sd: backbone.StableDiffusion, clip: torch.nn.Module | None, bat
         width = clip.visual.output_dim
         embeddings = F.normalize(torch.randn(count, 2, width, device=device), dim=-1)
         areas = (torch.rand(count, 1, side, side, device=device) > 0.8).float()
-    return Facts(latents, embeddings, areas, None, pictures), backbone.encode_text(sd, ["wave", ""])
+    return Facts(latents, embeddings, areas, pictures), backbone.encode_text(sd, ["wave", ""])
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -115,30 +111,22 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         clip.visual.register_forward_pre_hook(lambda _, pictures: decoded.append(len(pictures[0])))
     facts, texts = random_facts(sd, clip, args.batch, settings.panel)
     rows = torch.zeros(2 * args.batch, dtype=torch.long)
-    tiny = None
-    if settings.tiny_decoder:
-        tiny = AutoencoderTiny(latent_channels=facts.latents.shape[2]).to(device).requires_grad_(False)
-    losses_of = train.Losses(settings, sd, Frozen(sd.vae, clip, None), facts, texts, rows, tiny)
+    losses_of = train.Losses(settings, sd, clip, facts, texts, rows)
     theirs = name == "ControlNetModel"
     if theirs:
         model = ControlNetModel.from_unet(sd.unet)
     else:
-        factor = settings.panel // facts.latents.shape[-1]
-        design = "conv" if settings.no_rcldm else settings.encoder
-        model = RCLDM.from_unet(sd.unet, design, factor=factor, prompt_encoder_latents=design != "conv")
-        model.prompt_encoder.requires_grad_(settings.encoder_lr > 0)  # as train.py does after teaching it
+        model = RCLDM.from_unet(sd.unet, factor=backbone.vae_factor(sd.vae))
     model.to(device).train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
         sd.unet.enable_gradient_checkpointing()
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = train.new_adamw("adamw")(weights, lr=1e-5)
+    optimizer = Muon(parameter_groups(model, train.WEIGHT_DECAY), lr=1e-5)
     index = torch.arange(args.batch)
     batch = {"index": index, "example_index": index + args.batch}
 
     def controlnet_loss(g: torch.Generator) -> Tensor:
-        keep = train.dropout(args.batch, losses_of.drop, g)
-        condition, x_0, _, states = losses_of.draw(batch, keep, sd.unet.device)
+        condition, x_0, states, _ = losses_of.draw(batch, g)
         noise = torch.randn(x_0.shape, generator=g).to(device)
         t = torch.randint(sd.scheduler.config.num_train_timesteps, (args.batch,), generator=g).to(device)
         x_t = sd.scheduler.add_noise(x_0, noise, t)
@@ -155,7 +143,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
             loss = controlnet_loss(g) if theirs else losses_of(model, batch, g)["loss"]
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
         if cuda:
@@ -166,7 +154,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
     with FlopCounterMode(display=False) as counter:  # which needs memory, too
         take(0)
-    count = sum(weight.numel() for weight in weights)
+    count = sum(weight.numel() for weight in model.parameters())
     return {"steps": steps, "operations": counter.get_total_flops(), "bytes": peak, "weights": count}
 
 
@@ -198,15 +186,18 @@ def main() -> None:
         for name in tqdm(args.only * args.rounds, unit="process"):
             row = apart(measure, name, args)
             rows.setdefault(name, row | {"steps": []})["steps"] += row["steps"]
-        print("| a step of | M weights | G operations | answers decoded | ms | × ControlNet's | peak GiB |")
-        print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+        print("| a step of | M weights | G operations | answers decoded | ms ", end="")
+        print("| grids a second | × ControlNet's | peak GiB |")
+        print("| --- |" + " ---: |" * 7)
         first = None
         for name, row in rows.items():
             fastest = dict(sorted(row["steps"], reverse=True))  # by answers decoded: the last of each stays
             seconds, decoded = (mean(x) for x in zip(*((fastest[n], n) for n, _ in row["steps"])))
-            first = first or seconds
+            grids = args.batch / seconds
+            first = first or grids
             numbers = [f"{row['weights'] / 1e6:.2f}", f"{row['operations'] / 1e9:.0f}", f"{decoded:.2f}"]
-            numbers += [f"{1e3 * seconds:.0f}", f"{seconds / first:.2f}", f"{row['bytes'] / 2**30:.2f}"]
+            numbers += [f"{1e3 * seconds:.0f}", f"{grids:.2f}", f"{grids / first:.2f}"]
+            numbers.append(f"{row['bytes'] / 2**30:.2f}")
             print(f"| {name} | {' | '.join(numbers)} |")
 
 

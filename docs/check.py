@@ -26,6 +26,7 @@ from toy import world  # noqa: E402
 PROGRAMS = "python|make|pip|accelerate|pytest"
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md")), *sorted(HERE.glob("exercises/*.md"))]
 
+TRAINER = r"(?:(?<![a-z])train\.py|evaluation\.vit)"
 # What is changed of a command, in this order.
 SMALLER = {
     r"\s+#.*$": "",
@@ -41,9 +42,8 @@ SMALLER = {
     r"^make demo": "make -o .venv/installed demo",
     r"^pip install": "pip install --dry-run --quiet",
     r"^accelerate launch( --num_processes \d+)?": "accelerate launch --cpu --num_processes 1",
-    r"^(?!.*--resume)(.*(?<![a-z])train\.py.*)": r"rm -rf runs; \1",  # where a page's last one trained, too
-    r"((?<![a-z])train\.py.*)": r"\1 --data tiny --steps 2 --encoder-steps 2 --batch 4 --accumulate 1"
-    " --workers 0 --validation-pictures 1",
+    rf"^(?!.*--resume)(.*{TRAINER}.*)": r"rm -rf runs; \1",  # where a page's last one trained, too
+    rf"({TRAINER}.*)": r"\1 --data tiny --steps 2 --batch 4 --accumulate 1 --workers 0",
     r"(edit\.py --model runs/train/editor)$": r"\1 --instruction 'make it night' --input examples/input.png"
     " --output out",
     r"^(python toy/failures\.py)": r"python -m evaluation.evaluate; \1",

@@ -3,7 +3,7 @@
     python docs/figures.py                                # all of them, into docs/
     python docs/figures.py --only esm --output out        # one, elsewhere
 
-    rcldm    the four orders in which a scan reads the grid, plain and interleaved
+    rcldm    the four orders in which a scan reads the grid
     esm      editing shifts of real pairs in a plane, and what L_es says of right and wrong answers
     liu      a dozen ways to ask for four edits, before unification and after
     sam      the areas that the segmenter finds, and what they weigh in the latent
@@ -39,7 +39,7 @@ import esm
 import liu
 import rcldm
 import sam_loss
-from dataset import VisualPromptDataset, read_pairs
+from dataset import EditPair, VisualPromptDataset, read_pairs
 from pictures import image_to_tensor, tensor_to_image
 from toy import world
 from training.files import write_whole
@@ -87,16 +87,14 @@ def show_picture(ax: Axes, picture: Tensor) -> None:
 # --- RCLDM --------------------------------------------------------------------------------------------------
 
 
-def scan_orders(side: int, interleaved: bool) -> Tensor:
+def scan_orders(side: int) -> Tensor:
     """(4, side²): the pixel of the grid that each scan reads at each step, told by `cross_scan` itself."""
-    numbers = torch.arange(side * side).view(1, side, side, 1)
-    numbers = rcldm._interleave(numbers) if interleaved else numbers
-    return rcldm.cross_scan(numbers.permute(0, 3, 1, 2))[0, :, 0]
+    return rcldm.cross_scan(torch.arange(side * side).view(1, 1, side, side))[0, :, 0]
 
 
-def twin_steps(side: int, interleaved: bool) -> float:
+def twin_steps(side: int) -> float:
     """Steps from a place of a panel to the same place of the panel beside or below it, in the mean."""
-    steps = scan_orders(side, interleaved).argsort(1).unflatten(1, (2, side // 2, 2, side // 2))
+    steps = scan_orders(side).argsort(1).unflatten(1, (2, side // 2, 2, side // 2))
     beside, below = steps[:, :, :, 1] - steps[:, :, :, 0], steps[:, 1] - steps[:, 0]
     return torch.cat([beside.flatten(), below.flatten()]).abs().float().mean().item()
 
@@ -105,25 +103,22 @@ def draw_rcldm(args: argparse.Namespace) -> Figure:
     """Grids of 2 × 2 panels, shaded by the step at which a place is read; in the same place of each panel the
     step is written."""
     side, column, row = 8, 2, 1
-    figure, axes = plt.subplots(2, 4, figsize=(WIDTH, 4.35))
+    figure, axes = plt.subplots(1, 4, figsize=(WIDTH, 2.25))
     names = "by rows", "by columns", "by rows, from the end", "by columns, from the end"
-    for line, kind in zip(axes, ("plain", "interleaved")):
-        for ax, name, order in zip(line, names, scan_orders(side, kind == "interleaved")):
-            steps = order.argsort().view(side, side)
-            ax.imshow(steps, BLUES, interpolation="nearest")
-            if kind == "plain":
-                ax.plot(order % side, order // side, color="white", linewidth=0.8)
-                ax.set_title(name)
-            for y in (row, row + side // 2):
-                for x in (column, column + side // 2):
-                    ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color="white"))
-                    ax.text(x, y, steps[y, x].item(), ha="center", va="center_baseline")
-            for between_panels in (ax.axhline, ax.axvline):
-                between_panels(side / 2 - 0.5, color="white", linewidth=4)
-            bare(ax)
-        line[0].set_ylabel(kind, fontsize=8.5)
-        steps = twin_steps(16, kind == "interleaved")  # the toy's latents of a grid are 16 × 16
-        print(f"rcldm: steps to the same place of the next panel, {kind}: {steps:g}")
+    for ax, name, order in zip(axes, names, scan_orders(side)):
+        steps = order.argsort().view(side, side)
+        ax.imshow(steps, BLUES, interpolation="nearest")
+        ax.plot(order % side, order // side, color="white", linewidth=0.8)
+        ax.set_title(name)
+        for y in (row, row + side // 2):
+            for x in (column, column + side // 2):
+                ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color="white"))
+                ax.text(x, y, steps[y, x].item(), ha="center", va="center_baseline")
+        for between_panels in (ax.axhline, ax.axvline):
+            between_panels(side / 2 - 0.5, color="white", linewidth=4)
+        bare(ax)
+    # The toy's latents of a grid are 16 × 16.
+    print(f"rcldm: steps to the same place of the next panel: {twin_steps(16):g}")
     return figure
 
 
@@ -244,8 +239,8 @@ def show_plane(ax: Axes, points: Tensor, aspect: float) -> None:
 EDITS = (
     world.Edit("night"),
     world.Edit("smile", "face"),
-    world.Edit("recolour", "circle", "brown"),
-    world.Edit("mirror"),
+    world.Edit("recolour", "circle", "pink"),
+    world.Edit("invert"),
 )
 
 
@@ -293,7 +288,7 @@ def draw_liu(args: argparse.Namespace) -> Figure:
 
 
 def text_distances(sd: backbone.StableDiffusion, texts: list[str]) -> Tensor:
-    """Between all texts, as the prompt encoder reads them, each channel normalised over the words: (N, N).
+    """Between the text encoder's states of all texts, each channel normalised over the words: (N, N).
 
     The root mean square of what differs; √2 where nothing is alike.
     """
@@ -315,7 +310,7 @@ def draw_sam(args: argparse.Namespace) -> Figure:
     areas = sam_loss.SelectiveAreas(*backbone.load_segmenter(toy.segmenter), toy.classes)
     after = torch.stack([data.load_pair(i)[1] for i in range(len(data))])  # (N, 3, P, P)
     found = torch.cat([areas(some) for some in after.split(64)])[:, 0] > 0  # (N, P, P)
-    true = torch.stack([data.load_classes(i)[1] for i in range(len(data))]) == world.CLASSES.index("face")
+    true = torch.stack([face_of_answer(pair) for pair in data.pairs])
     both, either = (mask.flatten(1).sum(1) for mask in (found & true, found | true))
     overlap = both / either.clamp(min=1)
     shows, finds = (mask.flatten(1).any(1) for mask in (true, found))
@@ -344,6 +339,13 @@ def draw_sam(args: argparse.Namespace) -> Figure:
     axes[0, 0].set_ylabel("area")
     axes[1, 0].set_ylabel("its weight")
     return figure
+
+
+def face_of_answer(pair: EditPair) -> Tensor:
+    """Where the true answer shows a face, as the renderer knows it: (P, P), bool."""
+    scene, edit = world.scene_from_json(json.loads(pair.extra["scene"])), json.loads(pair.extra["edit"])
+    classes = world.render_classes(world.Edit(**edit).apply(scene))
+    return torch.from_numpy(classes == world.CLASSES.index("face"))
 
 
 # --- The command --------------------------------------------------------------------------------------------

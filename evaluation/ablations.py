@@ -4,9 +4,9 @@
     python -m evaluation.ablations --seeds 0 --only full no-esm    # a part of it
     python -m evaluation.ablations --table    # only writes docs/results.md from what is measured
 
-Each arm is a command of `train.py` or `baselines.py`, each set of answers one of `evaluate.py`, measured by
-`metrics.py` and `toy/score.py`. This file calls these programs and gathers what they wrote. All arms of a
-seed see the same number of grids, or of edits, drawn in the same order.
+Each arm is a command of `train.py`, `vit.py` or `baselines.py`, each set of answers one of `evaluate.py`,
+measured by `metrics.py` and `toy/score.py`. This file calls these programs and gathers what they wrote. All
+arms of a seed see the same number of grids, or of edits, drawn in the same order.
 
 Every contribution is measured where it should show: RCLDM where the instruction is withheld and only the
 example tells, ESM on everything, LIU on paraphrases that no model has seen, SAM on faces.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -38,9 +37,8 @@ PAGE = HERE / "docs" / "results.md"
 
 
 class Arm(NamedTuple):
-    """label: in the tables. options: of train.py. method, sampling: of evaluate.py.
+    """label: in the tables. options: of the program that trains it. method, sampling: of evaluate.py.
 
-    taught_as: another arm, whose prompt encoder this one takes: taught alike, it would be the same.
     trained: here, once for each seed; what is not is asked once.
     paper: the paper's FID and CLIP directional similarity, on photographs.
     times: the budget, this often. beside: the arm of the same budget that the differences are taken from.
@@ -50,7 +48,7 @@ class Arm(NamedTuple):
     options: tuple[str, ...] = ()
     method: str = "instructgie"
     sampling: tuple[str, ...] = ()
-    taught_as: str | None = None
+    program: str = "train.py"
     trained: bool = True
     paper: tuple[float | None, float | None] = (None, None)
     times: int = 1
@@ -75,13 +73,12 @@ SETS = {
 ARMS = {
     "full": Arm("InstructGIE", paper=(7.57, 0.27)),
     "no-rcldm": Arm("without RCLDM", ("--no-rcldm",), paper=(10.15, 0.13)),
-    "vit": Arm("ViT in place of VMamba", ("--encoder", "vit")),
-    "no-esm": Arm("without ESM", ("--no-esm",), taught_as="full", paper=(9.23, 0.15)),
+    "vit": Arm("ViT in place of VMamba", program="evaluation.vit"),
+    "no-esm": Arm("without ESM", ("--no-esm",), paper=(9.23, 0.15)),
     "no-liu": Arm("without LIU", ("--no-liu",), paper=(10.37, None)),
-    "no-sam": Arm("without SAM", ("--no-sam",), taught_as="full", paper=(11.31, None)),
-    "es-10x": Arm("ESM, ten times the weight", ("--es-weight", "0.5"), taught_as="full"),
-    "frozen": Arm("its encoder frozen once taught", ("--encoder-lr", "0"), taught_as="full"),
-    "sam-10x": Arm("SAM, ten times the weight", ("--sam-weight", "1"), taught_as="full"),
+    "no-sam": Arm("without SAM", ("--no-sam",), paper=(11.31, None)),
+    "es-10x": Arm("ESM, ten times the weight", ("--es-weight", "0.5")),
+    "sam-10x": Arm("SAM, ten times the weight", ("--sam-weight", "1")),
     "sdedit": Arm(
         "SDEdit", method="sdedit", sampling=("--guidance-text", "4"), trained=False, paper=(21.67, 0.11)
     ),
@@ -105,8 +102,8 @@ COMPARED = {
     for each in ("seen", "unseen_combination")
 }
 TAKEN_AWAY = {
-    "example": ("full", "no-rcldm", "vit", "frozen"),
-    "seen": ("full", "no-esm", "es-10x", "no-rcldm", "vit", "no-liu", "no-sam", "sam-10x", "frozen"),
+    "example": ("full", "no-rcldm", "vit"),
+    "seen": ("full", "no-esm", "es-10x", "no-rcldm", "vit", "no-liu", "no-sam", "sam-10x"),
     "paraphrase": ("full", "no-liu"),
     "faces": ("full", "no-sam", "sam-10x"),
 }
@@ -136,7 +133,7 @@ def call(*command: object) -> str:
 
 def check_budget(args: argparse.Namespace) -> None:
     """Notes the budget beside the runs; raises ValueError where runs of another lie there."""
-    names = ("encoder_steps", "steps", "batch", "precision", "data", "count")
+    names = ("steps", "batch", "precision", "data", "count")
     budget = {name: getattr(args, name) for name in names}
     for name, (there, now) in other_settings(args.runs / "budget.json", budget).items():
         was = f"--{name.replace('_', '-')} {there}, not {now}"
@@ -153,18 +150,12 @@ def train(name: str, seed: int, args: argparse.Namespace) -> str | None:
     if result.exists() and (folder / "done").exists():
         return str(result)
     budget = ("--seed", seed, "--batch", args.batch, "--precision", args.precision, "--data", args.data)
+    budget += ("--steps", arm.times * args.steps)
     if ours:
-        taught = args.runs / f"{arm.taught_as}-{seed}" / "prompt-encoder"
-        if arm.taught_as and taught.exists() and not (folder / "prompt-encoder").exists():
-            shutil.copytree(taught, folder / "copying", dirs_exist_ok=True)
-            (folder / "copying").rename(folder / "prompt-encoder")
-        steps = ("--encoder-steps", arm.times * args.encoder_steps, "--steps", arm.times * args.steps)
-        steps += ("--validate-every", arm.times * args.steps)
         begun = ("--resume",) if folder.exists() else ()
-        call("train.py", "--output", folder, *begun, *budget, *steps, *arm.options)
+        call(arm.program, "--output", folder, *begun, *budget, *arm.options)
     else:
-        total = arm.times * (args.encoder_steps + args.steps)
-        call("evaluation.baselines", arm.method, "--output", folder, *budget, "--steps", total)
+        call("evaluation.baselines", arm.method, "--output", folder, *budget)
     (folder / "done").touch()
     return str(result)
 
@@ -303,10 +294,7 @@ def receptive_fields(args: argparse.Namespace) -> str:
 def write_page(args: argparse.Namespace) -> None:
     """Puts the tables into the page, between its two marks; what is written around them stays."""
     start, end = "<!-- measured: by evaluation.ablations -->\n", "<!-- end of what is measured -->\n"
-    parts = [
-        f"{args.encoder_steps} steps of {args.batch} that teach the prompt encoder, and {args.steps} more; "
-        f"baselines learn as many as both. Seeds {', '.join(map(str, args.seeds))}.\n"
-    ]
+    parts = [f"{args.steps} steps of {args.batch}. Seeds {', '.join(map(str, args.seeds))}.\n"]
     for heading, tables in (
         ("## Beside the baselines", COMPARED),
         ("## Without each contribution", TAKEN_AWAY),
@@ -333,8 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--only", nargs="+", default=list(ARMS), choices=ARMS, help="these arms")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--encoder-steps", type=int, default=4000, help="in which the prompt encoder is taught alone")
-    add("--steps", type=int, default=2000, help="thereafter; baselines learn as many as both together")
+    add("--steps", type=int, default=6000, help="of every arm's training")
     add("--batch", type=int, default=16)
     add("--count", type=int, default=512, help="answers of each set")
     add("--precision", default="bf16", choices=("no", "bf16"))

@@ -179,8 +179,8 @@ def renamed(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tens
 class Learner(nn.Module):
     """A baseline's trained parts, and how they predict; what is frozen they only refer to.
 
-    Shares of samples without text and condition, without text, without condition: `drop`. InstructPix2Pix
-    has its authors', Prompt Diffusion ours, so that it edits by the pair alone as often as we do.
+    drop: shares of samples without text, without condition, without either. InstructPix2Pix has its authors',
+    Prompt Diffusion ours, so that it edits by the pair alone as often as we do.
     """
 
     def __init__(self, method: str, sd: backbone.StableDiffusion) -> None:
@@ -197,7 +197,7 @@ class Learner(nn.Module):
                 self.unet.conv_in.bias[:] = old.bias
             self.unet.requires_grad_(True)
         else:
-            self.drop = 0.05, 0.5, 0.2
+            self.drop = 0.5, 0.2, 0.05
             self.control = new_control(sd.unet).requires_grad_(True)
             # Its authors' script unlocks the decoder of the U-Net.
             for part in (self.unet.up_blocks, self.unet.conv_norm_out, self.unet.conv_out):

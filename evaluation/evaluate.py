@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import backbone
+import evaluation.vit  # noqa: F401  so that its editors load
 from dataset import COLUMNS, VisualPromptDataset, read_pairs
 from evaluation.baselines import InstructPix2Pix, PromptDiffusion, SDEdit
 from pictures import TableImage, load_image, picture_digest, tensor_to_image

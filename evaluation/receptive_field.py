@@ -20,28 +20,28 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import backbone
 from dataset import VisualPromptDataset, compose_grid, mask_query, read_pairs
 from evaluation.evaluate import draw_queries, panel_rows
-from pipeline import known_latents
-from rcldm import DESIGNS, RCLDM
+from evaluation.vit import ViTRCLDM
+from rcldm import RCLDM
 from training.files import write_whole
 
 SHARES = (0.5, 0.9, 0.99)
 
 
-def receptive_field(model: RCLDM, grids: Tensor, text: Tensor, known: Tensor) -> Tensor:
+def receptive_field(model: RCLDM, grids: Tensor) -> Tensor:
     """The field (H, W) of the place in the middle, its sum 1. grids: (B, 3, H, W) in [-1, 1]."""
     encoder, features = model.prompt_encoder, []
     last = encoder.conv_out if model.config.design == "conv" else encoder.zero_proj
     last_input = last.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     grids = grids.clone().requires_grad_()
-    model.encode_condition(grids, text, known)
+    model.encode_condition(grids)
     last_input.remove()
     (x,) = features
-    x = x if model.config.design == "conv" else x[..., : encoder.norm.normalized_shape[0]].movedim(-1, 1)
+    x = x if model.config.design == "conv" else x.movedim(-1, 1)
     middle = x[:, :, x.shape[2] // 2, x.shape[3] // 2]
     weights = torch.randn(middle.shape[1], generator=torch.Generator().manual_seed(0)).to(middle)
     (gradient,) = torch.autograd.grad((middle @ weights).sum(), grids)
@@ -70,17 +70,14 @@ def fields(args: argparse.Namespace) -> dict[str, Tensor]:
     queries = draw_queries(data, args.count, seed=0)
     panels = torch.stack([data.load_panels(query.example, query.index) for query in queries])
     grids = mask_query(compose_grid(*panels.unbind(1)))
-    known = known_latents(sd.vae, grids)
-    with torch.no_grad():
-        text = backbone.encode_text(sd, [""] * len(grids))
-    models: dict[str, nn.Module] = {}
-    for design in DESIGNS:
+    models: dict[str, RCLDM] = {}
+    for design, kind in (("conv", RCLDM), ("vit", ViTRCLDM), ("vmamba", RCLDM)):
         torch.manual_seed(0)
-        models[f"{design}, untrained"] = RCLDM.from_unet(sd.unet, design)
+        models[f"{design}, untrained"] = kind.from_unet(sd.unet, design, factor=backbone.vae_factor(sd.vae))
     for folder in args.editors:
         model, _ = backbone.load_editor(folder)
         models[f"{model.config.design}, {folder}"] = model
-    return {name: receptive_field(model, grids, text, known) for name, model in models.items()}
+    return {name: receptive_field(model, grids) for name, model in models.items()}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,8 +11,8 @@ and afterwards each pixel sums what its four readings made of it. That sum is th
 
 Write both, and count how far a scan must carry what it read.
 Question: a panel of the toy grid is 8 latents wide. How many steps lie between a place of the query and its
-twin in the answer, in each order? And from the twin in "example after"? What does `_interleave` of rcldm.py
-change?
+twin in the answer, in each order? And from the twin in "example after"? What is left of a state after as many
+steps, at a half-life of 7?
 
 Read: section 2 of rcldm.py, after you have tried.
 Test: pytest exercises -k 04

@@ -139,14 +139,10 @@ def test_04_how_far_twins_lie_apart(exercise):
     assert exercise.steps((1, 2), (0, 1), 2, 3) == [-4, -3, 4, 3]
     p, (y, x) = 8, (3, 5)
     query, answer, after = (p + y, x), (p + y, p + x), (y, p + x)
-    query_, answer_, after_ = (2 * y + 1, 2 * x), (2 * y + 1, 2 * x + 1), (2 * y, 2 * x + 1)  # interleaved
-    for name, far, near in (
-        ("query → answer", (query, answer), (query_, answer_)),
-        ("example after → answer", (after, answer), (after_, answer_)),
-    ):
-        far, near = (exercise.steps(*pixels, 2 * p, 2 * p) for pixels in (far, near))
-        print(f"{name}: {far} steps; interleaved, {near}")
-        assert sorted(map(abs, far)) == [8, 8, 128, 128] and sorted(map(abs, near)) == [1, 1, 16, 16]
+    for name, pixels in (("query → answer", (query, answer)), ("example after → answer", (after, answer))):
+        apart = exercise.steps(*pixels, 2 * p, 2 * p)
+        print(f"{name}: {apart} steps")
+        assert sorted(map(abs, apart)) == [8, 8, 128, 128]
 
 
 # --- 05 The selective scan ----------------------------------------------------------------------------------
@@ -193,7 +189,7 @@ def test_05_half_of_an_impulse_is_left_after_its_half_life(exercise):
 @cache
 def grid_of_noise():
     """A grid of scenes: its latents, those with noise, their timestep, no text, and the condition."""
-    edit, sd = world.Edit("mirror"), stable_diffusion()
+    edit, sd = world.Edit("invert"), stable_diffusion()
     panels = torch.cat([tensor(s) for scene in scenes(0, 2, edit) for s in (scene, edit.apply(scene))])
     clean = compose_grid(*backbone.encode_images(sd.vae, panels))[None]
     noise, t = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([100])
@@ -281,7 +277,7 @@ def test_07_a_picture_left_alone_is_told_where_to_go(exercise):
 
 
 def test_07_an_edit_made_in_part(exercise):
-    edit, clip = world.Edit("light", "", "darker"), backbone.load_clip("toy/weights/clip")
+    edit, clip = world.Edit("night"), backbone.load_clip("toy/weights/clip")
     found = scenes(1, 8, edit)
     before = torch.cat([tensor(scene) for scene in found])
     after = torch.cat([tensor(edit.apply(scene)) for scene in found])
@@ -436,14 +432,14 @@ def test_11_the_rule_changes_one_colour(exercise):
 
 def test_11_every_edit_has_words_of_its_own(exercise):
     family = exercise.family()
-    assert set(family.arguments) == set(permutations(world.SHAPES, 2)) and len(family.arguments) == 56
+    assert set(family.arguments) == set(permutations(world.SHAPES, 2)) and len(family.arguments) == 30
     templates = family.canonical, *family.sayings
     assert len(set(templates)) == len(templates) >= 6
     assert all("{target}" in text and "{value}" in text for text in templates)
     theirs = {edit.instruction for edit in world.every_edit()}
     with patch.dict(world.FAMILIES, {"borrow": family}):
         ours = [world.Edit("borrow", *arguments).instruction for arguments in family.arguments]
-    assert len(set(ours)) == 56 and not theirs & set(ours), "an instruction must mean one edit"
+    assert len(set(ours)) == 30 and not theirs & set(ours), "an instruction must mean one edit"
 
 
 def test_11_a_difference_is_one_of_any_channel_and_of_any_sign(exercise):
@@ -456,7 +452,7 @@ def test_11_a_difference_is_one_of_any_channel_and_of_any_sign(exercise):
 
 def test_11_pairs_differ_in_the_target_and_nowhere_else(exercise):
     with patch.dict(world.FAMILIES, {"borrow": exercise.family()}):
-        for target, value in (("circle", "star"), ("heart", "ring"), ("cross", "diamond")):
+        for target, value in (("circle", "star"), ("heart", "square"), ("cross", "triangle")):
             edit = world.Edit("borrow", target, value)
             for before in scenes(target, 4, edit):
                 after = edit.apply(before)
@@ -470,7 +466,8 @@ def test_11_pairs_differ_in_the_target_and_nowhere_else(exercise):
 
 # --- 12 The wrong example -----------------------------------------------------------------------------------
 
-MIRROR, INVERT, NIGHT = world.Edit("mirror"), world.Edit("invert"), world.Edit("night")
+STRIPES = world.Edit("stripes", "", "red horizontal")
+INVERT, NIGHT = world.Edit("invert"), world.Edit("night")
 WHITE, NAVY, MEADOW = (world.Edit("background", "", name) for name in ("white", "navy", "meadow"))
 
 
@@ -478,17 +475,17 @@ def test_12_verdicts(exercise):
     query = scene(("circle", "red"), ("star", "blue"), background="desert")
     answers = {
         "nothing": query,
-        "shown": MIRROR.apply(query),
+        "shown": STRIPES.apply(query),
         "told": INVERT.apply(query),
-        "both": INVERT.apply(MIRROR.apply(query)),
+        "both": INVERT.apply(STRIPES.apply(query)),
     }
     noise = np.random.default_rng(0).integers(-9, 10, (64, 64, 3))
     for expected, after in answers.items():
         picture = world.render(after)
-        assert exercise.verdict(picture, query, MIRROR, INVERT) == (expected, 0)
+        assert exercise.verdict(picture, query, STRIPES, INVERT) == (expected, 0)
         pixels = np.asarray(picture).astype(int)
         rough = Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
-        name, distance = exercise.verdict(rough, query, MIRROR, INVERT)
+        name, distance = exercise.verdict(rough, query, STRIPES, INVERT)
         assert name == expected
         assert distance == pytest.approx(np.abs(np.asarray(rough).astype(int) - pixels).mean())
 
@@ -496,7 +493,7 @@ def test_12_verdicts(exercise):
 def test_12_verdicts_where_edits_cannot_be_made_or_agree(exercise):
     query = scene(("circle", "red"), background="navy")
     assert exercise.verdict(world.render(query), query, NAVY, NAVY) == ("nothing", 0)
-    assert exercise.verdict(world.render(MIRROR.apply(query)), query, MIRROR, MIRROR) == ("shown", 0)
+    assert exercise.verdict(world.render(STRIPES.apply(query)), query, STRIPES, STRIPES) == ("shown", 0)
     assert exercise.verdict(world.render(MEADOW.apply(query)), query, NAVY, MEADOW) == ("told", 0)
 
 
@@ -525,18 +522,18 @@ class Listener:
 
 
 def test_12_the_survey_asks_what_it_should(exercise):
-    example, *queries = known = scenes(3, 4, MIRROR, INVERT)
+    example, *queries = known = scenes(3, 4, STRIPES, INVERT)
     for to_words, name in ((False, "shown"), (True, "told")):
-        pipe = Listener(known, (MIRROR, INVERT), to_words)
-        assert exercise.survey(pipe, example, queries, MIRROR, INVERT, steps=7) == [(name, 0)] * 3
+        pipe = Listener(known, (STRIPES, INVERT), to_words)
+        assert exercise.survey(pipe, example, queries, STRIPES, INVERT, steps=7) == [(name, 0)] * 3
 
 
 def test_12_who_wins(exercise):
     query = scene(("circle", "red"))
-    exercise.verdict(world.render(query), query, MIRROR, INVERT)  # before anything is loaded
+    exercise.verdict(world.render(query), query, STRIPES, INVERT)  # before anything is loaded
     pipe = InstructGIEPipeline.from_pretrained("toy/weights/editor")
     pipe.set_progress_bar_config(disable=True)
-    for shown, told in ((MIRROR, INVERT), (NIGHT, WHITE), (NAVY, MEADOW)):
+    for shown, told in ((STRIPES, INVERT), (NIGHT, WHITE), (NAVY, MEADOW)):
         example, *queries = scenes(0, 7, shown, told)
         for words in (shown, told):
             found = exercise.survey(pipe, example, queries, shown, words, steps=10)

@@ -40,6 +40,8 @@ def nan_until_written():
 def run(parts, monkeypatch, tmp_path):
     """Runs train.py's main in this process; options override the tiny defaults."""
 
+    monkeypatch.setattr(train, "VALIDATION_PICTURES", 2)
+
     def start(*more, output=None, **paths):
         argv = [*options(parts, output or tmp_path / "run", **paths), *more]
         monkeypatch.setattr(sys, "argv", ["train.py", *argv])

@@ -27,7 +27,7 @@ from tiny import options, save_all  # noqa: E402
 import train  # noqa: E402
 from training import checkpoint  # noqa: E402
 
-STEPS = ("--encoder-steps", "3", "--steps", "5", "--checkpoint-every", "1")
+STEPS = ("--steps", "5", "--save-every", "1")
 WATCHED = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.unlink")
 
 

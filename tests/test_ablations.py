@@ -11,6 +11,9 @@ from evaluation import ablations
 PAGE = "Before.\n<!-- measured: by evaluation.ablations -->\nold\n<!-- end of what is measured -->\nAfter.\n"
 
 
+TRAINERS = "train.py", "evaluation.vit", "evaluation.baselines"
+
+
 @pytest.fixture
 def programs(tmp_path, monkeypatch):
     """Stands in for the programs: notes each command, and leaves what the program would."""
@@ -26,10 +29,9 @@ def programs(tmp_path, monkeypatch):
         def option(name):
             return Path(words[words.index(name) + 1])
 
-        if words[0] in ("train.py", "evaluation.baselines"):
-            name = "editor" if words[0] == "train.py" else "pipeline"
+        if words[0] in TRAINERS:
+            name = "pipeline" if words[0] == "evaluation.baselines" else "editor"
             (option("--output") / name).mkdir(parents=True)
-            (option("--output") / "prompt-encoder").mkdir(exist_ok=True)
         elif words[0] == "evaluation.evaluate":
             folder = option("--output") / "seen" / "both"
             folder.mkdir(parents=True)
@@ -61,22 +63,17 @@ def programs(tmp_path, monkeypatch):
 
 
 def trained(calls):
-    return [words for words in calls if words[0] in ("train.py", "evaluation.baselines")]
+    return [words for words in calls if words[0] in TRAINERS]
 
 
 def test_every_arm_is_trained_once_a_seed_on_one_budget(programs):
-    calls, _ = programs("--encoder-steps", "30", "--steps", "20", "--batch", "4")
-    ours = [words for words in calls if words[0] == "train.py"]
-    assert len(ours) == 10 * 3
-    for words in ours:
+    calls, _ = programs("--steps", "20", "--batch", "4")
+    assert [sum(words[0] == program for words in calls) for program in TRAINERS] == [8 * 3, 3, 4 * 3]
+    for words in trained(calls):
         given = dict(pairwise(words))
-        budget = ("90", "60") if "3x" in given["--output"] else ("30", "20")
-        assert (given["--encoder-steps"], given["--steps"], given["--batch"]) == (*budget, "4")
-    switches = {words[-1] for words in ours if words[-1].startswith("--no")}
+        assert given["--steps"] == ("60" if "3x" in given["--output"] else "20") and given["--batch"] == "4"
+    switches = {words[-1] for words in trained(calls) if words[-1].startswith("--no")}
     assert switches == {"--no-rcldm", "--no-esm", "--no-liu", "--no-sam"}
-    baselines = [words for words in calls if words[0] == "evaluation.baselines"]
-    totals = sorted(words[words.index("--steps") + 1] for words in baselines)
-    assert totals == ["150"] * 2 * 3 + ["50"] * 2 * 3
     asked = [words for words in calls if words[0] == "evaluation.evaluate"]
     assert sum("sdedit" in words for words in asked) == 2  # not trained: once on each split
     told = [words for words in asked if "paraphrase" in words]

@@ -58,7 +58,6 @@ def test_masks_change_their_panels_and_no_other(size, fill):
     flat = torch.full_like(panels[0], fill)
     assert torch.equal(ds.mask_query(grid, fill), ds.compose_grid(*panels[:3], flat))
     assert torch.equal(ds.drop_example(grid, fill), ds.compose_grid(flat, flat, *panels[2:]))
-    assert torch.equal(ds.repeat_query(grid), ds.compose_grid(*panels[:3], panels[2]))
     assert torch.equal(grid, kept)  # a copy is masked, never the grid itself
 
 
@@ -70,7 +69,7 @@ def test_gradient_passes_a_mask_only_outside_it():
 
 @pytest.mark.parametrize("shape", [(3, 5, 5), (3, 4, 6), (4, 4), (3, 0, 0)])
 def test_what_is_no_grid_is_refused(shape):
-    for function in (ds.split_grid, ds.answer_panel, ds.mask_query, ds.drop_example, ds.repeat_query):
+    for function in (ds.split_grid, ds.answer_panel, ds.mask_query, ds.drop_example):
         with pytest.raises(ValueError, match="even sides"):
             function(torch.zeros(shape))
 
@@ -400,27 +399,6 @@ def write_rows(folder, rows) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     (folder / "metadata.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-
-
-def test_classes_of_pixels_keep_their_numbers(tmp_path):
-    folder = make_folder(tmp_path)
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    shown = np.zeros((16, 24), np.uint8)
-    shown[:, 4:12] = 7  # the crop to a square starts at column 4
-    Image.fromarray(shown).save(folder / "shown.png", icc_profile=LINEAR_GREY)  # numbers are no colours
-    for row in rows[:-1]:
-        row |= dict.fromkeys(("input_classes_file_name", "output_classes_file_name"), "shown.png")
-    rows[-1]["input_classes_file_name"] = "shown.png"  # one of two is as none
-    write_rows(folder, rows)
-    data = ds.VisualPromptDataset(ds.read_pairs(folder), size=8)
-    maps = data.load_classes(0)
-    assert maps.shape == (2, 8, 8) and maps.dtype == torch.uint8 and data.pairs[0].extra == {"score": 0}
-    assert (maps[..., :4] == 7).all() and not maps[..., 4:].any()
-    assert ds.VisualPromptDataset([*data.pairs[:2]], 8).load_classes(1) is not None
-    assert ds.read_pairs(folder)[-1].classes is None
-    write_rows(folder, [rows[0] | {"input_classes_file_name": "../shown.png"}])
-    with pytest.raises(ds.DatasetError, match=r"shown\.png"):
-        ds.read_pairs(folder)
 
 
 def test_folder_reader(tmp_path):

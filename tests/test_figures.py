@@ -58,12 +58,10 @@ def test_a_figure_is_drawn_and_its_page_quotes_what_it_prints(name, data, tmp_pa
 
 
 def test_scans_go_where_they_say():
-    plain, interleaved = (figures.scan_orders(4, kind) for kind in (False, True))
-    assert plain[0].tolist() == list(range(16)) and plain[2].tolist() == list(range(15, -1, -1))
-    assert plain[1, :5].tolist() == [0, 4, 8, 12, 1]
-    assert interleaved[0, :4].tolist() == [0, 2, 1, 3]  # left panel, right panel, left, right
-    # Beside: half a row plain, one step interleaved; below: half the grid's rows, one row.
-    assert figures.twin_steps(4, False) == (2 + 8) / 2 and figures.twin_steps(4, True) == (1 + 4) / 2
+    rows, columns, back, _ = figures.scan_orders(4)
+    assert rows.tolist() == list(range(16)) and back.tolist() == list(range(15, -1, -1))
+    assert columns[:5].tolist() == [0, 4, 8, 12, 1]
+    assert figures.twin_steps(4) == (2 + 8) / 2  # half a row; half the grid's rows
 
 
 # --- Worked examples ----------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def test_a_toy_part_whose_weights_half_precision_cannot_hold(tmp_path):
 def test_facts_are_checked_as_half_precision_holds_them(folders, tmp_path):
     data = save_data(tmp_path / "data")
     sd = backbone.load_stable_diffusion(str(folders / "sd"))
-    args = SimpleNamespace(data=data, split="train", cache=tmp_path / "cache", workers=0)
+    args = SimpleNamespace(data=data, cache=tmp_path / "cache", workers=0)
     pairs = VisualPromptDataset(read_pairs(data), P)
     sd.vae.register_to_config(scaling_factor=1e7)
     with pytest.raises(ValueError, match=r"NaN or infinity in .*: the latents"):

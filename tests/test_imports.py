@@ -16,7 +16,7 @@ BELOW = {name: set() for name in GROUND} | {
     "scan_kernels": set(),
     "backbone": {"rcldm"},
     "training": {"backbone", *GROUND},
-    "pipeline": {"backbone", *GROUND},
+    "pipeline": {"backbone", "training", *GROUND},
     "edit": {"backbone", "training", "pipeline", *GROUND},
     "train": {"backbone", "training", "pipeline", *GROUND},
     "app": {"backbone", "edit", "pipeline", "toy", *GROUND},

@@ -28,11 +28,12 @@ from tiny import P, save_parts
 import backbone
 import edit
 import liu
-from dataset import compose_grid, repeat_query, split_grid
+from dataset import split_grid
 from pictures import image_to_tensor, load_image, tensor_to_image, to_panel
-from pipeline import InstructGIEPipeline, fit_panel, model_card, seeded, settle, unfit
+from pipeline import InstructGIEPipeline, fit_panel, seeded, unfit
 from rcldm import RCLDM
 from training import precompute
+from training.card import model_card
 
 
 def load(folder, **options):
@@ -114,46 +115,6 @@ def branches(editor, edits, monkeypatch, **options):
     monkeypatch.undo()
     assert len(sizes) == 2 and len(set(sizes)) == 1 and encoded == sizes[:1]
     return sizes[0] // 3
-
-
-def test_the_encoder_is_given_the_latents_it_was_trained_with(editor, edits, monkeypatch):
-    given = []
-    encode = editor.rcldm.encode_condition
-    monkeypatch.setattr(
-        editor.rcldm, "encode_condition", lambda *inputs: given.append(inputs) or encode(*inputs)
-    )
-    draw(editor, edits, has_example=[True, False, True])
-    condition, _, known = given[0]
-    with torch.no_grad():
-        panels = [backbone.encode_images(editor.vae, panel) for panel in split_grid(condition)]
-        grey = backbone.encode_images(editor.vae, torch.zeros(1, 3, P, P))
-    torch.testing.assert_close(known, repeat_query(compose_grid(*panels)))
-    torch.testing.assert_close(known[1:2], compose_grid(grey, grey, *[panels[2][1:2]] * 2))
-
-
-def test_what_is_drawn_gives_way_to_a_draft_that_it_hardly_differs_from():
-    drawn = torch.zeros(1, 4, 8, 8)
-    known = torch.full_like(drawn, 9.0)  # the draft keeps nothing of it
-    for difference, share in ((0.0, 1), (0.1, 0.75), (0.2, 0), (0.3, 0)):
-        draft = torch.full_like(drawn, difference)
-        assert torch.allclose(settle(drawn, known, draft), share * draft, atol=1e-6)
-
-
-def test_what_the_draft_keeps_stays_as_it_was(editor, edits, monkeypatch):
-    def with_draft(change):
-        def encode(*inputs):
-            encoding, _ = given(*inputs)
-            known.append(inputs[2])
-            return encoding, inputs[2] + change**0.5
-
-        monkeypatch.setattr(editor.rcldm, "encode_condition", encode)
-        return draw(editor, edits)
-
-    known, given = [], editor.rcldm.encode_condition
-    kept, half, drawn, anew = (with_draft(change) for change in (0, 0.005, 0.0101, 1))
-    torch.testing.assert_close(kept, known[0])
-    torch.testing.assert_close(half, (known[0] + anew) / 2)
-    assert torch.equal(drawn, anew) and apart(anew, known[0]) > 0.1
 
 
 NO_PAIR, NO_TEXT = {"has_example": [False] * 3}, {"texts": [""] * 3}

@@ -25,11 +25,11 @@ def test_the_writers_tokenizer_gives_every_text_back():
     tokenizer = pretrain.new_writer_tokenizer(0)
     assert tokenizer.get_vocab() == pretrain.new_writer_tokenizer(0).get_vocab()
     for text in (
-        "Caption: a big red ring, on a navy background\nEdited: nothing\n",
+        "Caption: a big red star, on a navy background\nEdited: nothing\n",
         "Ünknown  words\tand\n\n",
     ):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert len(tokenizer("a small purple diamond at the bottom right").input_ids) == 8
+    assert len(tokenizer("a small purple heart at the bottom right").input_ids) == 8
 
 
 def test_the_shipped_writer_has_this_tokenizer():

@@ -1,5 +1,6 @@
 """rcldm.py: the four orders, VMamba's checkpoints load, and an untrained RCLDM changes nothing."""
 
+import itertools
 import json
 
 import accelerate
@@ -180,6 +181,8 @@ def test_foreign_weights_are_refused():
 
 # -------------------------------------------------------------------------------------------------- RCLDM
 
+DESIGNS = "vmamba", "conv"
+
 
 @pytest.fixture(scope="module")
 def unet():
@@ -210,8 +213,8 @@ def grid():
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2)) * 2 - 1
 
 
-def edited(unet, model, inputs, condition, known=None):
-    down, mid = model(*inputs, condition, known=known, return_dict=False)
+def edited(unet, model, inputs, condition):
+    down, mid = model(*inputs, condition, return_dict=False)
     return unet(*inputs, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
 
 
@@ -228,40 +231,38 @@ def all_residuals(output):
     return [*output.down_block_res_samples, output.mid_block_res_sample]
 
 
-@pytest.mark.parametrize("design", rcldm.DESIGNS)
+@pytest.mark.parametrize("design", DESIGNS)
 def test_untrained_it_changes_no_bit(unet, inputs, grid, design):
     model = RCLDM.from_unet(unet, design)
     with torch.no_grad():
         assert torch.equal(edited(unet, model, inputs, grid), unet(*inputs).sample)
-        assert not model.encode_condition(grid, inputs[2])[0].any()
+        assert not model.encode_condition(grid).any()
     shapes = [(2, 16, 8, 8), (2, 16, 8, 8), (2, 16, 4, 4), (2, 32, 4, 4), (2, 32, 4, 4)]
     assert [tuple(r.shape) for r in all_residuals(model(*inputs, grid))] == shapes
 
 
-@pytest.mark.parametrize("design", rcldm.DESIGNS)
-def test_everything_learns_from_the_fourth_step_on(unet, inputs, grid, design):
+@pytest.mark.parametrize("design", DESIGNS)
+def test_everything_learns_from_the_third_step_on(unet, inputs, grid, design):
     torch.manual_seed(0)
-    model = RCLDM.from_unet(unet, design, prompt_encoder_depth=2, prompt_encoder_latents=True)
+    model = RCLDM.from_unet(unet, design, prompt_encoder_depth=2)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
     with_gradient = []
-    for _ in range(4):
+    for _ in range(3):
         optimiser.zero_grad()
-        (edited(unet, model, inputs, grid, inputs[0]) - inputs[0]).square().mean().backward()
+        (edited(unet, model, inputs, grid) - inputs[0]).square().mean().backward()
         moving = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         with_gradient.append(moving)
         optimiser.step()
     names = {name for name, _ in model.named_parameters()}
     assert with_gradient[0] and all("controlnet_" in name for name in with_gradient[0])
     assert any(name.startswith("prompt_encoder") for name in with_gradient[1])
-    words = {name for name in names if "text_attentions" in name and "zero_proj" not in name}
-    assert names - with_gradient[2] == words and bool(words) == (design != "conv")
-    assert not names - with_gradient[3]
+    assert not names - with_gradient[2]
     with torch.no_grad():
-        one, other = (edited(unet, model, inputs, seen, inputs[0]) for seen in (grid, -grid))
+        one, other = (edited(unet, model, inputs, seen) for seen in (grid, -grid))
         assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("design", rcldm.DESIGNS)
+@pytest.mark.parametrize("design", DESIGNS)
 def test_saved_and_loaded_it_is_the_same(unet, inputs, grid, design, tmp_path):
     options = dict(prompt_encoder_depth=1, prompt_encoder_width=24, ssm_d_state=2, ssm_ratio=2.0)
     model = awake(RCLDM.from_unet(unet, design, **options))
@@ -276,11 +277,11 @@ def test_saved_and_loaded_it_is_the_same(unet, inputs, grid, design, tmp_path):
             assert a.any() and torch.equal(a, b)
 
 
-@pytest.mark.parametrize("design", rcldm.DESIGNS)
+@pytest.mark.parametrize("design", DESIGNS)
 def test_the_condition_may_be_encoded_once(unet, inputs, grid, design):
     model = awake(RCLDM.from_unet(unet, design, prompt_encoder_depth=1))
     with torch.no_grad():
-        encoding, _ = model.encode_condition(grid, inputs[2])
+        encoding = model.encode_condition(grid)
         assert encoding.shape == (2, 16, 8, 8) and encoding.any()
         inline, once = (all_residuals(model(*inputs, condition)) for condition in (grid, encoding))
         assert all(torch.equal(a, b) for a, b in zip(inline, once))
@@ -290,71 +291,6 @@ def test_the_condition_may_be_encoded_once(unet, inputs, grid, design):
         assert all(torch.equal(a * 0.5, b) for a, b in zip(once, halved))
 
 
-@pytest.mark.parametrize("design", ["vmamba", "vit"])
-def test_the_draft_is_what_is_known_where_the_gate_is_shut(unet, inputs, grid, design):
-    options = dict(prompt_encoder_depth=1, prompt_encoder_latents=True)
-    model = awake(RCLDM.from_unet(unet, design, **options))
-    known, encoder = inputs[0], model.prompt_encoder
-    with torch.no_grad():
-        encoder.gate.weight.zero_()
-        drafts = []
-        for bias in (-100.0, 0.0, 100.0):  # shut, half open, open
-            encoder.gate.bias.fill_(bias)
-            drafts.append(encoder(grid, inputs[2], known)[1])
-        shut, half_open, drawn = drafts
-        assert torch.equal(shut, known) and not torch.allclose(drawn, known, atol=0.1)
-        torch.testing.assert_close(half_open, (known + drawn) / 2)
-        other, draft = model.encode_condition(grid, inputs[2], known + 1)
-        assert torch.equal(draft, drawn)
-        assert torch.equal(other, model.encode_condition(grid, inputs[2], known)[0])
-        encoder.gate.bias.zero_()
-        assert not torch.equal(other, model.encode_condition(grid, inputs[2], known)[0])
-    with pytest.raises(ValueError, match="latents of the known panels"):
-        model(*inputs, grid)
-
-
-@pytest.mark.parametrize("design", ["vmamba", "vit"])
-def test_the_prompt_encoder_reads_the_instruction_unless_told_not_to(unet, inputs, grid, design):
-    reading, deaf = (
-        awake(RCLDM.from_unet(unet, design, prompt_encoder_depth=2, prompt_encoder_text=text))
-        for text in (True, False)
-    )
-    said, other = inputs[2], inputs[2].flip(0)
-    with torch.no_grad():
-        change = reading.encode_condition(grid, other)[0] - reading.encode_condition(grid, said)[0]
-        assert (change.abs().amax((1, 2, 3)) > 1e-3).all()
-        assert torch.equal(deaf.encode_condition(grid, other)[0], deaf.encode_condition(grid, said)[0])
-        one_grid, _ = reading.encode_condition(grid[:1], said)
-        torch.testing.assert_close(
-            one_grid, reading.encode_condition(grid[:1].expand(2, -1, -1, -1), said)[0]
-        )
-    assert not any("text_attentions" in name for name in deaf.state_dict())
-
-
-def test_what_all_words_share_is_not_read(unet, inputs, grid):
-    model = awake(RCLDM.from_unet(unet, prompt_encoder_depth=2))
-    words = inputs[2]
-    shared = 10 * torch.randn(1, 1, words.shape[-1], generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        said, shifted = (model.encode_condition(grid, text)[0] for text in (words, words + shared))
-        other, _ = model.encode_condition(grid, words.flip(0) + shared)
-    torch.testing.assert_close(shifted, said, rtol=1e-4, atol=1e-4)
-    assert (other - said).abs().max() > 1e-2
-
-
-def test_whitening_makes_every_direction_of_the_words_as_strong():
-    g = torch.Generator().manual_seed(0)
-    strength = torch.tensor([30.0, 10.0, 3.0, 1.0, 0.3, 0.3])
-    texts = torch.randn(64, 9, 6, generator=g) * strength @ torch.linalg.qr(torch.randn(6, 6, generator=g))[0]
-    encoder = VisualPromptEncoder(8, depth=1, text_dim=6)
-    assert torch.equal(encoder.text_whitening, torch.eye(6))
-    encoder.whiten(texts)
-    words = F.instance_norm(texts.mT).mT @ encoder.text_whitening
-    variances = torch.linalg.eigvalsh(words.flatten(0, 1).T.cov())
-    plain = torch.linalg.eigvalsh(F.instance_norm(texts.mT).mT.flatten(0, 1).T.cov())
-    assert plain[-1] / plain[0] > 100 and variances[-1] / variances[1] < 3 and variances[-1] < 1.1
-
-
 def test_the_prompt_encoder_has_more_state_than_the_links(unet):
     model = RCLDM.from_unet(unet, prompt_encoder_depth=1, prompt_encoder_d_state=3)
     assert model.prompt_encoder.blocks[0].op.A_logs.shape[1] == 3
@@ -362,15 +298,7 @@ def test_the_prompt_encoder_has_more_state_than_the_links(unet):
 
 
 def test_other_factors_and_shapes_of_the_grid(unet, inputs):
-    for design, factor in (
-        ("vmamba", 4),
-        ("conv", 4),
-        ("vit", 16),
-        ("conv", 16),
-        ("vmamba", 2),
-        ("vit", 1),
-        ("conv", 1),
-    ):
+    for design, factor in itertools.product(DESIGNS, (1, 2, 4, 16)):
         model = RCLDM.from_unet(unet, design, factor=factor, prompt_encoder_depth=1)
         latents = torch.randn(1, 16, 4, 6)
         residuals = model(latents, 3, inputs[2][:1], torch.randn(1, 3, 4 * factor, 6 * factor))
@@ -385,23 +313,19 @@ def test_a_wrong_condition_is_one_clear_line(unet, inputs):
         ):
             model(*inputs, torch.zeros(shape))
     with pytest.raises(ValueError, match="multiples of 16"):
-        model.encode_condition(torch.zeros(1, 3, 56, 64), inputs[2][:1])
+        model.encode_condition(torch.zeros(1, 3, 56, 64))
     with pytest.raises(ValueError, match="unknown design 'swin'"):
         RCLDM.from_unet(unet, "swin")
     with pytest.raises(ValueError, match="power of two"):
         RCLDM.from_unet(unet, factor=6)
-    with pytest.raises(ValueError, match="of design 'vmamba' or 'vit'"):
-        VisualPromptEncoder(16, design="conv")
 
 
-@pytest.mark.parametrize("design", ["vmamba", "vit"])
-def test_gradient_checkpointing_gives_the_same_gradients(unet, inputs, grid, design):
-    options = dict(prompt_encoder_depth=2, prompt_encoder_latents=True)
-    model = awake(RCLDM.from_unet(unet, design, **options)).train()
+def test_gradient_checkpointing_gives_the_same_gradients(unet, inputs, grid):
+    model = awake(RCLDM.from_unet(unet, prompt_encoder_depth=2)).train()
     gradients = []
     for _ in range(2):
         model.zero_grad()
-        sum(r.square().sum() for r in all_residuals(model(*inputs, grid, known=inputs[0]))).backward()
+        sum(r.square().sum() for r in all_residuals(model(*inputs, grid))).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
         model.enable_gradient_checkpointing()
     assert model.prompt_encoder.gradient_checkpointing
@@ -409,23 +333,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(unet, inputs, grid, des
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("design", ["vmamba", "vit"])
-def test_one_block_sees_the_whole_grid(design):
+def test_one_block_sees_the_whole_grid():
     torch.manual_seed(0)
-    encoder = awake(VisualPromptEncoder(16, depth=1, design=design))
+    encoder = awake(VisualPromptEncoder(16, depth=1))
     grid = torch.randn(1, 3, 64, 64, requires_grad=True)
-    encoder(grid)[0][0, :, 1, 6].sum().backward()  # a location in the example's "after" panel
+    encoder(grid)[0, :, 1, 6].sum().backward()  # a location in the example's "after" panel
     seen = F.max_pool2d(grid.grad.abs().amax(1, keepdim=True), 8)[0, 0]
     assert (seen > 0).all()
-
-
-def test_interleaved_the_same_place_of_all_panels_is_a_block():
-    grid = torch.tensor([[0, 1, 10, 11], [2, 3, 12, 13], [20, 21, 30, 31], [22, 23, 32, 33]])
-    mixed = rcldm._interleave(grid.view(1, 4, 4, 1))
-    wanted = [[0, 10, 1, 11], [20, 30, 21, 31], [2, 12, 3, 13], [22, 32, 23, 33]]
-    assert mixed[0, ..., 0].tolist() == wanted
-    x = torch.randn(2, 6, 8, 3)
-    assert torch.equal(rcldm._deinterleave(rcldm._interleave(x)), x)
 
 
 def test_zero_vmamba_contains_the_zero_convolution():
@@ -460,7 +374,7 @@ def test_it_fits_stable_diffusion_1_5():
 def test_the_worked_example_runs(capsys):
     rcldm.main()
     printed = capsys.readouterr().out
-    assert printed.count("unchanged to the last bit: True") == 3 and "backend: " in printed
+    assert printed.count("unchanged to the last bit: True") == 2 and "backend: " in printed
 
 
 # -------------------------------------------------------------------- hooks of diffusers and accelerate
@@ -470,25 +384,20 @@ def residuals_of(model, inputs, grid, dtype=torch.float32):
     """All residuals of the grid, then those of its encoding, made alone."""
     latents, timestep, text = inputs
     inputs = latents.to(dtype), timestep, text.to(dtype)
-    options = dict(known=latents.to(dtype)) if model.config.prompt_encoder_latents else {}
     with torch.no_grad():
-        encoding, _ = model.encode_condition(grid, inputs[2], **options)
-        outputs = [model(*inputs, seen, return_dict=False, **options) for seen in (grid, encoding)]
+        encoding = model.encode_condition(grid)
+        outputs = [model(*inputs, seen, return_dict=False) for seen in (grid, encoding)]
     return [residual for down, mid in outputs for residual in (*down, mid)]
 
 
 def new_model(unet, design, dtype=torch.float32):
     torch.manual_seed(0)
-    options = dict(prompt_encoder_depth=3, prompt_encoder_latents=design != "conv")
-    model = awake(RCLDM.from_unet(unet, design, **options))
-    if design != "conv":
-        model.prompt_encoder.text_whitening.normal_(generator=torch.Generator().manual_seed(5))
-    return model.to(dtype)
+    return awake(RCLDM.from_unet(unet, design, prompt_encoder_depth=3)).to(dtype)
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("design", rcldm.DESIGNS)
+@pytest.mark.parametrize("design", DESIGNS)
 def test_cast_layer_by_layer_it_has_the_stored_weights(unet, inputs, grid, design, storage, compute):
     """To the last bit those of a model whose layers are rounded; norms, scan and buffers are left alone."""
     rounded, cast = (new_model(unet, design, compute) for _ in range(2))
@@ -501,7 +410,7 @@ def test_cast_layer_by_layer_it_has_the_stored_weights(unet, inputs, grid, desig
     assert all(w.any() and torch.equal(w, f) for w, f in zip(wanted, found))
 
 
-@pytest.mark.parametrize("design", rcldm.DESIGNS)
+@pytest.mark.parametrize("design", DESIGNS)
 def test_cast_to_half_for_its_layers_alone_it_runs(unet, inputs, grid, design):
     wanted = residuals_of(new_model(unet, design), inputs, grid)
     cast = new_model(unet, design)
@@ -512,7 +421,7 @@ def test_cast_to_half_for_its_layers_alone_it_runs(unet, inputs, grid, design):
 
 @pytest.mark.usefixtures("nan_until_written")
 @pytest.mark.parametrize("blocks", [0, 1, 2])  # a group; 0: every layer is a group of its own
-@pytest.mark.parametrize("design", rcldm.DESIGNS)
+@pytest.mark.parametrize("design", DESIGNS)
 def test_offloaded_in_groups_it_computes_the_same(unet, inputs, grid, design, blocks, tmp_path):
     wanted = residuals_of(new_model(unet, design), inputs, grid)
     by_method, by_function = (new_model(unet, design) for _ in range(2))
@@ -527,7 +436,7 @@ def test_offloaded_in_groups_it_computes_the_same(unet, inputs, grid, design, bl
 
 
 @pytest.mark.parametrize("buffers", [False, True])
-@pytest.mark.parametrize("design", rcldm.DESIGNS)
+@pytest.mark.parametrize("design", DESIGNS)
 def test_offloaded_by_accelerate_it_computes_the_same(unet, inputs, grid, design, buffers):
     wanted = residuals_of(new_model(unet, design), inputs, grid)
     model = accelerate.cpu_offload(new_model(unet, design), torch.device("cpu"), offload_buffers=buffers)

@@ -36,7 +36,7 @@ from training.precompute import Frozen, observe_all
 from training.stopping import Stop
 
 TESTS = Path(__file__).parent
-QUICK = ("--no-esm", "--no-liu", "--no-sam", "--validation-pictures", "0")
+QUICK = ("--no-esm", "--no-liu", "--no-sam")
 
 
 def state(folder):
@@ -74,16 +74,15 @@ def test_fifty_kills_at_random_instants_lose_nothing(tmp_path):
 # --- Ends that are asked for --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["prompt encoder", "train"])
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_asked_to_end_it_finishes_the_step_and_saves(run, tmp_path, monkeypatch, capsys, stage, number, code):
-    steps = (*QUICK, "--encoder-steps", "4", "--steps", "4", "--checkpoint-every", "9")
+def test_asked_to_end_it_finishes_the_step_and_saves(run, tmp_path, monkeypatch, capsys, number, code):
+    steps = (*QUICK, "--steps", "4", "--save-every", "9")
     run(*steps, output=tmp_path / "whole")
     draw, drawn = train.Losses.draw, []
 
     def ask(self, *inputs):
         drawn.append(None)
-        if len(drawn) == (2 if stage == "prompt encoder" else 6):
+        if len(drawn) == 2:
             os.kill(os.getpid(), number)
         return draw(self, *inputs)
 
@@ -93,10 +92,19 @@ def test_asked_to_end_it_finishes_the_step_and_saves(run, tmp_path, monkeypatch,
     assert stopped.value.code == code
     out = capsys.readouterr().out
     assert f"{number.name}: ends after this step" in out and "--resume goes on after step 2" in out
-    kept = tmp_path / "run" / ("prompt-encoder" if stage == "prompt encoder" else ".")
-    assert (kept / "checkpoint-0000002").exists()
+    assert [path.name for path in (tmp_path / "run").glob("*-*")] == ["checkpoint-0000002"]
     run(*steps, "--resume")
     assert equal(state(tmp_path / "run"), state(tmp_path / "whole"))
+
+
+def test_asked_in_the_last_step_it_ends_with_its_editor(run, tmp_path, monkeypatch):
+    draw = train.Losses.draw
+    monkeypatch.setattr(
+        train.Losses, "draw", lambda *inputs: os.kill(os.getpid(), signal.SIGTERM) or draw(*inputs)
+    )
+    run(*QUICK, "--steps", "1")
+    assert (tmp_path / "run" / "editor" / "config.json").exists()
+    assert len(state(tmp_path / "run")) > 0
 
 
 def test_signals_are_as_before_when_all_is_done():
@@ -110,7 +118,7 @@ def test_signals_are_as_before_when_all_is_done():
 
 def test_ctrl_c_at_a_terminal_reaches_the_workers_too_and_does_no_harm(parts, tmp_path):
     """As a program in a process group of its own, with a worker that decodes pictures; all get the signal."""
-    steps = (*QUICK, "--encoder-steps", "0", "--steps", "100000")
+    steps = (*QUICK, "--steps", "100000")
     command = [sys.executable, str(TESTS.parent / "train.py"), *options(parts, tmp_path / "run"), *steps]
     log = tmp_path / "log"
     with open(log, "w") as file:
@@ -177,8 +185,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, cap
         load_checkpoint(tmp_path, {"layer": layer}, optimizer)
 
 
-def test_resumed_after_damage_it_ends_in_the_same_bits(run, tmp_path, capsys):
-    steps = (*QUICK, "--steps", "4", "--checkpoint-every", "1", "--keep", "9")
+def test_resumed_after_damage_it_ends_in_the_same_bits(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "CHECKPOINTS", 9)
+    steps = (*QUICK, "--steps", "4", "--save-every", "1")
     run(*steps, output=tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     flip_a_bit(tmp_path / "run" / "checkpoint-0000004" / "state.safetensors")
@@ -191,7 +200,7 @@ def test_resumed_after_damage_it_ends_in_the_same_bits(run, tmp_path, capsys):
 def test_changed_settings_are_said(run, tmp_path, capsys):
     run(*QUICK, "--steps", "1")
     capsys.readouterr()
-    run(*QUICK, "--steps", "2", "--lr", "0.5", "--resume", "--keep", "5")
+    run(*QUICK, "--steps", "2", "--lr", "0.5", "--resume", "--save-every", "5")
     said = [line for line in capsys.readouterr().out.splitlines() if "when this run began" in line]
     assert said == [
         "--steps was 1 when this run began, and is 2",
@@ -241,9 +250,10 @@ def start(parts, output, *more, limit=None):
     return subprocess.Popen(command, preexec_fn=little if limit else None, env=env, **pipes)
 
 
-def test_on_a_full_disk_it_ends_in_a_line_and_the_last_checkpoint_stays(run, parts, tmp_path):
-    """A quota, by the limit that a process may have: no further checkpoint fits."""
-    steps = ("--steps", "4", "--checkpoint-every", "1", "--keep", "9")
+def test_on_a_full_disk_it_ends_in_a_line_and_the_last_checkpoint_stays(run, parts, tmp_path, monkeypatch):
+    """A quota, by the limit that a process may have: no further editor or checkpoint fits."""
+    monkeypatch.setattr(train, "CHECKPOINTS", 9)
+    steps = ("--steps", "4", "--save-every", "1")
     run(*QUICK, *steps, output=tmp_path / "whole")
     output = shutil.copytree(tmp_path / "whole", tmp_path / "run")
     for step in (3, 4):
@@ -251,7 +261,7 @@ def test_on_a_full_disk_it_ends_in_a_line_and_the_last_checkpoint_stays(run, par
     code, _, err = end_of(start(parts, output, *steps, "--resume", limit=2**17))
     last = err.splitlines()[-1]
     assert code == 2 and last.startswith("train.py: error: ") and "File too large" in last
-    assert f"{output}/checkpoint-0000003" in last
+    assert f"{output}/" in last
     assert verified(output / "checkpoint-0000002") is not None
     assert (output / "editor" / "config.json").read_bytes()  # the one of before
     assert not [path for path in output.rglob("*") if path.name.startswith(".")]
@@ -282,37 +292,36 @@ def test_a_full_disk_under_safetensors_is_an_oserror(tmp_path):
 
 
 def test_a_step_that_is_no_number_is_not_learnt_from(run, tmp_path, monkeypatch, capsys):
-    loss, calls = esm.editing_shift_loss, []
+    loss, calls = sam_loss.selective_area_loss, []
 
     def sometimes_nan(*inputs):
         calls.append(None)
         return loss(*inputs) * (float("nan") if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(esm, "editing_shift_loss", sometimes_nan)
-    # Weak noise, lest a batch have nothing to decode.
-    quick = ("--no-liu", "--no-sam", "--noise-power", "0.05", "--checkpoint-every", "1", "--keep", "9")
-    run(*quick, "--steps", "4")
+    monkeypatch.setattr(sam_loss, "selective_area_loss", sometimes_nan)
+    monkeypatch.setattr(train, "CHECKPOINTS", 9)
+    run("--no-liu", "--no-esm", "--save-every", "1", "--steps", "4")
     one, two, three = (
         load_file(tmp_path / "run" / f"checkpoint-000000{k}" / "state.safetensors") for k in (1, 2, 3)
     )
-    names = [name for name in one if name.startswith(("model/", "average/", "optimizer/"))]
+    names = [name for name in one if name.startswith(("model/", "ema/", "optimizer/"))]
     assert all(torch.equal(one[name], two[name]) for name in names)
     assert not all(torch.equal(two[name], three[name]) for name in names)
-    assert int(two["watch/skipped"]) == 1 and "skipped=1" in capsys.readouterr().err
+    assert int(two["monitor/skipped"]) == 1 and "skipped=1" in capsys.readouterr().err
     assert all(value.isfinite().all() for value in state(tmp_path / "run").values())
 
 
 def test_too_many_in_a_row_are_the_end_and_the_last_good_state_is_saved(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "LossMonitor", lambda: LossMonitor(limit=3))
-    loss, calls = esm.editing_shift_loss, []
+    loss, calls = sam_loss.selective_area_loss, []
 
     def nan_from_now_on(*inputs):
         calls.append(None)
         return loss(*inputs) * (float("nan") if len(calls) > 2 else 1)
 
-    monkeypatch.setattr(esm, "editing_shift_loss", nan_from_now_on)
+    monkeypatch.setattr(sam_loss, "selective_area_loss", nan_from_now_on)
     with pytest.raises(SystemExit) as stopped:
-        run("--no-liu", "--no-sam", "--noise-power", "0.05", "--steps", "50")
+        run("--no-liu", "--no-esm", "--steps", "50")
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and "train.py: error: 3 steps in a row were no numbers" in error
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-0000005"]
@@ -343,14 +352,15 @@ def test_a_step_that_explodes_is_told_from_a_hard_one():
 # --- Broken pictures ----------------------------------------------------------------------------------------
 
 
-def test_a_broken_picture_among_many_is_named_counted_and_left_out(run, tmp_path, capsys):
+def test_a_broken_picture_among_many_is_named_counted_and_left_out(run, tmp_path, monkeypatch, capsys):
     data = save_data(tmp_path / "data", pairs=12)  # of each of two instructions
     broken = data / "train" / "3_after.png"
     truncate(broken)
     empty(data / "seen" / "0_before.png")  # in the validation split
+    monkeypatch.setattr(train, "VALIDATION_PICTURES", 24)
     for _ in range(2):  # looked at, then from the cache
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        run(*QUICK[:3], "--steps", "1", "--validation-pictures", "24", data=data)
+        run(*QUICK, "--steps", "1", data=data)
         out = capsys.readouterr().out
         assert out.count(f"left out: {broken}: corrupt") == 1 and "1 of 24 pairs cannot be used" in out
         assert "left out: " + str(data / "seen" / "0_before.png") in out
@@ -359,7 +369,7 @@ def test_a_broken_picture_among_many_is_named_counted_and_left_out(run, tmp_path
 
 def test_the_others_facts_stay_with_them(parts, tmp_path):
     data = save_data(tmp_path / "data", pairs=12)
-    args = SimpleNamespace(data="data", split="train", cache=tmp_path, workers=0)
+    args = SimpleNamespace(data="data", cache=tmp_path, workers=0)
     vae = backbone.load_stable_diffusion(str(parts / "sd")).vae
     frozen, device = Frozen(vae, None, None), torch.device("cpu")
     _, all_facts = observe_all(VisualPromptDataset(read_pairs(data), P), frozen, args, device)
@@ -470,7 +480,7 @@ def test_the_cache_knows_every_picture_row_and_weight(parts, tmp_path, monkeypat
     monkeypatch.setattr(precompute, "look_at_all", lambda *args: seen.append(None) or look(*args))
 
     def observed(cache):
-        args = SimpleNamespace(data="data", split="train", cache=tmp_path / cache, workers=0)
+        args = SimpleNamespace(data="data", cache=tmp_path / cache, workers=0)
         kept, found = observe_all(VisualPromptDataset(read_pairs(data), P), frozen, args, torch.device("cpu"))
         return [str(pair.output) for pair in kept.pairs], found
 
@@ -487,7 +497,7 @@ def test_the_cache_knows_every_picture_row_and_weight(parts, tmp_path, monkeypat
 
 def test_a_damaged_cache_is_made_anew(parts, tmp_path):
     data = VisualPromptDataset(read_pairs(parts / "data"), P)
-    args = SimpleNamespace(data="data", split="train", cache=tmp_path, workers=0)
+    args = SimpleNamespace(data="data", cache=tmp_path, workers=0)
     frozen = Frozen(backbone.load_stable_diffusion(str(parts / "sd")).vae, None, None)
     _, first = observe_all(data, frozen, args, torch.device("cpu"))
     truncate(*tmp_path.iterdir())
@@ -499,7 +509,7 @@ def test_a_damaged_cache_is_made_anew(parts, tmp_path):
 
 
 def test_a_second_training_into_one_folder_is_refused_until_the_first_is_gone(run, parts, tmp_path, capsys):
-    endless = ("--encoder-steps", "0", "--steps", "100000", "--checkpoint-every", "100000")
+    endless = ("--steps", "100000", "--save-every", "100000")
     first = start(parts, tmp_path / "run", *endless, "--workers", "1")
     assert any("parameters to train" in line for line in iter(first.stdout.readline, ""))
     try:
@@ -572,7 +582,7 @@ def test_an_answer_is_the_same_to_the_last_bit_whatever_else_is_edited(tmp_path,
 
 
 def test_it_saves_though_nobody_listens_any_more(parts, tmp_path):
-    process = start(parts, tmp_path / "run", "--encoder-steps", "0", "--steps", "100000")
+    process = start(parts, tmp_path / "run", "--steps", "100000")
     lines = iter(process.stdout.readline, "")
     assert any("parameters to train" in line for line in lines)
     process.stdout.close()

@@ -23,14 +23,14 @@ def test_the_stages_are_the_editors_own(data):
     texts, seeds = [pairs.pairs[i].instruction for i in (1, 3)], [5, 6]
     found = stages.stages(editor, panels, "both", texts, seeds)
     drawn = editor.sample(panels[:, :2], None, panels[:, 2], texts, seeded(seeds))
-    assert torch.equal(found["answer"], editor.decode_answers(drawn))
+    assert torch.equal(found["all steps"], editor.decode_answers(drawn))
     assert list(found) == list(stages.STAGES[1:])
     apart = [(found["u-net"] - panels[:, k]).abs().mean() for k in (2, 3)]  # from the query and the truth
     assert apart[1] < apart[0]
     differ = [(found[a] - found[b]).abs().max() for a, b in zip(stages.STAGES[1:], stages.STAGES[2:])]
     assert min(differ) > 0.01
-    # Without words the draft is another.
-    assert not torch.equal(stages.stages(editor, panels, "pair", texts, seeds)["draft"], found["draft"])
+    alone = stages.stages(editor, panels, "pair", texts, seeds)
+    assert not torch.equal(alone["one step"], found["one step"])  # it was told, too
 
 
 def test_the_table_has_a_row_for_each_mode_and_stage(data, capsys):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 import backbone
 from dataset import read_pairs
@@ -22,7 +21,7 @@ from toy import world
 few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 VISIBLE = 8  # levels of 255: what toy/score.py takes for a change
-PICTURE = ("overlay", "pose", "look")  # what lies over a scene, how it is turned, and its colours
+PICTURE = ("overlay", "look")  # what lies over a scene, and its colours
 SIZES = {split: (6, 2) for split in world.SPLITS}
 
 
@@ -51,7 +50,8 @@ def test_every_family_can_be_made_of_some_scene():
     rng = random.Random(0)
     scenes = [world.random_scene(rng) for _ in range(60)]
     families = {edit.family for scene in scenes for edit, _ in world.candidates(scene)}
-    assert families == set(world.FAMILIES)
+    assert families == set(world.FAMILIES) and len(families) == 25
+    assert len(world.HELD_OUT_FAMILIES & families) == 4
 
 
 @few
@@ -73,26 +73,16 @@ def test_an_edit_changes_what_it_names_and_nothing_else(seed):
         "surprise": lambda: scene.put(thing, mouth="open"),
         "wear": lambda: scene.put(thing, features=(*thing.features, edit.value)),
         "hat": lambda: scene.put(thing, features=(*thing.features, edit.value)),
-        "pattern": lambda: scene.put(thing, pattern=edit.value),
         "outline": lambda: scene.put(thing, outline=edit.value),
-        "keep": lambda: replace(scene, things=(thing,)),
-        "copy": lambda: replace(scene, things=(*scene.things, replace(thing, place=edit.value))),
     }
     if edit.family in changed:
         assert edited == changed[edit.family]()
     elif edit.family == "add":
         assert edited.things[:-1] == scene.things
         assert edited.things[-1].place == edit.value and edited.things[-1].kind == edit.target.split()[1]
-    elif edit.family == "exchange shapes":
-        other = {edit.target: edit.value, edit.value: edit.target}
-        assert edited.things == tuple(replace(t, kind=other.get(t.kind, t.kind)) for t in scene.things)
-    elif edit.family in (
-        traded := {"swap": ("colour",), "exchange": ("place", "jitter"), "exchange sizes": ("size",)}
-    ):
-        pair, names = (edit.target, edit.value), traded[edit.family]
-        for old, new in zip(pair[::-1], pair):
-            theirs = {name: getattr(scene.find(old), name) for name in names}
-            assert edited.find(new) == replace(scene.find(new), **theirs)
+    elif edit.family == "swap":
+        for old, new in ((edit.target, edit.value), (edit.value, edit.target)):
+            assert edited.find(new) == replace(scene.find(new), colour=scene.find(old).colour)
     elif edit.family == "repaint":
         assert {thing.colour for thing in edited.things if thing.kind != "face"} == {edit.value}
         for old, new in zip(scene.things, edited.things, strict=True):
@@ -107,7 +97,7 @@ def test_edits_that_cannot_be_made_are_none():
     for edit in (
         world.Edit("recolour", "circle", "red"),
         world.Edit("recolour", "star", "blue"),
-        world.Edit("reshape", "star", "ring"),
+        world.Edit("reshape", "star", "heart"),
         world.Edit("remove", "face"),
         world.Edit("add", "red circle", "top right"),
         world.Edit("add", "red star", "top left"),
@@ -119,45 +109,11 @@ def test_edits_that_cannot_be_made_are_none():
         assert edit.apply(scene) is None, edit
 
 
-@pytest.mark.parametrize(
-    ("edit", "moved"),
-    [
-        (world.Edit("mirror"), lambda x: x[:, ::-1]),
-        (world.Edit("flip"), lambda x: x[::-1]),
-        (world.Edit("turn", "", "left"), np.rot90),
-        (world.Edit("turn", "", "right"), lambda x: np.rot90(x, -1)),
-        (world.Edit("turn", "", "upside down"), lambda x: x[::-1, ::-1]),
-        (world.Edit("shift", "", "up"), lambda x: np.roll(x, -16, axis=0)),
-        (world.Edit("shift", "", "right"), lambda x: np.roll(x, 16, axis=1)),
-    ],
-)
-def test_a_pose_moves_the_picture_and_its_classes(edit, moved):
-    scene = world.random_scene(random.Random(3))
-    edited = edit.apply(scene)
-    assert np.array_equal(pixels(edited), moved(pixels(scene)))
-    assert np.array_equal(world.render_classes(edited), moved(world.render_classes(scene)))
-
-
-def test_a_quarter_is_enlarged():
-    scene = world.Scene("meadow", (world.Thing("square", "red", "bottom left"),))
-    enlarged = world.render_classes(world.Edit("zoom", "", "bottom left").apply(scene))
-    quarter = world.render_classes(scene)[32:, :32]
-    assert (enlarged != 0).mean() == pytest.approx((quarter != 0).mean(), abs=0.05)
-    assert (enlarged[::2, ::2] != quarter).mean() < 0.05
-
-
-def test_hues_turn_round_the_greys():
-    pixels = np.array([[90.0, 90.0, 90.0], [200.0, 10.0, 10.0]], np.float32)
-    assert np.allclose(world._turn_hues(pixels, 120), [[90, 90, 90], [10, 200, 10]], atol=1e-3)
-    assert np.allclose(world._turn_hues(world._turn_hues(pixels, 60), 300), pixels, atol=1e-3)
-
-
-@few
-@given(seeds)
-def test_candidates_of_a_plain_scene_are_many_and_different(seed):
-    edits = world.candidates(world.random_scene(random.Random(seed)))
-    assert len(edits) >= 150
-    assert len({edit for edit, _ in edits}) == len(edits)
+def test_every_query_has_many_candidates_and_all_differ():
+    for seed in range(50):
+        edits = world.candidates(world.random_scene(random.Random(seed)))
+        assert len(edits) >= 100
+        assert len({edit for edit, _ in edits}) == len(edits)
 
 
 @few
@@ -211,11 +167,11 @@ def test_classes_are_where_things_are_painted(seed):
 
 
 def test_canonical_wording_fills_its_places():
-    assert world.Edit("add", "orange star", "top left").instruction == "add an orange star at the top left"
-    assert world.Edit("recolour", "star", "orange").instruction == "make the star orange"
-    assert world.Edit("swap", "ring", "cross").instruction == "swap the colours of the ring and the cross"
+    assert world.Edit("add", "red star", "top left").instruction == "add a red star at the top left"
+    assert world.Edit("recolour", "star", "pink").instruction == "make the star pink"
+    assert world.Edit("swap", "heart", "cross").instruction == "swap the colours of the heart and the cross"
     for edit in world.every_edit():
-        assert "{" not in edit.instruction and "a orange" not in edit.instruction
+        assert "{" not in edit.instruction
         for word in (edit.target, edit.value):
             assert word in edit.instruction
 
@@ -293,7 +249,7 @@ def test_pairs_are_what_they_say_and_every_instruction_has_two(splits):
 
 
 def test_held_out_combinations_leave_every_colour_and_shape():
-    assert len(world.HELD_OUT_COMBINATIONS) == 8
+    assert len(world.HELD_OUT_COMBINATIONS) == 6
     assert {colour for colour, _ in world.HELD_OUT_COMBINATIONS} == set(world.COLOURS)
     assert max(Counter(shape for _, shape in world.HELD_OUT_COMBINATIONS).values()) < len(world.COLOURS) / 2
 
@@ -324,8 +280,7 @@ def test_our_reader_reads_it(folder):
             edit = world.Edit(**json.loads(pair.extra["edit"]))
             assert load_image(pair.input).tobytes() == world.render(scene).tobytes()
             assert load_image(pair.output).tobytes() == world.render(edit.apply(scene)).tobytes()
-            for path, shown in zip(pair.classes, (scene, edit.apply(scene))):
-                assert np.array_equal(np.asarray(Image.open(path)), world.render_classes(shown))
+            assert sorted(pair.extra) == ["canonical", "edit", "family", "paraphrase", "scene"]
             assert pair.input_caption == scene.caption()
             assert pair.output_caption == edit.apply(scene).caption()
             assert (pair.extra["family"], pair.extra["canonical"]) == (edit.family, edit.instruction)

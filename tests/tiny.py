@@ -61,8 +61,7 @@ def save_stable_diffusion(folder):
 def save_editor(folder, sd_folder, unet, trained=True, **settings):
     """An RCLDM as `train.py` saves it; `trained` means that its zeros have moved, at random."""
     torch.manual_seed(1)
-    model = RCLDM.from_unet(unet, prompt_encoder_depth=1, prompt_encoder_latents=True)
-    model.prompt_encoder.drawn.bias.data.fill_(9)  # a draft that keeps nothing of what is known
+    model = RCLDM.from_unet(unet, prompt_encoder_depth=1)
     if trained:
         for name, parameter in model.named_parameters():
             if "zero_proj" in name:
@@ -148,5 +147,4 @@ def options(parts, output, **paths):
     sources = {name: paths.get(name, parts / folder) for name, folder in given.items()}
     argv = [str(x) for name, source in sources.items() for x in (f"--{name.replace('_', '-')}", source)]
     argv += ["--backbone", "sd15", "--panel", str(P), "--batch", "2", "--workers", "0", "--device", "cpu"]
-    argv += ["--cache", str(parts / "cache"), "--validation-pictures", "2", "--warmup", "1"]
-    return [*argv, "--encoder-steps", "2", "--output", str(output)]
+    return [*argv, "--cache", str(parts / "cache"), "--output", str(output)]

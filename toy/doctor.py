@@ -80,7 +80,7 @@ SCENE = world.Scene(
     "cream",
     (
         world.Thing("heart", "green", "top right", jitter=(1, -1)),
-        world.Thing("circle", "orange", "bottom left"),
+        world.Thing("circle", "pink", "bottom left"),
     ),
 )
 EDIT = world.Edit("background", "", "navy")

@@ -4,10 +4,8 @@
 
     vae          the truth, through the VAE and back: no editor gets further
     u-net        the truth's grid without noise, through the frozen U-Net alone: what its decoder can draw
-    draft        what the prompt encoder drafts of the answer, before anything is drawn
-    one step     what frozen U-Net and links draw of it from pure noise at once
-    all steps    what they draw in all steps of the sampler
-    answer       the same, settled on the draft and the query's own latents where near: what `edit.py` gives
+    one step     what U-Net and RCLDM draw of it from pure noise at once
+    all steps    what they draw in all steps of the sampler: the answer that `edit.py` gives
 
 The first two are shown the truth. Of the others, one whose row is worse than the one above loses what it had;
 one that is no worse hands it on. The metrics are those of `toy/score.py`, and so is what is right.
@@ -32,10 +30,10 @@ import esm
 from dataset import VisualPromptDataset, compose_grid, read_pairs
 from evaluation.evaluate import draw_queries
 from pictures import tensor_to_image
-from pipeline import InstructGIEPipeline, seeded, settle
+from pipeline import InstructGIEPipeline, seeded
 from toy import score, world
 
-STAGES = ("vae", "u-net", "draft", "one step", "all steps", "answer")
+STAGES = ("vae", "u-net", "one step", "all steps")
 MODES = ("both", "pair", "instruction")
 
 
@@ -44,29 +42,11 @@ def stages(
     pipe: InstructGIEPipeline, panels: Tensor, mode: str, texts: list[str], seeds: list[int]
 ) -> dict[str, Tensor]:
     """The answers (B, 3, P, P) in [-1, 1] to queries (B, 4, 3, P, P) after every stage but the first."""
-    rcldm, encode = pipe.rcldm, pipe.rcldm.encode_condition
     told = [""] * len(panels) if mode == "pair" else texts
     inputs = panels[:, :2], [mode != "instruction"] * len(panels), panels[:, 2], told
     sampling = {"steps": pipe.settings["steps"]}
-    drafts: list[Tensor] = []
-    kept: list[tuple[Tensor, Tensor | None]] = []
-
-    def keep_nothing(condition: Tensor, states: Tensor, known: Tensor) -> tuple[Tensor, None]:
-        encoding, draft = encode(condition, states, known)
-        kept.append((known, draft))
-        return encoding, None
-
-    hook = rcldm.prompt_encoder.register_forward_hook(lambda _, __, output: drafts.append(output[1]))
-    rcldm.encode_condition = keep_nothing
-    try:
-        one, drawn = (pipe.sample(*inputs, seeded(seeds), **given) for given in ({"steps": 1}, sampling))
-    finally:
-        hook.remove()
-        rcldm.encode_condition = encode
-    known, draft = kept[0]
-    answer = drawn if draft is None else settle(drawn, known, draft)
-    found = {"u-net": redrawn(pipe, panels, told), "draft": drafts[0].float()}
-    found |= {"one step": one, "all steps": drawn, "answer": answer}
+    one, drawn = (pipe.sample(*inputs, seeded(seeds), **given) for given in ({"steps": 1}, sampling))
+    found = {"u-net": redrawn(pipe, panels, told), "one step": one, "all steps": drawn}
     return {name: pipe.decode_answers(latents) for name, latents in found.items()}
 
 
@@ -132,10 +112,6 @@ def main(argv: list[str] | None = None) -> None:
         backbone.check_numbers(args, {(1, math.inf): "count batch"})
         pipe = InstructGIEPipeline.from_pretrained(args.model).to(backbone.pick_device(args.device))
         pipe.set_progress_bar_config(disable=True)
-        if pipe.rcldm.config.design == "conv":
-            raise ValueError(
-                f"{args.model}: of design conv, whose encoder drafts nothing that could be shown"
-            )
         data = read_pairs(backbone.data_folder(args.data), args.split)
         data = VisualPromptDataset(data, size=pipe.panel, seed=0)
         scores = {m: measure(pipe, data, m, args.count, args.batch) for m in dict.fromkeys(args.mode)}

@@ -34,15 +34,13 @@ def save_checkpoint(
     """Writes `folder/checkpoint-STEP` whole or not at all, then deletes all but the newest `keep`.
 
     Safetensors only: weights under their module's name, the n-th optimiser's state under
-    `optimizer/<n>/<index>/<name>`, one name more where it is nested, as bitsandbytes has it. Raises OSError
-    where the disk takes no more, and ValueError for what is not finite; older checkpoints are then all there.
+    `optimizer/<n>/<index>/<name>`. Raises OSError where the disk takes no more, and ValueError for what is
+    not finite; older checkpoints are then all there.
     """
     tensors = {f"{name}/{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
     for n, optimizer in enumerate(optimizers):
         for i, state in optimizer.state_dict()["state"].items():
-            for name, value in state.items():
-                parts = {f"/{k}": v for k, v in value.items()} if isinstance(value, dict) else {"": value}
-                tensors |= {f"optimizer/{n}/{i}/{name}{k}": torch.as_tensor(v) for k, v in parts.items()}
+            tensors |= {f"optimizer/{n}/{i}/{name}": value for name, value in state.items()}
     for k, v in tensors.items():
         tensors[k] = v.detach().cpu().clone(memory_format=torch.contiguous_format)
     with whole_folder(folder / f"checkpoint-{step:07d}") as new:
@@ -87,12 +85,8 @@ def load_checkpoint(folder: Path, modules: dict[str, Stateful], *optimizers: tor
     states: dict[int, dict[int, dict]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
-            _, n, i, *above, name = key.split("/")
-            state = states.setdefault(int(n), {}).setdefault(int(i), {})
-            for group in above:
-                state = state.setdefault(group, {})
-            is_count = value.ndim == 0 and not value.is_floating_point()
-            state[name] = value.item() if is_count else value
+            _, n, i, name = key.split("/")
+            states.setdefault(int(n), {}).setdefault(int(i), {})[name] = value
     try:
         for name, module in modules.items():
             prefix = f"{name}/"

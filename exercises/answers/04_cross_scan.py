@@ -3,7 +3,8 @@ undoes the same in reverse. Four orders it must be: of any two pixels each is re
 them, so each can speak to the other.
 
 Query and answer lie 8 steps apart by rows and 128 by columns, "example after" and the answer the other way
-round. Interleaved, it is 1 and 16: what must be compared is next to each other."""
+round. After 8 steps of a half-life of 7 some 45 % is left, after 128 nothing. So one order in two brings each
+twin near, and which channels forget slowly matters for the other."""
 
 import torch
 from torch import Tensor

@@ -1,10 +1,9 @@
-"""With the zero no bit of the output changes. With a deviation of 0.1 in its place the mean square error of
-the picture is 5 times as large (0.067 and not 0.013), with 0.3 nearly 50 times (0.622): training would
-start by mending what it broke.
+"""With the zero no bit of the output changes. The more noise is in its place, the further the picture is off,
+and training would start by mending what it broke; `-s` prints how far.
 
-The gradient of a projection W x by W is dy xᵀ: it needs an x, and no W. So at the first step exactly the 5
-links' projections learn, weight and bias, 10 parameters of 382; what lies behind them would have to be
-reached through W = 0. Without the zero 174 learn, all but what is behind the prompt encoder's own zero. If a
+The gradient of a projection W x by W is dy xᵀ: it needs an x, and no W. So at the first step exactly the 7
+links' projections learn, weight and bias, 14 parameters of 354; what lies behind them would have to be
+reached through W = 0. Without the zero 268 learn, all but what is behind the prompt encoder's own zero. If a
 block gave zeros as well, it and its projection would wait for each other for ever."""
 
 from torch import Tensor, nn

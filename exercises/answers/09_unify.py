@@ -2,9 +2,8 @@
 distinctness, the identity as little consistency as there can be. Stability says that what has the standard
 form already stays as it is; one "please" more each time fails it.
 
-On 136 wordings of the 45 families, their canonical ones and those held out of its training, the toy language
-model scores 0.74, 0.96 and 0.85. So nearly every edit has a form of its own, and a quarter of the wordings
-miss it; for "the ring would look better in orange" it writes "remove everything but the ring"."""
+What the toy language model scores, on the canonical wordings and those held out of its training, `-s` prints.
+Not measured yet."""
 
 from collections import Counter
 from collections.abc import Callable

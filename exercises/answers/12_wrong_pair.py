@@ -1,11 +1,8 @@
-"""It depends on the edits. Shown a mirrored picture and told to invert the colours, the editor does as it is
-told, 6 times of 6, and as well as where both ask for the mirror (3.8 and 3.5 levels from the nearest
-picture).
+"""Which wins may depend on the editor and on the edits: `-s` prints it for three pairs. Not measured yet.
 
-Shown night and told a white background, it is nearest to both, 5 times of 6, but at 16.4 levels, where it has
-1.5 when the two agree: the pictures are of a murky blue. Shown navy and told meadow, "shown" wins 5 times of
-6, at 43.3 levels, too far to mean it: they are dark meadows, a mixture for which neither asked. The vote
-alone would have hidden that. The nearest candidate says little without its distance."""
+Look at the distances, not at the vote alone. Where shown and told agree, they tell how near this editor comes
+to a picture at all. An answer much further off than that is none of the four, but a mixture for which nobody
+asked, and the vote hides it. The nearest candidate says little without its distance."""
 
 from collections.abc import Callable
 

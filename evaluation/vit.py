@@ -1,0 +1,89 @@
+"""The paper's comparison: ViT in place of VMamba, all else equal.
+
+    python -m evaluation.vit --output runs/vit       # trains it; the options are those of train.py
+    python -m evaluation.evaluate runs/vit/editor    # edits with it
+
+[paper] Its figure of receptive fields sets ViT beside VMamba. Attention sees the whole grid too, at a cost of
+(H·W)². [ours] Stem, depth, width and MLP ratio are those of `VisualPromptEncoder`; the links are ControlNet's
+zero convolutions. `backbone.load_editor` knows such editors where this module is imported (evaluate.py).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+import train
+from rcldm import RCLDM, VisualPromptEncoder
+
+
+class ViTBlock(nn.Module):
+    """The pre-norm transformer block, channels last: (B, H, W, C) → (B, H, W, C)."""
+
+    def __init__(self, dim: int, mlp_ratio: float):
+        super().__init__()
+        self.heads = dim // next(size for size in range(min(64, dim), 0, -1) if dim % size == 0)
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x).flatten(1, 2)).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, heads, ·)
+        attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        x = x + self.proj(attended.transpose(1, 2).reshape(x.shape))
+        return x + self.mlp(self.norm2(x))
+
+
+class SinCosPositions(nn.Module):
+    """Adds fixed positions to (B, H, W, C) of any size: half the channels by row, half by column."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, height, width, dim = x.shape
+        rates = 1e4 ** -torch.linspace(0, 1, math.ceil(dim / 4), device=x.device)
+        angles = torch.arange(max(height, width), device=x.device)[:, None] * rates
+        line = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (max(H, W), about C/2)
+        rows, columns = line[:height, None].expand(-1, width, -1), line[None, :width].expand(height, -1, -1)
+        return x + torch.cat([rows, columns], dim=-1)[..., :dim].to(x.dtype)
+
+
+class ViTPromptEncoder(VisualPromptEncoder):
+    """`VisualPromptEncoder` with transformer blocks; their positions come first."""
+
+    def __init__(
+        self,
+        out_channels: int,
+        depth: int = 4,
+        width: int | None = None,
+        mlp_ratio: float = 2.0,
+        factor: int = 8,
+    ):
+        super().__init__(out_channels, depth=0, width=width, factor=factor)
+        (dim,) = self.norm.normalized_shape
+        self.blocks = nn.ModuleList([SinCosPositions(), *(ViTBlock(dim, mlp_ratio) for _ in range(depth))])
+
+
+class ViTRCLDM(RCLDM):
+    """RCLDM of design "vit": its own prompt encoder, and zero convolutions as links."""
+
+    def new_prompt_encoder(self, channels: int) -> nn.Module:
+        config = self.config
+        depth, width = config.prompt_encoder_depth, config.prompt_encoder_width
+        return ViTPromptEncoder(channels, depth, width, config.mlp_ratio, config.factor)
+
+    @classmethod
+    def from_unet(cls, unet: UNet2DConditionModel, design: str = "vit", **options) -> ViTRCLDM:
+        """`train.py` asks for "vmamba", in whose place ViT stands. Raises ValueError for "conv"."""
+        if design == "conv":
+            raise ValueError("--no-rcldm: this program trains ViT in that place; use train.py")
+        return super().from_unet(unet, "vit", **options)
+
+
+if __name__ == "__main__":
+    train.main(new_model=ViTRCLDM.from_unet)
