@@ -3,22 +3,28 @@
     python edit.py --prompt-pair before.png after.png --input mine.jpg --output out.png
     python edit.py --instruction "make it night" --input mine.jpg --output out.png
     python edit.py --prompt-pair before.png after.png --instruction "add a hat" --input photos/ --output out/
-    python edit.py --prompt-pair before.png after.png --input mine.jpg --num-images 4 --grid --output out/
     python edit.py --model runs/train/editor --instruction "add a hat" --input a.png b.png --output out/
 
-A thin shell over `InstructGIEPipeline` in pipeline.py, where an edit is made.
+An edit, in the order of this file:
+
+    example pair, query -> Img_VPcon = [[before, after], [query, grey]] -> G_ven, once per edit
+    instruction l -> U -> l' -> text encoder, once per edit
+    noise x_T; for every timestep: RCLDM(x_t, l', condition) -> residuals -> frozen U-Net -> noise prediction,
+        guided away from the one made without the instruction, and without the example pair; x_t -> x_(t-1)
+    lower right quadrant of x_0 -> VAE decoder -> the answer
+
+Symbols: B samples; P panel size in pixels, p in latent pixels; C latent channels; K branches of guidance.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import inspect
 import math
-import os
 import sys
-import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 SCHEDULERS = {  # diffusers' names
     "ddim": "DDIMScheduler",
@@ -27,8 +33,6 @@ SCHEDULERS = {  # diffusers' names
     "dpm++": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-
-MOST_ANSWERS = 10_000  # to each input
 
 
 def arguments() -> argparse.Namespace:
@@ -48,8 +52,6 @@ def arguments() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the models")
     add("--grid", action="store_true", help="write the labelled grid beside each answer")
-    add("--compile", action="store_true", help="compile the U-Nets: slow to start, then faster")
-    add("--offload", action="store_true", help="less GPU memory: parts wait in main memory till they work")
     return parser.parse_args()
 
 
@@ -59,112 +61,144 @@ if __name__ == "__main__":
 import diffusers
 import torch
 import transformers
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, nn
 
 import backbone
-from dataset import LONGEST_INSTRUCTION
-from pictures import ImageError, load_image
-from pipeline import SAMPLING, InstructGIEPipeline, call_options, seeded
-from training.files import write_whole
+import liu
+from dataset import LONGEST_INSTRUCTION, answer_panel, compose_grid, drop_example, mask_query
+from pictures import check_finite, fit_panel, load_image, tensor_to_image, unfit
+from pictures.answers import grid_path, labelled_grid, plan_answers, save_png
 
-# --- What is written ----------------------------------------------------------------------------------------
+# --- What goes in -------------------------------------------------------------------------------------------
 
 
-def labelled_grid(
-    pair: tuple[Image.Image, Image.Image] | None,
-    query: Image.Image,
-    answer: Image.Image,
-    instruction: str,
-    panel: int,
-) -> Image.Image:
-    """Example before and after, input and answer, as the model has them, but enlarged and labelled.
+def condition_grids(examples: Tensor, queries: Tensor, has_example: Tensor | None = None) -> Tensor:
+    """Img_VPcon: examples (B, 2, 3, P, P) and queries (B, 3, P, P) in [-1, 1] → (B, 3, 2P, 2P). [figure]
 
-    pair: None is grey, as the model has that, too. panel: P; shown are squares of a multiple of it, of 192
-    pixels or more, each picture as large as fits.
+    has_example: (B,) of bool, all true if None; elsewhere the example row is grey, as in training.
     """
-    side, line, font = panel * math.ceil(192 / panel), 20, ImageFont.load_default(14)
-    words = textwrap.wrap(instruction, width=side // 4)  # a letter is about 7 pixels wide
-    sheet = Image.new("RGB", (2 * side, 2 * (side + line) + len(words) * line), "white")
-    draw = ImageDraw.Draw(sheet)
-    pictures = *(pair or [Image.new("RGB", (panel, panel), "grey")] * 2), query, answer
-    for i, label in enumerate(("example before", "example after", "input", "answer")):
-        x, y = i % 2 * side, i // 2 * (side + line)
-        draw.text((x + 4, y + 2), label, "black", font)
-        seen = ImageOps.contain(pictures[i], (panel, panel), Image.Resampling.LANCZOS)
-        shown = ImageOps.contain(seen, (side, side), Image.Resampling.NEAREST)
-        sheet.paste(shown, (x + (side - shown.width) // 2, y + line + (side - shown.height) // 2))
-    for i, text in enumerate(words):
-        draw.text((4, 2 * (side + line) + i * line + 2), text, "black", font)
-    return sheet
+    grids = mask_query(compose_grid(*examples.unbind(1), queries, queries))
+    if has_example is None:
+        return grids
+    return torch.where(has_example.to(grids.device).view(-1, 1, 1, 1), grids, drop_example(grids))
 
 
-def save_png(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
-    """Writes the PNG whole or not at all, with `record` as JSON in its text chunk "instructgie"."""
-    info = PngInfo()
-    info.add_text("instructgie", json.dumps(record))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: image.save(file, format="PNG", pnginfo=info))
+# --- Guidance -----------------------------------------------------------------------------------------------
+
+
+def guidance_weights(text: float, visual: float, told: bool, shown: bool) -> dict[tuple[bool, bool], float]:
+    """What each prediction e(text, pair) weighs, without those that weigh nothing: (text, pair) → weight.
+
+    text, visual: the scales s; 1 is no guidance, 0 is no instruction and no example pair. told, shown:
+    whether any edit has an instruction, and an example pair; where none has, its scale changes nothing.
+
+    Choice: two scales, after InstructPix2Pix (Brooks et al., 2023, section 3.2.1). [ours] Where 0 is an empty
+    text or a grey example row, and the query stays:
+        e = e(0, 0) + s_visual · (e(0, pair) - e(0, 0)) + s_text · (e(text, pair) - e(0, pair))
+    """
+    visual = float(visual) if shown else 1.0
+    text = float(text) if told else visual
+    weights = {(False, False): 1 - visual, (False, True): visual - text, (True, True): text}
+    return {branch: weight for branch, weight in weights.items() if weight != 0}
+
+
+@dataclass
+class Branches:
+    """The edits as guidance compares them: K branches of B grids, one after the other.
+
+    weights: K numbers. states: text embeddings (K·B, T, D). condition: encodings (K·B, C0, 2p, 2p).
+    """
+
+    weights: list[float]
+    states: Tensor
+    condition: Tensor
+
+
+@torch.no_grad()
+def encode_branches(
+    sd: backbone.StableDiffusion,
+    rcldm: nn.Module,
+    grids: Tensor,
+    instructions: list[str],
+    weights: dict[tuple[bool, bool], float],
+    device: torch.device | None = None,
+) -> Branches:
+    """All that an edit needs once: condition grids (B, 3, 2P, 2P), instructions unified already."""
+    told, silent = (backbone.encode_text(sd, texts, device) for texts in (instructions, [""] * len(grids)))
+    states = torch.cat([told if text else silent for text, _ in weights])
+    condition = torch.cat([grids if pair else drop_example(grids) for _, pair in weights])
+    return Branches([*weights.values()], states, rcldm.encode_condition(condition))
+
+
+# --- The sampling loop --------------------------------------------------------------------------------------
+
+
+def seeded_noise(
+    sd: backbone.StableDiffusion, panel: int, seeds: list[int]
+) -> tuple[Tensor, list[torch.Generator]]:
+    """Noise (B, C, 2p, 2p) and a generator for each seed; on the CPU, so that a seed means the same on every
+    device."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    side = 2 * panel // backbone.vae_factor(sd.vae)
+    return torch.stack(
+        [torch.randn(sd.unet.config.in_channels, side, side, generator=g) for g in generators]
+    ), generators
+
+
+@torch.no_grad()
+def sample(
+    sd: backbone.StableDiffusion,
+    rcldm: nn.Module,
+    branches: Branches,
+    noise: Tensor,
+    steps: int,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    after_step: Callable | None = None,
+) -> Tensor:
+    """Draws the grids of B edits from noise (B, C, 2p, 2p): latents of that shape, float32.
+
+    generator: of the fresh noise that some samplers add. after_step: called with the step's number, timestep,
+    output and branches; returns the x_t and branches to go on with, or None for the branches to end.
+    Raises ValueError where latents are not finite, with the step's number.
+    """
+    scheduler = sd.scheduler
+    backbone.set_timesteps(scheduler, steps, noise.device)
+    x_t = check_finite(noise, "the noise").float() * scheduler.init_noise_sigma
+    taken = inspect.signature(scheduler.step).parameters
+    extra = {"generator": generator} if "generator" in taken else {}
+    for i, t in enumerate(scheduler.timesteps):
+        inputs = torch.cat([x_t] * len(branches.weights))
+        inputs = scheduler.scale_model_input(inputs, t).to(sd.unet.dtype)
+        down, mid = rcldm(inputs, t, branches.states, branches.condition, return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        predictions = sd.unet(inputs, t, branches.states, **residuals).sample.float()
+        predictions = predictions.chunk(len(branches.weights))
+        prediction = sum(weight * e for weight, e in zip(branches.weights, predictions))
+        output = scheduler.step(prediction, t, x_t, **extra)
+        x_t = output.prev_sample
+        if not x_t.isfinite().all():
+            where = f"step {i + 1} of {len(scheduler.timesteps)}"
+            raise ValueError(f"{where}: NaN or infinity; take float32, or another sampler or number of steps")
+        if after_step is not None:
+            x_t, branches = after_step(i, t, output, branches)
+            if branches is None:
+                break
+    return check_finite(x_t, "the grid as drawn")
+
+
+# --- What comes out -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def decode_answers(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Latents of grids (B, C, 2p, 2p) → the answers (B, 3, P, P) in [-1, 1], float32. [figure]
+
+    Raises ValueError for what is not finite.
+    """
+    return check_finite(backbone.decode_latents(vae, answer_panel(latents)), "the VAE's picture")
 
 
 # --- The command --------------------------------------------------------------------------------------------
-
-
-def pictures(sources: list[Path]) -> tuple[list[Path], list[Path]]:
-    """What is edited: the files as they are, and of a folder all that are pictures, sorted; and what is left
-    out of the folders, each named on stderr. Of hidden files nothing is said.
-
-    Raises ValueError for a file that is no picture, and for a folder without one.
-    """
-    inputs: list[Path] = []
-    left_out: list[Path] = []
-    for source in sources:
-        is_folder = source.is_dir()
-        found = sorted(path for path in source.iterdir() if path.name[0] != ".") if is_folder else [source]
-        before = len(inputs)
-        for path in found:
-            try:
-                load_image(path)  # a broken picture should show before models are loaded
-                inputs.append(path)
-            except ImageError as error:
-                if not is_folder:
-                    raise
-                left_out.append(path)
-                print(f"left out: {error}", file=sys.stderr, flush=True)
-        if len(inputs) == before:
-            raise ValueError(f"{source}: no picture in this folder")
-    return inputs, left_out
-
-
-def output_paths(output: Path, inputs: list[Path], count: int, read: set[str]) -> list[list[Path]]:
-    """Where the `count` answers to each input go. Raises ValueError where `output` cannot take them, and
-    where an answer, or its grid, would overwrite a picture of `read`, which are full paths."""
-    is_file = output.suffix.lower() in Image.registered_extensions() and not output.is_dir()
-    if is_file and (output.suffix.lower() != ".png" or len(inputs) * count > 1):
-        raise ValueError(f"--output {output}: one answer goes to a .png file, several go to a folder")
-    if not is_file and output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output}: is a file; give a folder, or a name that ends in .png")
-    taken, targets = set(), []
-    for path in inputs:
-        for again in ("", *(f"-{n + 2}" for n in range(len(inputs)))):  # two pictures may have one stem
-            stems = [path.stem + again] if count == 1 else [f"{path.stem}{again}_{k}" for k in range(count)]
-            paths = [output] if is_file else [output / f"{stem}.png" for stem in stems]
-            written = set(map(os.path.realpath, (*paths, *map(grid_path, paths))))
-            if written & read:
-                raise ValueError(f"--output {output}: an answer would overwrite a picture that is read")
-            if not written & taken:
-                break
-        for target in paths:
-            above = next(folder for folder in target.parents if folder.exists())
-            if target.is_dir() or not above.is_dir():
-                raise ValueError(f"--output {output}: {target} cannot be written, a folder or file is there")
-        taken |= written
-        targets.append(paths)
-    return targets
-
-
-def grid_path(path: Path) -> Path:
-    return path.with_stem(f"{path.stem}_grid")
 
 
 @backbone.one_line_errors("edit.py")
@@ -176,56 +210,56 @@ def main() -> None:
         raise ValueError(f"--instruction must have at most {LONGEST_INSTRUCTION} letters")
     if not args.prompt_pair and not instruction:
         raise ValueError("nothing says which edit to make: give --prompt-pair, --instruction or both")
-    bounds = {(1, MOST_ANSWERS): "num_images", (1, math.inf): "steps", (0, 2**62): "seed"}
+    bounds = {(1, 10_000): "num_images", (1, math.inf): "steps", (0, 2**62): "seed"}
     backbone.check_numbers(args, bounds)
     pair = tuple(map(load_image, args.prompt_pair or [])) or None
-    inputs, left_out = pictures(args.input)
-    read = set(map(os.path.realpath, [*inputs, *left_out, *(args.prompt_pair or [])]))
-    targets = output_paths(args.output, inputs, args.num_images, read)
+    inputs, targets = plan_answers(args.input, args.output, args.num_images, args.prompt_pair or [])
 
     transformers.logging.disable_progress_bar()  # of every part's loading
     diffusers.utils.logging.disable_progress_bar()
-    model, device = args.model or backbone.PRESETS["toy"].editor, backbone.pick_device(args.device)
-    wordless = {} if instruction else {"llm": None}  # nothing to unify: the language model stays unloaded
-    pipe = InstructGIEPipeline.from_pretrained(model, torch_dtype=getattr(torch, args.dtype), **wordless)
-    if args.offload and device.type != "cpu":
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.to(device)
-    if args.compile:  # what runs at every step
-        pipe.unet.compile()
-        pipe.rcldm.compile()
-    pipe.scheduler = getattr(diffusers, SCHEDULERS[args.scheduler]).from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(desc="edit", unit="step", leave=False)
-    given = {name: getattr(args, name) for name in SAMPLING}
-    used = {name: pipe.settings[name] if value is None else value for name, value in given.items()}
+    device, dtype = backbone.pick_device(args.device), getattr(torch, args.dtype)
+    model = args.model or backbone.PRESETS["toy"].editor
+    sd, rcldm, llm, settings = backbone.load_parts(model, device, dtype, words=bool(instruction))
+    scheduler = getattr(diffusers, SCHEDULERS[args.scheduler]).from_config(sd.scheduler.config)
+    sd, panel = sd._replace(scheduler=scheduler), settings["panel"]
+    given = {name: getattr(args, name) for name in ("steps", "guidance_text", "guidance_visual")}
+    used = {name: settings[name] if value is None else value for name, value in given.items()}
 
-    (unified,) = pipe.unify([instruction])
+    unified = instruction
+    if llm is not None:
+        (unified,) = liu.InstructionUnifier(*llm).unify([instruction])
     if instruction:
         print(f'instruction: "{instruction}" -> "{unified}"', flush=True)
+    for line in backbone.cut_off(sd.tokenizer, [unified]).values():
+        print(line, file=sys.stderr)
+    example = torch.zeros(2, 3, panel, panel)
+    if pair is not None:
+        example = torch.stack([fit_panel(picture, panel)[0] for picture in pair])
+    weights = guidance_weights(
+        used["guidance_text"], used["guidance_visual"], bool(instruction), pair is not None
+    )
 
-    # Choice: one answer at a time. Together they would take less, but round otherwise; so each is the same to
-    # the last bit, whatever else is edited.
+    # Choice: one answer at a time. [ours] Together they would take less, but round otherwise; so each is the
+    # same to the last bit, whatever else is edited.
     for source, paths in zip(inputs, targets):
         query = load_image(source)
+        picture, box = fit_panel(query, panel)
+        grid = condition_grids(example[None], picture[None], torch.tensor([pair is not None]))
+        branches = encode_branches(sd, rcldm, grid.to(device, dtype), [unified], weights)
         for seed, path in enumerate(paths, start=args.seed):
-            options = {**call_options(used), "generator": seeded([seed]), "unify": False}
+            noise, generators = seeded_noise(sd, panel, [seed])
             try:
-                (answer,) = pipe(unified, query, pair, **options).images
-            except RuntimeError as error:
-                if isinstance(error, NotImplementedError):  # not every sampler knows every kind of prediction
-                    raise ValueError(f"--scheduler {args.scheduler}: {error}; take another") from error
-                if not args.compile:
-                    raise
-                raise ValueError(f"--compile: {str(error).splitlines()[0]}; edit without it") from error
+                latents = sample(sd, rcldm, branches, noise.to(device), used["steps"], generators)
+            except NotImplementedError as error:  # not every sampler knows every kind of prediction
+                raise ValueError(f"--scheduler {args.scheduler}: {error}; take another") from error
+            (answer,) = decode_answers(sd.vae, latents)
+            answer = tensor_to_image(unfit(answer, box))
             record = {"instruction": instruction, "unified": unified, "input": str(source), "seed": seed}
             record |= {"prompt_pair": [str(file) for file in args.prompt_pair or []], **used}
             record |= {"scheduler": args.scheduler, "model": str(model), "dtype": args.dtype}
-            record |= {"device": str(device)}
-            save_png(answer, path, record)
+            save_png(answer, path, record | {"device": str(device)})
             if args.grid:
-                grid = labelled_grid(pair, query, answer, instruction, pipe.panel)
-                save_png(grid, grid_path(path), record)
+                save_png(labelled_grid(pair, query, answer, instruction, panel), grid_path(path), record)
             print(path, flush=True)
 
 

@@ -33,6 +33,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import backbone
+import edit
 import esm
 import liu
 import sam_loss
@@ -46,13 +47,12 @@ from dataset import (
     mask_query,
     read_pairs,
 )
+from disk import locked, write_whole
 from pictures import ImageError, tensor_to_image
-from pipeline import InstructGIEPipeline
 from rcldm import RCLDM
 from training.card import save_editor
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.ema import new_ema
-from training.files import locked, write_whole
 from training.monitor import LossMonitor
 from training.muon import Muon, parameter_groups
 from training.precompute import Facts, Frozen, load_batches, look_up, observe_all, read_instructions
@@ -379,10 +379,13 @@ class Validation:
     def draw(self, model: RCLDM, sd: backbone.StableDiffusion, folder: Path, step: int, log) -> float:
         """Writes a picture, a row per query with example before and after, input, answer, truth. Returns the
         answers' mean absolute error, in levels of 0 … 255."""
-        panels = self.panels.to(sd.unet.device)
-        pipe = InstructGIEPipeline(**sd._asdict(), rcldm=model.eval(), panel=panels.shape[-1])
-        pipe.set_progress_bar_config(disable=True)
-        answers = pipe.answer(panels[:, :2], None, panels[:, 2], self.texts, range(len(panels))).to(panels)
+        panels = self.panels.to(sd.unet.device)  # (N, 4, 3, P, P)
+        grids = edit.condition_grids(panels[:, :2], panels[:, 2])
+        branches = edit.encode_branches(sd, model.eval(), grids, self.texts, {(True, True): 1.0})
+        noise, generators = edit.seeded_noise(sd, panels.shape[-1], range(len(panels)))
+        steps = backbone.SAMPLING["steps"]
+        drawn = edit.sample(sd, model, branches, noise.to(panels.device), steps, generators)
+        answers = edit.decode_answers(sd.vae, drawn)
         shown = torch.stack([*panels[:, :3].unbind(1), answers, panels[:, 3]], 1)  # (N, 5, 3, P, P)
         picture = torch.cat([torch.cat(list(row), -1) for row in shown], -2).cpu().clamp(-1, 1)
         write_whole(

@@ -7,6 +7,7 @@ Every part is a preset's, a Hugging Face hub id or a local folder, and all three
 """
 
 from backbone.command import PATIENCE, check_numbers, choose_attention, one_line_errors, pick_device
+from backbone.editor import SAMPLING, Parts, check_fit, check_settings, load_editor, load_parts
 from backbone.folders import (
     HERE,
     BackboneError,
@@ -27,7 +28,6 @@ from backbone.loading import (
     check_weights,
     load_clip,
     load_clip_tokenizer,
-    load_editor,
     load_llm,
     load_segmenter,
     load_stable_diffusion,

@@ -61,6 +61,9 @@ def set_timesteps(scheduler: Any, steps: int, device: str | torch.device | None 
 
     Raises ValueError where there are too many steps for that.
     """
+    most = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= most:
+        raise ValueError(f"the number of steps must be 1 … {most}, not {steps}")
     scheduler.set_timesteps(steps, device=device)
     timesteps, sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", None)
     inside = timesteps >= 0

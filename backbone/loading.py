@@ -44,7 +44,7 @@ def load_stable_diffusion(
         config.setdefault("set_alpha_to_one", config.get("_class_name") != "PNDMScheduler")
         scheduler = DDIMScheduler.from_config(config | {"clip_sample": False, "steps_offset": 1})
         check_tokenizer(tokenizer, text_encoder)
-        models = [_freeze(model, device) for model in (vae, unet, text_encoder)]
+        models = [freeze(model, device) for model in (vae, unet, text_encoder)]
     return StableDiffusion(*models, tokenizer, scheduler)
 
 
@@ -72,7 +72,7 @@ def load_clip(
     with clear_errors(source, "an open_clip folder", folder):
         if not (folder / "open_clip_model.safetensors").is_file():
             raise FileNotFoundError("open_clip_model.safetensors is missing")
-        return _freeze(open_clip.create_model(f"local-dir:{folder}").to(dtype), device)
+        return freeze(open_clip.create_model(f"local-dir:{folder}").to(dtype), device)
 
 
 def load_clip_tokenizer(source: str) -> Any:
@@ -101,7 +101,7 @@ def load_segmenter(source: str, device: torch.device | str = "cpu") -> tuple[nn.
     with clear_errors(source, "a Mask2Former folder", folder):
         model = _transformer(Mask2FormerForUniversalSegmentation, folder, torch.float32)
         processor = Mask2FormerImageProcessor.from_pretrained(folder, local_files_only=True)
-        return _freeze(model, device), processor
+        return freeze(model, device), processor
 
 
 def load_llm(
@@ -116,25 +116,7 @@ def load_llm(
         model = _transformer(AutoModelForCausalLM, folder, dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         check_llm(model, tokenizer)
-        return _freeze(model, device), tokenizer
-
-
-def load_editor(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[nn.Module, dict[str, Any]]:
-    """An editor that `train.py` has saved: its RCLDM, frozen, and its settings. Raises BackboneError.
-
-    Where its config names a subclass of RCLDM that has been imported, it is one (evaluation/vit.py).
-    """
-    from rcldm import RCLDM
-
-    source, folder = folder, find_folder(folder)
-    with clear_errors(source, "an editor's folder as train.py saves it", folder):
-        settings = read_json(folder / "instructgie.json")
-        kinds = {kind.__name__: kind for kind in RCLDM.__subclasses__()}
-        kind = kinds.get(read_json(folder / "config.json").get("_class_name"), RCLDM)
-        model = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-        return _freeze(model, device), settings
+        return freeze(model, device), tokenizer
 
 
 def _transformer(kind: Any, folder: Path, dtype: torch.dtype, **options: Any) -> nn.Module:
@@ -168,6 +150,6 @@ def check_weights(model: nn.Module, folder: Path) -> None:
         raise ValueError(f"the weights in {folder.name} lack some of it")
 
 
-def _freeze(model: nn.Module, device: torch.device | str) -> nn.Module:
+def freeze(model: nn.Module, device: torch.device | str) -> nn.Module:
     check_model(model)
     return model.to(device).eval().requires_grad_(False)

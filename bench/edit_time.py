@@ -26,9 +26,9 @@ from scan import apart, resident
 from train_step import preset
 
 import backbone
+from apps.pipeline import InstructGIEPipeline
 from dataset import compose_grid, mask_query
 from evaluation.baselines import Baseline
-from pipeline import InstructGIEPipeline
 from rcldm import RCLDM
 
 

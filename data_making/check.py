@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import backbone
 from dataset import COLUMNS, EditPair, read_pairs
+from disk import write_whole
 from pictures import ImageError, load_image, misfit
-from training.files import write_whole
 
 
 def check(args: argparse.Namespace) -> None:

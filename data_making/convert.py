@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import backbone
 from dataset import inside
-from training.files import whole_folder
+from disk import whole_folder
 
 # As in `edit_dataset.py` of timothybrooks/instruct-pix2pix, parts of the list of folders. [ours] The cuts are
 # rounded, so that a single folder is `train`.

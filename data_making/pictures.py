@@ -39,8 +39,8 @@ from data_making.texts import (
     stage,
     write_lines,
 )
+from disk import write_whole
 from pictures import tensor_to_image
-from training.files import write_whole
 
 # --- Two pictures from one noise ----------------------------------------------------------------------------
 

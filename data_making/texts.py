@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import backbone
+from disk import other_settings, whole_folder, write_whole
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.files import other_settings, whole_folder, write_whole
 
 # --- The form of what the language model writes -------------------------------------------------------------
 

@@ -40,9 +40,9 @@ import liu
 import rcldm
 import sam_loss
 from dataset import EditPair, VisualPromptDataset, read_pairs
+from disk import write_whole
 from pictures import image_to_tensor, tensor_to_image
 from toy import world
-from training.files import write_whole
 
 INK, GREY, PALE = "#2b2f36", "#868c96", "#e4e6ea"
 WRONG = "#c0392b"

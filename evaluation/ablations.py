@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 
 import backbone
+from disk import other_settings, write_whole
 from evaluation import metrics
-from training.files import other_settings, write_whole
 
 HERE = Path(__file__).resolve().parents[1]
 PAGE = HERE / "docs" / "results.md"

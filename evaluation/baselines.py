@@ -39,11 +39,11 @@ from tqdm import tqdm
 
 import backbone
 from dataset import VisualPromptDataset, read_pairs
+from disk import whole_folder
 from pictures import check_finite
 from train import draw_order, dropout, prediction_target
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.ema import new_ema
-from training.files import whole_folder
 from training.precompute import Frozen, load_batches, look_up, observe_all, read_instructions
 
 # --- Editing ------------------------------------------------------------------------------------------------

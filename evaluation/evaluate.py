@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 import backbone
 import evaluation.vit  # noqa: F401  so that its editors load
+from apps.pipeline import InstructGIEPipeline
 from dataset import COLUMNS, VisualPromptDataset, read_pairs
+from disk import locked, other_settings, write_whole
 from evaluation.baselines import InstructPix2Pix, PromptDiffusion, SDEdit
 from pictures import TableImage, load_image, picture_digest, tensor_to_image
-from pipeline import InstructGIEPipeline
-from training.files import locked, other_settings, write_whole
 
 # What the editor is given besides the query. "other-pair" is a pair of another instruction, and no words: who
 # reads examples makes that other edit, who remembers the training makes the query's own.

@@ -34,9 +34,9 @@ from tqdm import tqdm
 
 import backbone
 import esm
+from disk import write_whole
 from evaluation.evaluate import read_answers
 from pictures import check_finite, image_to_tensor, load_image
-from training.files import write_whole
 
 FEATURES = ("clip", "inception")
 TEXTS = ("input", "output", "input_caption", "output_caption")  # of a line of answers.jsonl

@@ -24,10 +24,10 @@ from torch import Tensor
 
 import backbone
 from dataset import VisualPromptDataset, compose_grid, mask_query, read_pairs
+from disk import write_whole
 from evaluation.evaluate import draw_queries, panel_rows
 from evaluation.vit import ViTRCLDM
 from rcldm import RCLDM
-from training.files import write_whole
 
 SHARES = (0.5, 0.9, 0.99)
 

@@ -19,10 +19,10 @@ from torch.testing import assert_close
 import backbone
 import esm
 import sam_loss
+from apps.pipeline import InstructGIEPipeline
 from dataset import compose_grid, mask_query
 from liu import InstructionUnifier
 from pictures import image_to_tensor
-from pipeline import InstructGIEPipeline
 from rcldm import RCLDM, cross_scan, selective_scan
 from toy import world
 

@@ -4,10 +4,13 @@ from pictures.colour import to_rgb
 from pictures.files import FORMATS, ImageError, TableImage, load_image, picture_digest
 from pictures.tensors import (
     check_finite,
+    fit_panel,
     from_bytes,
     image_to_tensor,
     misfit,
+    pixels_of,
     tensor_to_image,
     to_bytes,
     to_panel,
+    unfit,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -70,3 +71,52 @@ def misfit(before: Image.Image, after: Image.Image) -> str:
         if 2 * min(turned) < upright:
             return "shows the picture before turned or mirrored, as one of the two lacks its EXIF orientation"
     return ""
+
+
+def pixels_of(picture: np.ndarray | Tensor) -> Tensor:
+    """An array (H, W, 3) or a tensor (3, H, W) to float32 (3, H, W) in [-1, 1], on the CPU.
+
+    Floats are in [0, 1], integers in 0 … 255, booleans black or white. Raises ValueError for another shape,
+    and for values outside: of such a picture nobody can tell which range it means.
+    """
+    if isinstance(picture, np.ndarray):
+        if picture.dtype.kind not in "buif":
+            raise ValueError(f"a picture is an array of numbers, not of {picture.dtype}")
+        has_levels, values = picture.dtype.kind in "ui", torch.from_numpy(picture.astype(np.float32))
+        values = values.permute(2, 0, 1) if values.ndim == 3 else values
+    else:
+        has_levels = not (picture.is_floating_point() or picture.dtype == torch.bool)
+        values = picture.detach().float().cpu()
+    if values.ndim != 3 or len(values) != 3 or values.numel() == 0:
+        raise ValueError(f"a picture is (3, H, W) or an array (H, W, 3), not {tuple(picture.shape)}")
+    if not values.isfinite().all():
+        raise ValueError("a picture holds values that are no finite numbers")
+    low, high = (extreme.item() for extreme in values.aminmax())
+    kind, white = ("integers", 255) if has_levels else ("floats", 1)
+    if low < -1e-3 or high > white + 1e-3:  # floats may have been rounded
+        raise ValueError(f"a picture of {kind} has a range of 0 … {white}, this one of {low:g} … {high:g}")
+    return values.clamp(0, white) / (white / 2) - 1
+
+
+def fit_panel(image: Image.Image, size: int) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """The whole picture in a panel (3, P, P) in [-1, 1], and its box there: left, top, right, bottom.
+
+    Choice: the long side is resized to P = `size` (Lanczos), the picture centred, and its border repeated
+    to fill the square. Training crops instead; but whoever edits a picture wants all of it.
+    """
+    image = to_rgb(image)
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    left, top = (size - width) // 2, (size - height) // 2
+    picture = image_to_tensor(image.resize((width, height), Image.Resampling.LANCZOS))
+    border = (left, size - width - left, top, size - height - top)
+    return F.pad(picture, border, mode="replicate"), (left, top, left + width, top + height)
+
+
+def unfit(answer: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+    """The part (..., height, width) of a panel (..., P, P) that `fit_panel` filled with the picture.
+
+    Choice: as drawn. It has the input's aspect ratio and a long side of P; enlarging would invent nothing.
+    """
+    left, top, right, bottom = box
+    return answer[..., top:bottom, left:right]

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from scipy.stats import binomtest
 
-import app
 import edit
 import train
+from apps import page as app
+from apps.pipeline import InstructGIEPipeline
 from dataset import answer_panel
 from docs import check
 from evaluation import evaluate
 from pictures import load_image, tensor_to_image
-from pipeline import InstructGIEPipeline
 from toy import doctor, score, world
 
 HERE = check.HERE

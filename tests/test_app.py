@@ -24,11 +24,11 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-import app
 import backbone
+from apps import page as app
+from apps.pipeline import InstructGIEPipeline, seeded
 from edit import SCHEDULERS, labelled_grid
 from pictures import load_image
-from pipeline import InstructGIEPipeline, seeded
 from toy import doctor, score, world
 
 EXAMPLES = backbone.HERE / "examples"

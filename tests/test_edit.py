@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import P, save_parts
 
 import edit
-from pipeline import InstructGIEPipeline
+from apps.pipeline import InstructGIEPipeline
 
 
 @pytest.fixture(scope="module")

@@ -219,7 +219,7 @@ def test_answers_to_other_pictures_are_refused(data, tmp_path, editor, capsys, s
 
 def test_a_second_evaluation_into_one_folder_is_refused(data, tmp_path, editor, capsys):
     folder = tmp_path / "seen" / "both"
-    hold = "import pathlib, sys\nfrom training.files import locked\n"
+    hold = "import pathlib, sys\nfrom disk import locked\n"
     hold += "with locked(pathlib.Path(sys.argv[1])): print(1, flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     other = subprocess.Popen([sys.executable, "-c", hold, folder], cwd=evaluate.backbone.HERE, **pipes)

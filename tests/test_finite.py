@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from tiny import P, save_clip, save_data, save_parts
 from torch import nn
 
-import app
 import backbone
 import edit
 import train
+from apps import page as app
+from apps.pipeline import InstructGIEPipeline
 from dataset import VisualPromptDataset, read_pairs
 from evaluation import ablations, baselines, evaluate, metrics
 from pictures import tensor_to_image, to_bytes
-from pipeline import InstructGIEPipeline
 from toy import pretrain, score, world
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.precompute import Frozen, observe_all, read_instructions

@@ -18,8 +18,8 @@ import backbone
 import dataset as ds
 import edit
 import pictures
-import pipeline
 import train
+from apps import pipeline
 from data_making import check
 from evaluation import evaluate
 

@@ -31,15 +31,15 @@ import dataset as ds
 import edit
 import liu
 import train
+from apps.pipeline import InstructGIEPipeline
 from data_making import check, texts
 from data_making import pictures as making
+from disk import other_settings
 from evaluation import baselines, evaluate, metrics
 from pictures import ImageError, load_image
-from pipeline import InstructGIEPipeline
 from rcldm import cross_merge, cross_scan
 from sam_loss import selective_area_loss
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.files import other_settings
 
 # --- Something valid of every kind --------------------------------------------------------------------------
 

@@ -8,21 +8,21 @@ import pytest
 HERE = Path(__file__).resolve().parents[1]
 FILES = [path.relative_to(HERE) for path in (*HERE.glob("*.py"), *HERE.glob("[a-z]*/**/*.py"))]
 ROOMS = {path.parts[0] for path in FILES} | {path.stem for path in FILES if len(path.parts) == 1}
-GROUND = ("rcldm", "esm", "liu", "sam_loss", "dataset", "pictures")
-TOP = {*GROUND, "pipeline", "edit", "train", "app"}
+GROUND = ("rcldm", "esm", "liu", "sam_loss", "dataset", "pictures", "disk")
+TOP = {*GROUND, "edit", "train"}
 BELOW = {name: set() for name in GROUND} | {
     "rcldm": {"scan_kernels"},  # looked up where a faster backend is asked for
     "dataset": {"pictures"},
+    "pictures": {"disk"},
     "scan_kernels": set(),
     "backbone": {"rcldm"},
     "training": {"backbone", *GROUND},
-    "pipeline": {"backbone", "training", *GROUND},
-    "edit": {"backbone", "training", "pipeline", *GROUND},
-    "train": {"backbone", "training", "pipeline", *GROUND},
-    "app": {"backbone", "edit", "pipeline", "toy", *GROUND},
-    "evaluation": {"backbone", "training", *TOP},
+    "edit": {"backbone", *GROUND},
+    "train": {"backbone", "training", *TOP},
+    "apps": {"backbone", "training", "toy", *TOP},
+    "evaluation": {"backbone", "training", "apps", *TOP},
     "data_making": {"backbone", "training", *TOP},
-    "toy": {"backbone", "training", "evaluation", "data_making", "scan_kernels", *TOP},
+    "toy": {"backbone", "training", "apps", "evaluation", "data_making", "scan_kernels", *TOP},
 }
 
 

@@ -28,9 +28,9 @@ from tiny import P, save_parts
 import backbone
 import edit
 import liu
+from apps.pipeline import InstructGIEPipeline, fit_panel, seeded, unfit
 from dataset import split_grid
 from pictures import image_to_tensor, load_image, tensor_to_image, to_panel
-from pipeline import InstructGIEPipeline, fit_panel, seeded, unfit
 from rcldm import RCLDM
 from training import precompute
 from training.card import model_card
@@ -279,7 +279,7 @@ def test_saved_and_loaded_it_edits_the_same(pipe, pictures, tmp_path):
 
 def test_diffusers_finds_the_class_by_its_custom_pipeline(pipe, pictures, tmp_path):
     pipe.save_pretrained(tmp_path)
-    here = str(backbone.HERE)
+    here = str(backbone.HERE / "apps")
     again = DiffusionPipeline.from_pretrained(str(tmp_path), custom_pipeline=here, trust_remote_code=True)
     again.set_progress_bar_config(disable=True)
     assert type(again).__name__ == "InstructGIEPipeline"
@@ -734,7 +734,7 @@ def test_a_cut_instruction_is_logged_once(pipe, pictures, caplog):
     told = [" ".join([*words_that_fit(pipe), "blue", f"hat{k}"]) for k in (1, 2)]
     for _ in range(2):
         answers(pipe, pictures, told, guidance_scale=2.0)
-    ends = [record.message.split()[-1] for record in caplog.records if record.name == "pipeline"]
+    ends = [record.message.split()[-1] for record in caplog.records if record.name == "apps.pipeline"]
     assert ends == ['hat1"', 'hat2"']
     answers(pipe, pictures, "make it night", guidance_scale=2.0)
     assert len(caplog.records) == 2

@@ -28,9 +28,9 @@ import rcldm
 import sam_loss
 import train
 from dataset import VisualPromptDataset, read_pairs
+from disk import whole_folder, write_whole
 from training import precompute
 from training.checkpoint import load_checkpoint, save_checkpoint, verified
-from training.files import whole_folder, write_whole
 from training.monitor import LossMonitor
 from training.precompute import Frozen, observe_all
 from training.stopping import Stop

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import backbone
+from apps.pipeline import InstructGIEPipeline, seeded
 from dataset import VisualPromptDataset, read_pairs
-from pipeline import InstructGIEPipeline, seeded
 from toy import stages, world
 
 

@@ -21,8 +21,8 @@ from tiny import options as tiny_options
 import backbone
 import esm
 import train
+from apps.pipeline import InstructGIEPipeline
 from dataset import VisualPromptDataset, read_pairs
-from pipeline import InstructGIEPipeline
 from training.precompute import Frozen, look_up, observe_all
 
 

@@ -67,7 +67,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(HERE))
 import backbone
 import scan_kernels
-from pipeline import InstructGIEPipeline, seeded
+from apps.pipeline import InstructGIEPipeline, seeded
 from toy import score, world
 
 # --- The edit, and what is right ----------------------------------------------------------------------------

@@ -20,10 +20,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
+from disk import write_whole
 from evaluation.evaluate import panel_rows
 from pictures import load_image
 from toy import score, world
-from training.files import write_whole
 
 PANELS = ("example before", "example after", "input", "answer", "truth", "nearest")
 

@@ -43,11 +43,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from backbone import encode_images
 from data_making.texts import OWN_TASK, as_prompt, as_reply, writing_loss
+from disk import whole_folder
 from pictures import from_bytes
 from toy import world
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.ema import new_ema
-from training.files import whole_folder
 from training.muon import Muon, parameter_groups
 
 WEIGHTS = Path(__file__).parent / "weights"

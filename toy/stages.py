@@ -27,10 +27,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 import esm
+from apps.pipeline import InstructGIEPipeline, seeded
 from dataset import VisualPromptDataset, compose_grid, read_pairs
 from evaluation.evaluate import draw_queries
 from pictures import tensor_to_image
-from pipeline import InstructGIEPipeline, seeded
 from toy import score, world
 
 STAGES = ("vae", "u-net", "one step", "all steps")

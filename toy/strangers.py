@@ -19,11 +19,12 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
+from apps.pipeline import InstructGIEPipeline
+from backbone import SAMPLING
+from disk import write_whole
 from evaluation.evaluate import panel_rows
 from pictures import image_to_tensor, tensor_to_image
-from pipeline import SAMPLING, InstructGIEPipeline
 from toy import world
-from training.files import write_whole
 
 PICTURES = Path(__file__).with_name("strangers.txt")
 

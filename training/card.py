@@ -12,11 +12,8 @@ from diffusers import ModelMixin
 from huggingface_hub import ModelCardData
 
 import backbone
-from training.files import whole_folder
-
-# Choice: how an editor samples unless told otherwise; recorded with each. [ours] A scale of 1 is no guidance:
-# one branch instead of three.
-SAMPLING = {"steps": 20, "guidance_text": 1.0, "guidance_visual": 1.0}
+from backbone import SAMPLING
+from disk import whole_folder
 
 
 def save_editor(model: ModelMixin, args: argparse.Namespace, step: int, measured: dict[str, float]) -> None:
@@ -61,7 +58,7 @@ Shown one finished edit, or told in words, or both, it makes the same edit of an
 [arXiv 2403.05018](https://arxiv.org/abs/2403.05018)), {left_out}, on the frozen Stable Diffusion `{source}`.
 
 ```python
-from pipeline import InstructGIEPipeline
+from apps.pipeline import InstructGIEPipeline
 
 pipe = InstructGIEPipeline.from_pretrained("this folder")
 edited = pipe("make it night", image, prompt_pair=(before, after)).images[0]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training.files import whole_folder
+from disk import whole_folder
 
 
 class Stateful(Protocol):

@@ -26,8 +26,8 @@ import esm
 import liu
 import sam_loss
 from dataset import DatasetError, VisualPromptDataset
+from disk import write_whole
 from pictures import ImageError, TableImage, check_finite, from_bytes, to_bytes
-from training.files import write_whole
 from training.stopping import begin_worker
 
 

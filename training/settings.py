@@ -6,7 +6,7 @@ import argparse
 import math
 
 import backbone
-from training.files import other_settings
+from disk import other_settings
 
 PARTS = ("stable_diffusion", "clip", "segmenter", "llm")
 

@@ -3,24 +3,14 @@
     pipe = InstructGIEPipeline.from_pretrained("runs/train/editor").to("cuda")
     edited = pipe("make it night", image, prompt_pair=(before, after)).images[0]
 
-An edit, in five lines:
+The edit itself is made in `edit.py`; this adds batches, callbacks, offloading and any kind of picture.
 
-    example pair, query -> Img_VPcon = [[before, after], [query, grey]] -> G_ven, once per edit
-    instruction l -> U -> l' -> text encoder, once per edit
-    noise x_T; for every timestep: RCLDM(x_t, l', condition) -> residuals -> frozen U-Net -> noise prediction,
-        guided away from the one made without the instruction, and without the example pair; x_t -> x_(t-1)
-    lower right quadrant of x_0 -> VAE decoder -> the answer
-
-This file's order: what goes in, the steps, what comes out; then pictures of any shape, and the model card.
 Symbols: B samples; P panel size in pixels, p in latent pixels; C latent channels; K branches of guidance.
 """
 
 from __future__ import annotations
 
-import inspect
-import json
 import logging
-import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,7 +20,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils import BaseOutput
@@ -39,11 +28,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import backbone
+import edit
 import liu
-from dataset import answer_panel, compose_grid, drop_example, mask_query, split_grid
-from pictures import check_finite, image_to_tensor, tensor_to_image, to_rgb
+from backbone import SAMPLING
+from dataset import answer_panel, compose_grid, split_grid
+from pictures import check_finite, fit_panel, pixels_of, tensor_to_image, unfit
 from rcldm import RCLDM
-from training.card import SAMPLING, model_card
+from training.card import model_card
 
 log = logging.getLogger(__name__)
 
@@ -86,20 +77,13 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
         settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        mine, theirs = ({**model.config} for model in (rcldm.trainable_copy, unet))
-        for name in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
-            if json.dumps(mine[name]) != json.dumps(theirs[name]):  # tuples and lists alike
-                reason = f"its U-Net has {name} {theirs[name]}, the editor's {mine[name]}"
-                raise backbone.BackboneError(f"the editor does not fit this Stable Diffusion: {reason}")
         self.factor = backbone.vae_factor(vae)  # P / p
         if panel is None and rcldm.config.panel is None:
             raise backbone.BackboneError("the RCLDM does not tell its panels' size: give panel=P")
         panel = operator.index(rcldm.config.panel if panel is None else panel)
         if rcldm.config.panel is None:  # so that `components` tell it to another pipeline
             rcldm.register_to_config(panel=panel)
-        if rcldm.config.factor != self.factor or panel % self.factor:
-            reason = f"the autoencoder's factor is {self.factor}, the editor's {rcldm.config.factor}"
-            raise backbone.BackboneError(f"panels of {panel} pixels do not fit: {reason}")
+        backbone.check_fit(unet, vae, rcldm, panel)
         parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet}
         parts |= {"scheduler": scheduler, "rcldm": rcldm, "llm": llm, "llm_tokenizer": llm_tokenizer}
         self.register_modules(**parts)
@@ -129,20 +113,12 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
                     if isinstance(part, nn.Module) and name not in options:
                         backbone.check_model(part)
                         backbone.check_weights(part, folder / name)
-            _check_settings(f"{source}: model_index.json", {**pipe.settings, "panel": pipe.panel})
+            backbone.check_settings(f"{source}: model_index.json", {**pipe.settings, "panel": pipe.panel})
             return pipe
         dtype = options.pop("torch_dtype", None) or options.pop("dtype", None) or torch.float32
-        rcldm, settings = backbone.load_editor(folder, dtype=dtype)
-        missing = {"stable_diffusion", "llm", "panel"} - set(settings)
-        if missing:
-            raise backbone.BackboneError(f"{source}: instructgie.json lacks {', '.join(sorted(missing))}")
-        _check_settings(f"{source}: instructgie.json", settings)
-        wanted = ["stable_diffusion", *(["llm"] if settings["llm"] and "llm" not in options else [])]
-        found = {name: backbone.find_part(folder, settings, name) for name in wanted}
-        parts = {"rcldm": rcldm, "llm": None, "llm_tokenizer": None}
-        parts |= backbone.load_stable_diffusion(found["stable_diffusion"], dtype=dtype)._asdict()
-        if "llm" in found:
-            parts["llm"], parts["llm_tokenizer"] = backbone.load_llm(found["llm"], dtype=dtype)
+        sd, rcldm, llm, settings = backbone.load_parts(folder, dtype=dtype, words="llm" not in options)
+        llm, llm_tokenizer = llm or (None, None)
+        parts = {**sd._asdict(), "rcldm": rcldm, "llm": llm, "llm_tokenizer": llm_tokenizer}
         return cls(**{**parts, **options}, panel=settings["panel"], settings=settings)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
@@ -203,9 +179,12 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
     def encode_prompt(self, texts: list[str]) -> Tensor:
         """Instructions, unified already → text embeddings (B, T, D) for cross-attention. A warning, once for
         each, where one is longer than the text encoder reads."""
+        self._warn_of_cuts(texts)
+        return backbone.encode_text(self, texts, self._execution_device)
+
+    def _warn_of_cuts(self, texts: list[str]) -> None:
         for text, line in backbone.cut_off(self.tokenizer, texts).items():
             _warn_once(text, line)
-        return backbone.encode_text(self, texts, self._execution_device)
 
     def as_panel(self, picture: Picture) -> tuple[Tensor, tuple[int, int, int, int]]:
         """One picture → a panel (3, P, P) in [-1, 1], and the box in it that the picture fills.
@@ -350,89 +329,57 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
         Raises ValueError for lists of another length than B, more steps than there are timesteps, noise of
         another shape, and latents that are not finite: the message names the step and the part.
 
-        Choice: two guidance scales, after InstructPix2Pix (Brooks et al., 2023, section 3.2.1). With the
-        prediction e(text, pair), where 0 is an empty text or a grey example row, and the query stays:
-            e = e(0, 0) + s_visual · (e(0, pair) - e(0, 0)) + s_text · (e(text, pair) - e(0, pair))
         """
         batch, many = len(queries), isinstance(generator, list | tuple)
         has_example = [True] * batch if has_example is None else has_example
         lengths = {len(x) for x in (examples, has_example, instructions, *([generator] if many else []))}
         if lengths != {batch}:
             raise ValueError("examples, has_example, queries, instructions and generators differ in length")
-        timesteps = self.scheduler.config.num_train_timesteps
         steps = _whole(steps, "the number of steps")
-        if not 1 <= steps <= timesteps:
-            raise ValueError(f"the number of steps must be 1 … {timesteps}, not {steps}")
         if unknown := set(callback_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"a callback is given {self._callback_tensor_inputs}, not {sorted(unknown)}")
-        scheduler, device, dtype = self.scheduler, self._execution_device, self.unet.dtype
-
-        self._guidance_scale, self._visual_guidance_scale = guidance_text, guidance_visual
-
-        def weigh() -> dict[tuple[bool, bool], float]:
-            """The formula as weights, without the branches whose weight is zero: (text, pair) → weight."""
-            # Where no sample has a pair (or a text), the first (the last) difference is zero whatever its
-            # scale: take the one that saves most.
-            s_visual = float(self._visual_guidance_scale) if any(has_example) else 1.0
-            s_text = float(self._guidance_scale) if any(instructions) else s_visual
-            weights = {(False, False): 1 - s_visual, (False, True): s_visual - s_text, (True, True): s_text}
-            return {branch: weight for branch, weight in weights.items() if weight != 0}  # K of them
-
-        examples, queries = examples.to(device, dtype), queries.to(device, dtype)
-        shown = mask_query(compose_grid(*examples.unbind(1), queries, queries))  # (B, 3, 2P, 2P)
-        alone = drop_example(shown)
-        has_pair = torch.tensor(has_example, device=device).view(-1, 1, 1, 1)
-        shown = torch.where(has_pair, shown, alone)
-        told, silent = self.encode_prompt(instructions), self.encode_prompt([""] * batch)
-
-        def encode() -> tuple[Tensor, Tensor]:
-            """Text embeddings and encoded condition of all branches."""
-            condition = torch.cat([shown if pair else alone for _, pair in branches])  # (K·B, 3, 2P, 2P)
-            states = torch.cat([told if text else silent for text, _ in branches])  # (K·B, tokens, D)
-            return states, self.rcldm.encode_condition(condition)
-
-        branches = weigh()
-        states, condition = encode()
-
-        backbone.set_timesteps(scheduler, steps, device)
+        device, dtype = self._execution_device, self.unet.dtype
         shape = (batch, self.unet.config.in_channels, *[2 * self.panel // self.factor] * 2)
         if latents is None:
             latents = _noise(shape, generator)
         elif latents.shape != shape:
             raise ValueError(f"latents must be {shape}, not {tuple(latents.shape)}")
-        x_t = (
-            check_finite(latents, "the given latents").to(device, torch.float32) * scheduler.init_noise_sigma
-        )
-        taken = inspect.signature(scheduler.step).parameters
-        extra = {"generator": generator} if "generator" in taken else {}
-        self._interrupt, self._num_timesteps = False, len(scheduler.timesteps)
-        with self.progress_bar(total=len(scheduler.timesteps)) as progress:
-            for i, t in enumerate(scheduler.timesteps):
-                if self._interrupt:
-                    continue
-                before, branches = branches, weigh()
-                if branches.keys() != before.keys():
-                    states, condition = encode()
-                inputs = scheduler.scale_model_input(torch.cat([x_t] * len(branches)), t).to(dtype)
-                down, mid = self.rcldm(inputs, t, states, condition, return_dict=False)
-                residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-                predictions = self.unet(inputs, t, states, **residuals).sample.float().chunk(len(branches))
-                prediction = sum(weight * e for weight, e in zip(branches.values(), predictions))
-                step = scheduler.step(prediction, t, x_t, **extra)
-                x_t = step.prev_sample
-                if not x_t.isfinite().all():
-                    parts = {"the instruction's embedding": [states], "the condition's encoding": [condition]}
-                    parts |= {"the RCLDM's residuals": [*down, mid], "the guided prediction": [prediction]}
-                    where = f"step {i + 1} of {self._num_timesteps}"
-                    _refuse_step(where, parts | {"what the sampler makes of it": [x_t]})
-                if callback is not None:
-                    tensors = {"latents": x_t, "prompt_embeds": states, "condition": condition}
-                    tensors["pred_original_sample"] = getattr(step, "pred_original_sample", None)
-                    changed = callback(self, i, t, {name: tensors[name] for name in callback_inputs}) or {}
-                    x_t, states = changed.get("latents", x_t), changed.get("prompt_embeds", states)
-                    condition = changed.get("condition", condition)
+        names = backbone.StableDiffusion._fields
+        sd = backbone.StableDiffusion(*(self.components[name] for name in names))
+        given = (x.to(device, dtype) for x in (examples, queries))
+        grids = edit.condition_grids(*given, torch.tensor(has_example))
+        self._guidance_scale, self._visual_guidance_scale = guidance_text, guidance_visual
+        self._warn_of_cuts(instructions)
+
+        def weigh() -> dict[tuple[bool, bool], float]:
+            scales = self._guidance_scale, self._visual_guidance_scale
+            return edit.guidance_weights(*scales, any(instructions), any(has_example))
+
+        weights = weigh()
+        self._interrupt, self._num_timesteps = False, steps
+        with self.progress_bar(total=steps) as progress:
+
+            def after_step(i: int, t: Tensor, output: Any, branches: edit.Branches) -> tuple:
+                nonlocal weights
                 progress.update()
-        return check_finite(x_t, "the grid as drawn")
+                x_t = output.prev_sample
+                if callback is None:
+                    return x_t, branches
+                tensors = {"latents": x_t, "prompt_embeds": branches.states, "condition": branches.condition}
+                tensors["pred_original_sample"] = getattr(output, "pred_original_sample", None)
+                changed = callback(self, i, t, {name: tensors[name] for name in callback_inputs}) or {}
+                x_t = changed.get("latents", x_t)
+                branches.states = changed.get("prompt_embeds", branches.states)
+                branches.condition = changed.get("condition", branches.condition)
+                before, weights = weights, weigh()
+                if weights.keys() != before.keys():
+                    branches = edit.encode_branches(sd, self.rcldm, grids, instructions, weights, device)
+                branches.weights = [*weights.values()]
+                return x_t, None if self._interrupt else branches
+
+            branches = edit.encode_branches(sd, self.rcldm, grids, instructions, weights, device)
+            noise = check_finite(latents, "the given latents").to(device)
+            return edit.sample(sd, self.rcldm, branches, noise, steps, generator, after_step)
 
     # --- What comes out -------------------------------------------------------------------------------------
 
@@ -455,7 +402,7 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
 
         Raises ValueError for what is not finite.
         """
-        return check_finite(backbone.decode_latents(self.vae, answer_panel(latents)), "the VAE's picture")
+        return edit.decode_answers(self.vae, latents)
 
     def decode_grids(self, latents: Tensor) -> Tensor:
         """Latents of grids (B, C, 2p, 2p) → all that was drawn, (B, 3, 2P, 2P) in [-1, 1], float32.
@@ -465,17 +412,6 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
         empty = torch.zeros_like(answer_panel(latents))
         grids = [compose_grid(empty, empty, empty, panel) for panel in split_grid(latents)]
         return compose_grid(*map(self.decode_answers, grids))
-
-
-def _check_settings(where: str, settings: dict[str, Any]) -> None:
-    """Raises BackboneError for an editor's settings that nothing can be drawn with."""
-    kinds = {"stable_diffusion": str, "llm": str | None, "panel": int, "steps": int}
-    kinds |= dict.fromkeys(("guidance_text", "guidance_visual"), int | float)
-    for name in kinds.keys() & settings.keys():
-        value = settings[name]
-        endless = isinstance(value, float) and not math.isfinite(value)
-        if not isinstance(value, kinds[name]) or endless or (name == "panel" and not 0 < value <= 4096):
-            raise backbone.BackboneError(f"{where} has {name} {repr(value)[:80]}")
 
 
 @lru_cache(maxsize=1024)
@@ -503,14 +439,6 @@ def _whole(number: Any, what: str) -> int:
         raise ValueError(f"{what} must be a whole number, not {number!r}") from None
 
 
-def _refuse_step(where: str, parts: dict[str, list[Tensor]]) -> None:
-    """Raises ValueError for the first part of a step, in the order of their making, that is not finite."""
-    for part, tensors in parts.items():
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            advice = "take float32, or another sampler or number of steps"
-            raise ValueError(f"{where}: NaN or infinity in {part}; {advice}")
-
-
 def _noise(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
     """Of that shape, drawn where its generator is; each sample by its own where there are several."""
     if isinstance(generator, list | tuple):
@@ -525,55 +453,3 @@ def _is_pair(given: Any) -> bool:
         return given.ndim == 4
     one = given[0] if len(given) == 2 else None
     return isinstance(one, Image.Image) or (isinstance(one, np.ndarray | Tensor) and one.ndim == 3)
-
-
-# --- Pictures of any kind and shape -------------------------------------------------------------------------
-
-
-def pixels_of(picture: np.ndarray | Tensor) -> Tensor:
-    """An array (H, W, 3) or a tensor (3, H, W) to float32 (3, H, W) in [-1, 1], on the CPU.
-
-    Floats are in [0, 1], integers in 0 … 255, booleans black or white. Raises ValueError for another shape,
-    and for values outside: of such a picture nobody can tell which range it means.
-    """
-    if isinstance(picture, np.ndarray):
-        if picture.dtype.kind not in "buif":
-            raise ValueError(f"a picture is an array of numbers, not of {picture.dtype}")
-        has_levels, values = picture.dtype.kind in "ui", torch.from_numpy(picture.astype(np.float32))
-        values = values.permute(2, 0, 1) if values.ndim == 3 else values
-    else:
-        has_levels = not (picture.is_floating_point() or picture.dtype == torch.bool)
-        values = picture.detach().float().cpu()
-    if values.ndim != 3 or len(values) != 3 or values.numel() == 0:
-        raise ValueError(f"a picture is (3, H, W) or an array (H, W, 3), not {tuple(picture.shape)}")
-    if not values.isfinite().all():
-        raise ValueError("a picture holds values that are no finite numbers")
-    low, high = (extreme.item() for extreme in values.aminmax())
-    kind, white = ("integers", 255) if has_levels else ("floats", 1)
-    if low < -1e-3 or high > white + 1e-3:  # floats may have been rounded
-        raise ValueError(f"a picture of {kind} has a range of 0 … {white}, this one of {low:g} … {high:g}")
-    return values.clamp(0, white) / (white / 2) - 1
-
-
-def fit_panel(image: Image.Image, size: int) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """The whole picture in a panel (3, P, P) in [-1, 1], and its box there: left, top, right, bottom.
-
-    Choice: the long side is resized to P = `size` (Lanczos), the picture centred, and its border repeated
-    to fill the square. Training crops instead; but whoever edits a picture wants all of it.
-    """
-    image = to_rgb(image)
-    scale = size / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    left, top = (size - width) // 2, (size - height) // 2
-    picture = image_to_tensor(image.resize((width, height), Image.Resampling.LANCZOS))
-    border = (left, size - width - left, top, size - height - top)
-    return F.pad(picture, border, mode="replicate"), (left, top, left + width, top + height)
-
-
-def unfit(answer: Tensor, box: tuple[int, int, int, int]) -> Tensor:
-    """The part (..., height, width) of a panel (..., P, P) that `fit_panel` filled with the picture.
-
-    Choice: as drawn. It has the input's aspect ratio and a long side of P; enlarging would invent nothing.
-    """
-    left, top, right, bottom = box
-    return answer[..., top:bottom, left:right]

@@ -1,9 +1,9 @@
 """A page to try an editor on: drop an example pair, or say the edit, drop your pictures, and see them edited.
 
-    python app.py                                          # the toy world's editor, at http://127.0.0.1:7860
-    python app.py --model runs/train/editor --port 8000    # one that train.py saved
+    python -m apps.page                                          # the toy world's editor, at http://127.0.0.1:7860
+    python -m apps.page --model runs/train/editor --port 8000    # one that train.py saved
 
-A thin shell over `InstructGIEPipeline` in pipeline.py, as edit.py is. This file's order: an edit, as the page
+A thin shell over `InstructGIEPipeline` in apps/pipeline.py. This file's order: an edit, as the page
 asks for it; the page; the examples on it; the command.
 """
 
@@ -48,14 +48,16 @@ import transformers
 try:
     import gradio as gr
 except ModuleNotFoundError as error:
-    raise SystemExit(f"app.py: error: {error}; pip install -r requirements-dev.txt") from None
+    raise SystemExit(f"apps.page: error: {error}; pip install -r requirements-dev.txt") from None
 from PIL import Image
 from torchvision.utils import make_grid
 
 import backbone
-from edit import SCHEDULERS, labelled_grid, save_png
-from pictures import ImageError, load_image, tensor_to_image
-from pipeline import SAMPLING, InstructGIEPipeline, call_options, seeded, unfit
+from apps.pipeline import InstructGIEPipeline, call_options, seeded
+from backbone import SAMPLING
+from edit import SCHEDULERS
+from pictures import ImageError, load_image, tensor_to_image, unfit
+from pictures.answers import labelled_grid, save_png
 from toy import world
 
 MOST_INPUTS, MOST_ANSWERS = 8, 4  # of an edit, and to each input
@@ -293,7 +295,7 @@ def toy_examples(folder: Path) -> list[list]:
 # --- The command --------------------------------------------------------------------------------------------
 
 
-@backbone.one_line_errors("app.py")
+@backbone.one_line_errors("apps.page")
 def main() -> None:
     args = arguments()
     backbone.check_numbers(args, {(1, math.inf): "max_pixels max_upload queue", (1, 65535): "port"})

@@ -1,0 +1,119 @@
+"""Answers as files: which pictures are edited, where each answer goes, and the labelled grid beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from disk import write_whole
+from pictures.files import ImageError, load_image
+
+
+def plan_answers(
+    sources: list[Path], output: Path, count: int, pair: list[Path]
+) -> tuple[list[Path], list[list[Path]]]:
+    """The pictures to edit, and where the `count` answers to each go. Raises ValueError, see below."""
+    inputs, left_out = find_pictures(sources)
+    read = set(map(os.path.realpath, [*inputs, *left_out, *pair]))
+    return inputs, output_paths(output, inputs, count, read)
+
+
+def find_pictures(sources: list[Path]) -> tuple[list[Path], list[Path]]:
+    """What is edited: the files as they are, and of a folder all that are pictures, sorted; and what is left
+    out of the folders, each named on stderr. Of hidden files nothing is said.
+
+    Raises ValueError for a file that is no picture, and for a folder without one.
+    """
+    inputs: list[Path] = []
+    left_out: list[Path] = []
+    for source in sources:
+        is_folder = source.is_dir()
+        found = sorted(path for path in source.iterdir() if path.name[0] != ".") if is_folder else [source]
+        before = len(inputs)
+        for path in found:
+            try:
+                load_image(path)  # a broken picture should show before models are loaded
+                inputs.append(path)
+            except ImageError as error:
+                if not is_folder:
+                    raise
+                left_out.append(path)
+                print(f"left out: {error}", file=sys.stderr, flush=True)
+        if len(inputs) == before:
+            raise ValueError(f"{source}: no picture in this folder")
+    return inputs, left_out
+
+
+def output_paths(output: Path, inputs: list[Path], count: int, read: set[str]) -> list[list[Path]]:
+    """Where the `count` answers to each input go. Raises ValueError where `output` cannot take them, and
+    where an answer, or its grid, would overwrite a picture of `read`, which are full paths."""
+    is_file = output.suffix.lower() in Image.registered_extensions() and not output.is_dir()
+    if is_file and (output.suffix.lower() != ".png" or len(inputs) * count > 1):
+        raise ValueError(f"--output {output}: one answer goes to a .png file, several go to a folder")
+    if not is_file and output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output}: is a file; give a folder, or a name that ends in .png")
+    taken, targets = set(), []
+    for path in inputs:
+        for again in ("", *(f"-{n + 2}" for n in range(len(inputs)))):  # two pictures may have one stem
+            stems = [path.stem + again] if count == 1 else [f"{path.stem}{again}_{k}" for k in range(count)]
+            paths = [output] if is_file else [output / f"{stem}.png" for stem in stems]
+            written = set(map(os.path.realpath, (*paths, *map(grid_path, paths))))
+            if written & read:
+                raise ValueError(f"--output {output}: an answer would overwrite a picture that is read")
+            if not written & taken:
+                break
+        for target in paths:
+            above = next(folder for folder in target.parents if folder.exists())
+            if target.is_dir() or not above.is_dir():
+                raise ValueError(f"--output {output}: {target} cannot be written, a folder or file is there")
+        taken |= written
+        targets.append(paths)
+    return targets
+
+
+def grid_path(path: Path) -> Path:
+    return path.with_stem(f"{path.stem}_grid")
+
+
+def labelled_grid(
+    pair: tuple[Image.Image, Image.Image] | None,
+    query: Image.Image,
+    answer: Image.Image,
+    instruction: str,
+    panel: int,
+) -> Image.Image:
+    """Example before and after, input and answer, as the model has them, but enlarged and labelled.
+
+    pair: None is grey, as the model has that, too. panel: P; shown are squares of a multiple of it, of 192
+    pixels or more, each picture as large as fits.
+    """
+    side, line, font = panel * math.ceil(192 / panel), 20, ImageFont.load_default(14)
+    words = textwrap.wrap(instruction, width=side // 4)  # a letter is about 7 pixels wide
+    sheet = Image.new("RGB", (2 * side, 2 * (side + line) + len(words) * line), "white")
+    draw = ImageDraw.Draw(sheet)
+    pictures = *(pair or [Image.new("RGB", (panel, panel), "grey")] * 2), query, answer
+    for i, label in enumerate(("example before", "example after", "input", "answer")):
+        x, y = i % 2 * side, i // 2 * (side + line)
+        draw.text((x + 4, y + 2), label, "black", font)
+        seen = ImageOps.contain(pictures[i], (panel, panel), Image.Resampling.LANCZOS)
+        shown = ImageOps.contain(seen, (side, side), Image.Resampling.NEAREST)
+        sheet.paste(shown, (x + (side - shown.width) // 2, y + line + (side - shown.height) // 2))
+    for i, text in enumerate(words):
+        draw.text((4, 2 * (side + line) + i * line + 2), text, "black", font)
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
+    """Writes the PNG whole or not at all, with `record` as JSON in its text chunk "instructgie"."""
+    info = PngInfo()
+    info.add_text("instructgie", json.dumps(record))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: image.save(file, format="PNG", pnginfo=info))
