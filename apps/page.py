@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Serve a page on which pictures are edited.")
+    parser = argparse.ArgumentParser("apps.page", description="Serve a page on which pictures are edited.")
     add = parser.add_argument
     add("--model", help="an editor's folder, as train.py saves it (default: the toy world's)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")

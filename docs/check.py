@@ -62,7 +62,7 @@ SMALLER = {
     r"(evaluation\.receptive_field.*)": r"\1 --count 2",
     r"(figures\.py.*)": r"\1 --output out",
     r"^(pytest exercises(?!.*--answers).*)": r"\1 --answers",  # a student's to be solved first
-    r"(app\.py.*)": r"\1 --help",  # it serves until it is stopped: tests/test_app.py starts it
+    r"(-m apps\.page.*)": r"\1 --help",  # it serves until it is stopped: tests/test_app.py starts it
 }
 
 

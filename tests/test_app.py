@@ -1,4 +1,4 @@
-"""app.py: what the page calls, what its server lets through, and the page itself in a browser."""
+"""apps/page.py: what the page calls, what its server lets through, and the page itself in a browser."""
 
 import base64
 import html
@@ -257,32 +257,32 @@ def test_the_examples_can_be_edited(editor, tmp_path):
     ],
 )
 def test_an_error_at_the_start_is_one_line(monkeypatch, capsys, options, message):
-    monkeypatch.setattr(sys, "argv", ["app.py", *options])
+    monkeypatch.setattr(sys, "argv", ["apps.page", *options])
     with pytest.raises(SystemExit) as exit:
         app.main()
     errors = capsys.readouterr().err
-    assert exit.value.code == 2 and errors.startswith("app.py: error: ") and message in errors
+    assert exit.value.code == 2 and errors.startswith("apps.page: error: ") and message in errors
     assert errors.count("\n") == 1
 
 
 def test_help_comes_before_the_slow_imports():
-    asked = [sys.executable, "-X", "importtime", app.__file__, "--help"]
+    asked = [sys.executable, "-X", "importtime", "-m", "apps.page", "--help"]
     done = subprocess.run(asked, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("usage: app.py") and "--max-pixels" in done.stdout
+    assert done.stdout.startswith("usage: apps.page") and "--max-pixels" in done.stdout
     assert "argparse" in done.stderr and "torch" not in done.stderr and "gradio" not in done.stderr
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """app.py in a process of its own, with a megabyte and a million pixels as its limits → its address."""
+    """The page in a process of its own, with a megabyte and a million pixels as its limits → its address."""
     folder = tmp_path_factory.mktemp("server")
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    command = [sys.executable, app.__file__, "--device", "cpu", "--port", str(port)]
+    command = [sys.executable, "-m", "apps.page", "--device", "cpu", "--port", str(port)]
     command += ["--max-upload", "1", "--max-pixels", "1000000"]
     (folder / "temporary").mkdir()
-    environment = os.environ | {"TMPDIR": str(folder / "temporary")}
+    environment = os.environ | {"TMPDIR": str(folder / "temporary"), "PYTHONPATH": str(backbone.HERE)}
     for name in ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"):
         environment.pop(name, None)
     with open(folder / "log", "w+") as log:
@@ -309,10 +309,10 @@ def test_it_listens_on_this_machine_alone(server):
 
 
 def test_a_port_that_is_taken_is_one_line(server):
-    command = [sys.executable, app.__file__, "--port", server.split(":")[-1]]
+    command = [sys.executable, "-m", "apps.page", "--port", server.split(":")[-1]]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("app.py: error: --host 127.0.0.1 --port ")
+    assert done.stderr.startswith("apps.page: error: --host 127.0.0.1 --port ")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""pipeline.py: the sampler's guidance, seeds and batches; what diffusers asks of its own pipelines."""
+"""apps/pipeline.py: the sampler's guidance, seeds and batches; what diffusers asks of its own pipelines."""
 
 import inspect
 import json
