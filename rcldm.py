@@ -143,7 +143,6 @@ class SS2D(nn.Module):
         d_conv: int = 3,
         conv_bias: bool = True,
         gate: bool = True,
-        dropout: float = 0.0,
     ):
         super().__init__()
         inner, k = int(ssm_ratio * d_model), 4
@@ -166,7 +165,6 @@ class SS2D(nn.Module):
         self.Ds = nn.Parameter(torch.ones(k * inner))
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, d_model, bias=False)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.in_proj(x)
@@ -187,7 +185,7 @@ class SS2D(nn.Module):
         y = self.out_norm(y.permute(0, 2, 3, 1))  # (B, H, W, D)
         if self.gate:
             y = y * F.silu(z)
-        return self.dropout(self.out_proj(y))
+        return self.out_proj(y)
 
 
 class _MLP(nn.Module):
@@ -221,7 +219,6 @@ class VSSBlock(nn.Module):
         ssm_dt_rank: int | str = "auto",
         ssm_conv: int = 3,
         ssm_conv_bias: bool = True,
-        ssm_drop_rate: float = 0.0,
         forward_type: str = "v2",
     ):
         super().__init__()
@@ -229,9 +226,7 @@ class VSSBlock(nn.Module):
             raise ValueError(f"forward_type {forward_type!r} is neither 'v2' nor 'v05_noz'")
         gate = forward_type == "v2"
         self.norm = nn.LayerNorm(hidden_dim)
-        self.op = SS2D(
-            hidden_dim, ssm_d_state, ssm_ratio, ssm_dt_rank, ssm_conv, ssm_conv_bias, gate, ssm_drop_rate
-        )
+        self.op = SS2D(hidden_dim, ssm_d_state, ssm_ratio, ssm_dt_rank, ssm_conv, ssm_conv_bias, gate)
         self.norm2 = nn.LayerNorm(hidden_dim) if mlp_ratio > 0 else None
         self.mlp = _MLP(hidden_dim, int(hidden_dim * mlp_ratio)) if mlp_ratio > 0 else None
 
@@ -442,21 +437,13 @@ class RCLDM(ModelMixin, ConfigMixin):
     ) -> ControlNetOutput | tuple[list[Tensor], Tensor]:
         """The residuals that `UNet2DConditionModel` adds to its skip features and its middle block's output.
 
-        Args:
-            sample: noisy latents of the whole grid (B, latent channels, h, w).
-            timestep: one for all, or (B,).
-            encoder_hidden_states: text embeddings (B, tokens, cross_attention_dim).
-            controlnet_cond: the condition grid (B or 1, 3, factor·h, factor·w) in [-1, 1], or what
-                `encode_condition` made of it (B or 1, C0, h, w). Shapes tell them apart, and no other is
-                taken.
-            conditioning_scale: factor on all residuals.
-            kwargs: for `ControlNetModel.forward` (class_labels, attention_mask, guess_mode, …).
+        sample: noisy latents of the whole grid (B, latent channels, h, w). timestep: one, or (B,).
+        encoder_hidden_states: l' as embeddings (B, T, cross_attention_dim). controlnet_cond: condition grids
+        (B or 1, 3, factor·h, factor·w) in [-1, 1], or its encoding by `encode_condition` (B or 1, C0, h, w).
+        conditioning_scale: factor on all residuals. kwargs: for `ControlNetModel.forward`.
 
-        Returns:
-            `ControlNetOutput`, or without `return_dict` its (down_block_res_samples, mid_block_res_sample).
-
-        Raises:
-            ValueError: a condition of another shape.
+        Returns `ControlNetOutput`, or without `return_dict` (down_block_res_samples, mid_block_res_sample).
+        Raises ValueError for a condition of another shape.
         """
         batch, _, h, w = sample.shape
         f, c0 = self.config.factor, self.trainable_copy.config.block_out_channels[0]
@@ -476,53 +463,39 @@ class RCLDM(ModelMixin, ConfigMixin):
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    print("1. The scan, D = 8 channels in G = 2 groups, N = 4, L = 100")
     from scan_kernels import scan_backend
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    u, delta = torch.randn(2, 1, 8, 100, device=device)
-    A, (B, C) = -torch.rand(8, 4, device=device), torch.randn(2, 1, 2, 4, 100, device=device)
+    torch.manual_seed(0)
+    u, delta = torch.randn(2, 1, 8, 100)
+    A, (B, C) = -torch.rand(8, 4), torch.randn(2, 1, 2, 4, 100)
     backend, why = scan_backend(u)
-    print(f"   backend: {backend}, because {why}")
     y, z = (selective_scan(u, delta, A, B, C, None, None, True, name) for name in ("reference", backend))
-    print(f"   y {(*y.shape,)} between {y.min():.2f} and {y.max():.2f}")
-    print(f"   {backend} - reference: {(z - y).abs().max():.1e} at most")
+    print(f"1. The scan, D = 8 channels, N = 4, L = 100, by {backend!r}, because {why}")
+    print(f"   differs from the reference by {(z - y).abs().max():.1e} at most, of {y.abs().max():.1f}")
 
     print("2. Four orders over the image [[0, 1, 2], [3, 4, 5]]")
     image = torch.arange(6.0).view(1, 1, 2, 3)
-    names = "rows", "columns", "rows, back", "columns, back"
-    for name, sequence in zip(names, cross_scan(image)[0, :, 0].int()):
-        print(f"   {name:14}{sequence.tolist()}")
+    for name, sequence in zip(("rows", "columns", "rows, back", "columns, back"), cross_scan(image)[0, :, 0]):
+        print(f"   {name:14}{sequence.int().tolist()}")
     print(f"   merged, each pixel four times: {cross_merge(cross_scan(image), 2, 3)[0, 0].tolist()}")
 
     print("3. RCLDM on a small U-Net of random weights")
-    unet = UNet2DConditionModel(
-        block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=4,
-        cross_attention_dim=32,
-    )
-    inputs = torch.randn(1, 4, 16, 16), 500, torch.randn(1, 5, 32)
-    grid = torch.rand(1, 3, 128, 128) * 2 - 1
-    with torch.no_grad():
-        bare = unet(*inputs).sample
-        for design in ("vmamba", "conv"):
-            model = RCLDM.from_unet(unet, design)
+    levels = {"block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32}
+    levels |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+    levels |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 4}
+    unet = UNet2DConditionModel(**levels)
+    inputs, grid = (torch.randn(1, 4, 16, 16), 500, torch.randn(1, 5, 32)), torch.rand(1, 3, 128, 128) * 2 - 1
+    for design in ("vmamba", "conv"):
+        model = RCLDM.from_unet(unet, design)
+        with torch.no_grad():
             down, mid = model(*inputs, grid, return_dict=False)
             residuals = dict(down_block_additional_residuals=down, mid_block_additional_residual=mid)
-            same = torch.equal(unet(*inputs, **residuals).sample, bare)
-            whole, prompt = (
-                sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.prompt_encoder)
-            )
-            print(f"   {design:7}{whole:.2f} M parameters, {prompt:.2f} M of them the prompt encoder;")
-            sizes, largest = [(*r.shape[1:],) for r in (*down, mid)], max(r.abs().max() for r in (*down, mid))
-            print(f"          residuals {sizes}, the largest {largest:g}")
-            print(f"          the U-Net's output is unchanged to the last bit: {same}")
-        encoding = model.encode_condition(grid)
-        print(f"   condition grid {(*grid.shape,)} → encoding {(*encoding.shape,)}")
+            same = torch.equal(unet(*inputs, **residuals).sample, unet(*inputs).sample)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(
+            f"   {design:7}{millions:.2f} M parameters; residuals {[(*r.shape[1:],) for r in (*down, mid)]}"
+        )
+        print(f"          untrained, the U-Net's output is unchanged to the last bit: {same}")
 
 
 if __name__ == "__main__":
