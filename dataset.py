@@ -86,7 +86,7 @@ def mask_query(grid: Tensor, fill: float = 0.0) -> Tensor:
 def drop_example(grid: Tensor, fill: float = 0.0) -> Tensor:
     """A copy of the grid (..., C, 2P, 2P) whose example row is `fill`, so that the instruction stands alone.
 
-    Choice: an absent example looks like an absent answer, flat grey. Training drops examples at random to
+    [ours] An absent example looks like an absent answer, flat grey. Training drops examples at random to
     make possible guidance by the example, and edits by instruction alone.
     """
     dropped = grid.clone()

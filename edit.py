@@ -92,7 +92,7 @@ def guidance_weights(text: float, visual: float, told: bool, shown: bool) -> dic
     text, visual: the scales s; 1 is no guidance, 0 is no instruction and no example pair. told, shown:
     whether any edit has an instruction, and an example pair; where none has, its scale changes nothing.
 
-    Choice: two scales, after InstructPix2Pix (Brooks et al., 2023, section 3.2.1). [ours] Where 0 is an empty
+    [ours] Two scales, after InstructPix2Pix (Brooks et al., 2023, section 3.2.1). Where 0 is an empty
     text or a grey example row, and the query stays:
         e = e(0, 0) + s_visual · (e(0, pair) - e(0, 0)) + s_text · (e(text, pair) - e(0, pair))
     """
@@ -239,7 +239,7 @@ def main() -> None:
         used["guidance_text"], used["guidance_visual"], bool(instruction), pair is not None
     )
 
-    # Choice: one answer at a time. [ours] Together they would take less, but round otherwise; so each is the
+    # [ours] One answer at a time. Together they would take less, but round otherwise; so each is the
     # same to the last bit, whatever else is edited.
     for source, paths in zip(inputs, targets):
         query = load_image(source)

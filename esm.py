@@ -46,7 +46,7 @@ def predict_x0(noisy: Tensor, prediction: Tensor, timestep: Tensor, scheduler: S
 def noise_weight(timestep: Tensor, scheduler: SchedulerMixin, min_signal: float = 0.2) -> Tensor:
     """How far x̂_0 can be trusted at each timestep: ᾱ_t, or 0 below `min_signal`. (B,) → (B,), in [0, 1].
 
-    Choice: the paper does not say at which noise levels its image losses act. At high noise x̂_0 is the
+    [ours] The paper does not say at which noise levels its image losses act. At high noise x̂_0 is the
     average of many answers, a blur that CLIP misreads, so matching it would teach nothing. Leave samples of
     weight 0 out before `decode_answer`, and they cost nothing either. Selective-area matching takes the
     same weight.
@@ -73,7 +73,7 @@ def decode_answer(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 def clip_preprocess(clip: CLIP, images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] → (B, 3, S, S), float32: the size, mean and deviation that `clip` knows.
 
-    Choice: the panel is squeezed to CLIP's square where open_clip would crop it: an edit at the border
+    [ours] The panel is squeezed to CLIP's square where open_clip would crop it: an edit at the border
     counts too.
     """
     size = clip.visual.image_size
@@ -118,9 +118,9 @@ def editing_shift_loss(
     weight: (B,) in [0, 1], see `noise_weight`. Returns the mean of weight · distance over the samples of
     positive weight; where there are none, 0 with zero gradients.
 
-    Choice: the figure embeds all four panels without saying which shifts meet. The example row is given,
+    [ours] The figure embeds all four panels without saying which shifts meet. The example row is given,
     not predicted, so it has nothing to learn from: the query row's two shifts are compared.
-    Choice: their cosine alone would call a tenth of an edit as good as all of it, and tells a copy of the
+    [ours] Their cosine alone would call a tenth of an edit as good as all of it, and tells a copy of the
     input nothing; their plain distance lets large edits drown the small ones. The distance relative to both
     lengths, which is 1 − cosine · 2r / (1 + r²) for shifts of length ratio r, asks for direction and
     strength, and is smooth even where a shift is zero. `eps` matters below lengths of about 0.03, where the

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Choice: the paper gives neither the model nor its prompt. Our standard form is a bare imperative, because
+# [ours] The paper gives neither the model nor its prompt. Our standard form is a bare imperative, because
 # it names the object and the change and leaves out the speaker. Examples teach it to a small model better
 # than rules do.
 RULES = (

@@ -259,11 +259,11 @@ def _zero(module: nn.Linear) -> nn.Linear:
 class ZeroVMamba(nn.Module):
     """A link from trainable copy to frozen U-Net: zero_proj(VSSBlock(x)), (B, C, H, W) → (B, C, H, W).
 
-    Choice: the zero sits in a linear projection behind the block, and no skip goes round it. So the
+    [ours] The zero sits in a linear projection behind the block, and no skip goes round it. So the
     residual is exactly 0 at the start, and the projection gets a gradient from the first step. Since the
     block is x + SS2D(norm(x)), the link holds ControlNet's zero convolution (its SS2D = 0) and adds a look
     at all other places.
-    Choice: N = 1, ratio 1, no gate and no MLP. Stable Diffusion 1.5 needs 13 links, and MLPs would outweigh
+    [ours] N = 1, ratio 1, no gate and no MLP. Stable Diffusion 1.5 needs 13 links, and MLPs would outweigh
     its encoder.
     """
 
@@ -289,9 +289,9 @@ class VisualPromptEncoder(nn.Module):
     a linear projection that starts at zero. [figure] From the first block on, every place has access to the
     whole grid.
 
-    Choice: depth 4, the width of the U-Net's first level but 64 at least, MLP ratio 2, blocks at latent
-    resolution, no gate (VMamba v2). [ours] The paper gives none of these.
-    Choice: N = 4 numbers of state, where VMamba v2 classifies with one. [ours] A place reads another by the
+    [ours] Depth 4, the width of the U-Net's first level but 64 at least, MLP ratio 2, blocks at latent
+    resolution, no gate (VMamba v2). The paper gives none of these.
+    [ours] N = 4 numbers of state, where VMamba v2 classifies with one. A place reads another by the
     product C · B, its query and the other's key, both of length N, as in linear attention. A thing has to
     find its like in the example, and one number says little of what it is.
     """

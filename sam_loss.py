@@ -38,7 +38,7 @@ def propose_classes(
     dropped. Where nothing is left, returns ("person",) with a warning, or raises ValueError if `labels` has
     no person.
 
-    Choice: the figure draws an LLM here, and the paper does not say what it decides. Without an image it can
+    [ours] The figure draws an LLM here, and the paper does not say what it decides. Without an image it can
     decide one thing: in which kinds of thing people notice corrupted detail.
     """
     labels = tuple(labels)
@@ -84,7 +84,7 @@ class SelectiveAreas:
     `model.config.id2label`. threshold: the least probability of a segment's class.
     Raises ValueError for a class that the model does not know, with names close to it.
 
-    Choice: `person` is the default, because the paper's example is the human face.
+    [ours] `person` is the default, because the paper's example is the human face.
     """
 
     def __init__(
@@ -154,10 +154,10 @@ def selective_area_loss(
     Samples with an empty area or weight 0 do not count; where none counts the loss is 0 with zero
     gradients.
 
-    Choice: pass the area of the true answer. What must look right is what should be there, not what was.
-    Choice: latents are compared, not pixels: nothing is decoded, and the unit is that of the diffusion
+    [ours] Pass the area of the true answer. What must look right is what should be there, not what was.
+    [ours] Latents are compared, not pixels: nothing is decoded, and the unit is that of the diffusion
     loss. A latent pixel counts by the share of its patch that the area covers.
-    Choice: the mean over the area, not the panel, so that a small face counts as much as a large one.
+    [ours] The mean over the area, not the panel, so that a small face counts as much as a large one.
     """
     area = F.interpolate(area.float(), predicted.shape[-2:], mode="area")  # (B, 1, h, w)
     covered = area.sum((1, 2, 3))  # (B,), in latent pixels

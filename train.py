@@ -87,7 +87,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no-liu", action="store_true", help="instructions as people wrote them")
     add("--no-sam", action="store_true", help="without selective-area matching")
 
-    # Choice: all numbers below. [ours] The paper gives none of them.
+    # [ours] All numbers below. The paper gives none of them.
     add("--steps", type=int, default=2500, help="optimiser steps; on two CPU cores about half an hour")
     add("--batch", type=int, default=32, help="grids per step and process")
     add("--accumulate", type=int, default=1, help="batches per optimiser step")
@@ -195,7 +195,7 @@ class Losses:
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         prediction = self.sd.unet(x_t, t, states, **residuals).sample.float()
 
-        # Choice: the given panels only have to be copied, so the answer's error counts for more. [ours]
+        # [ours] The given panels only have to be copied, so the answer's error counts for more.
         error = (prediction - prediction_target(x_0, noise, t, scheduler)).square()
         given = torch.ones_like(answer_panel(error))
         weight = compose_grid(given, given, given, args.answer_weight * given)

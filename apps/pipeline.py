@@ -170,7 +170,7 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
         if self.llm is None:
             return list(instructions)
         if self.unifier is None or self.unifier.model is not self.llm:
-            # Choice: no cache on disk here, since a greedy model only repeats itself.
+            # [ours] No cache on disk here, since a greedy model only repeats itself.
             self.unifier = liu.InstructionUnifier(self.llm, self.llm_tokenizer)
         self.unifier.device = self._execution_device
         return self.unifier.unify(instructions)
@@ -407,7 +407,7 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
     def decode_grids(self, latents: Tensor) -> Tensor:
         """Latents of grids (B, C, 2p, 2p) → all that was drawn, (B, 3, 2P, 2P) in [-1, 1], float32.
 
-        Choice: panel by panel, as they were encoded in training, so that none shows at another's border.
+        [ours] Panel by panel, as they were encoded in training, so that none shows at another's border.
         """
         empty = torch.zeros_like(answer_panel(latents))
         grids = [compose_grid(empty, empty, empty, panel) for panel in split_grid(latents)]

@@ -14,7 +14,7 @@ from backbone.folders import BackboneError, clear_errors, find_folder, find_part
 from backbone.latents import vae_factor
 from backbone.loading import StableDiffusion, freeze, load_llm, load_stable_diffusion
 
-# Choice: how an editor samples unless told otherwise; recorded with each. [ours] A scale of 1 is no guidance:
+# [ours] How an editor samples unless told otherwise; recorded with each. A scale of 1 is no guidance:
 # one branch instead of three.
 SAMPLING = {"steps": 20, "guidance_text": 1.0, "guidance_visual": 1.0}
 

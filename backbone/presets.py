@@ -50,7 +50,7 @@ PRESETS = {
         data="data/toy",
         editor="toy/weights/editor",
     ),
-    # Choice: panels of 256 pixels, so that the grid has the 512 that Stable Diffusion 1.5 was trained at. A
+    # [ours] Panels of 256 pixels, so that the grid has the 512 that Stable Diffusion 1.5 was trained at. A
     # language model small enough to stand beside it on one GPU.
     "sd15": Preset(
         stable_diffusion="stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -62,7 +62,7 @@ PRESETS = {
         picture=512,
         panel=256,
         classes=("person",),
-        lr=1e-5,  # Choice: ControlNet's
+        lr=1e-5,  # [ours] ControlNet's
         licence="creativeml-openrail-m",
     ),
 }
@@ -85,10 +85,10 @@ def data_folder(source: str) -> str:
     folder = HERE / source
     if not folder.exists():
         print(f"writing the toy world to {folder}, once", flush=True)
-        command = [sys.executable, HERE / "toy" / "world.py", "--out", folder]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "toy.world", "--out", folder]
+        done = subprocess.run(command, cwd=HERE, stderr=subprocess.PIPE, text=True)
         if not folder.is_dir():  # where another process was faster, its folder is as good
             reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-            way = "python toy/world.py --out FOLDER writes it elsewhere, for --data FOLDER"
+            way = "python -m toy.world --out FOLDER writes it elsewhere, for --data FOLDER"
             raise BackboneError(f"the toy world cannot be written ({reason}); {way}")
     return str(folder)

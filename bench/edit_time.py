@@ -1,7 +1,7 @@
 """An edit of ours against diffusers' StableDiffusionControlNetPipeline: equal steps, resolution and passes.
 
-    python bench/edit_time.py                            # the toy size
-    python bench/edit_time.py --backbone sd15 --batch 1 --steps 2 --repeat 1
+    python -m bench.edit_time                            # the toy size
+    python -m bench.edit_time --backbone sd15 --batch 1 --steps 2 --repeat 1
 
 Both draw a whole grid with the same frozen Stable Diffusion, with as many passes of the U-Net for each step:
 one without guidance, two with guidance by text. Ours unifies no instruction, and decodes the answer's panel
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,12 +20,10 @@ from pathlib import Path
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file's own folder is there already
-from scan import apart, resident
-from train_step import preset
-
 import backbone
 from apps.pipeline import InstructGIEPipeline
+from bench.scan import apart, resident
+from bench.train_step import preset
 from dataset import compose_grid, mask_query
 from evaluation.baselines import Baseline
 from rcldm import RCLDM
@@ -81,7 +78,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.edit_time", description=__doc__.split("\n")[0])
     parser.add_argument("--backbone", default="toy", choices=backbone.PRESETS)
     parser.add_argument("--batch", type=int, default=4, help="edits drawn at once")
     parser.add_argument("--steps", type=int, default=20)

@@ -1,7 +1,7 @@
 """What the visual prompt encoder costs as panels grow: VMamba's in proportion to their area, ViT's faster.
 
-    python bench/encoder_cost.py
-    python bench/encoder_cost.py --width 320 --panels 64 128 256 512 --device cuda    # as for SD 1.5
+    python -m bench.encoder_cost
+    python -m bench.encoder_cost --width 320 --panels 64 128 256 512 --device cuda    # as for SD 1.5
 
 Forward and backward of one condition grid of 2 × 2 panels, with random weights.
 """
@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from evaluation.vit import ViTPromptEncoder
 from rcldm import VisualPromptEncoder
@@ -36,7 +33,7 @@ def seconds(encoder: VisualPromptEncoder, panel: int, repeat: int, device: torch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.encoder_cost", description=__doc__.split("\n")[0])
     parser.add_argument("--panels", nargs="+", type=int, default=[64, 128, 256, 512], help="pixels a side")
     parser.add_argument("--width", type=int, default=64, help="channels of the blocks")
     parser.add_argument("--repeat", type=int, default=3)

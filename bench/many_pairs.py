@@ -1,6 +1,6 @@
 """The bookkeeping of a dataset of 450,000 edit pairs, as large as InstructPix2Pix's: start-up and memory.
 
-    python bench/many_pairs.py
+    python -m bench.many_pairs
 
 Writes the index of such a dataset, without its pictures, and measures in a process of its own, from Python's
 first line on: reading it, grouping it by instruction, and drawing items, which is all that happens before the
@@ -18,9 +18,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
 MEASURE = """
-import resource, sys, time
+import resource, time
 start = time.perf_counter()
-sys.path.insert(0, {here!r})
 from dataset import VisualPromptDataset, read_pairs
 imported, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 pairs = read_pairs({data!r})
@@ -51,7 +50,7 @@ def write_index(folder: Path, pairs: int, each: int, shards: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.many_pairs", description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=450_000)
     parser.add_argument("--each", type=int, default=4, help="pairs of an instruction")
     args = parser.parse_args()
@@ -60,9 +59,9 @@ def main() -> None:
     for name, shards in (("one file", 0), ("256 shards", 256)):
         with tempfile.TemporaryDirectory() as folder:
             write_index(Path(folder), args.pairs, args.each, shards)
-            program = MEASURE.format(here=str(HERE), data=folder)
+            program = MEASURE.format(data=folder)
             ended = subprocess.run(
-                [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True
+                [sys.executable, "-c", program], cwd=HERE, stdout=subprocess.PIPE, text=True, check=True
             )
         count, *seconds, before, memory = map(float, ended.stdout.split())
         times = " | ".join(f"{value:.2f}" for value in seconds)

@@ -1,6 +1,6 @@
 """The paper's size, without its weights: one training step and one edit with the real configurations.
 
-    python bench/paper_size.py     # takes minutes on a CPU, and 10 GB of disk while it runs
+    python -m bench.paper_size     # takes minutes on a CPU, and 10 GB of disk while it runs
 
 Stable Diffusion 1.5, CLIP ViT-L-14 and Mask2Former Swin-L are built from their published configurations with
 random weights, saved to folders, and read back by `backbone/` as anyone's weights would be, in a real
@@ -125,7 +125,7 @@ def run(*command: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.paper_size", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, help="keep the parts here (default: a temporary folder)")
     parser.add_argument("--steps", type=int, default=1, help="training steps")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """What Prompt-to-Prompt keeps: pairs of pictures drawn with and without it, from the same noise.
 
-    python bench/prompt_to_prompt.py
+    python -m bench.prompt_to_prompt
 
 Captions of toy scenes that differ in the thing of one quarter (recoloured, reshaped, resized, added,
 removed), drawn by the toy Stable Diffusion. Where the edit is, is known from the captions alone; how much
@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from data_making.pictures import clip_scores, draw_pairs
 from toy import world
@@ -51,7 +48,9 @@ def local_edits(count: int, seed: int) -> list[tuple[str, str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.prompt_to_prompt", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--count", type=int, default=128, help="pairs of captions")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=7.5)

@@ -1,7 +1,7 @@
 """The selective scan against its peers, forward and backward: time and peak memory.
 
-    python bench/scan.py                        # on the CPU, or on CUDA where it is: then the kernels too
-    python bench/scan.py --sizes 2,384,16,1024 --repeat 20
+    python -m bench.scan                        # on the CPU, or on CUDA where it is: then the kernels too
+    python -m bench.scan --sizes 2,384,16,1024 --repeat 20
 
 Each runs in a process of its own. The peers are in PyTorch, written here from their descriptions:
     indexed     mamba-ssm's reference: all (B, D, L, N) at once, then a loop that indexes into it
@@ -16,7 +16,6 @@ Each runs in a process of its own. The peers are in PyTorch, written here from t
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from rcldm import selective_scan
 from scan_kernels import KERNELS, kernel_error
@@ -153,7 +151,7 @@ def measure(name: str, size: tuple[int, ...], device: torch.device, repeat: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.scan", description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=["2,384,16,1024", "1,768,16,4096"], help="B,D,N,L")
     parser.add_argument(
         "--repeat", type=int, default=10, help="timed runs after one that is not; the fastest counts"

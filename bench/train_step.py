@@ -1,8 +1,8 @@
 """A training step of ours against the same step with diffusers' ControlNet: grids a second and peak memory.
 
-    python bench/train_step.py                                    # the toy size
-    python bench/train_step.py --backbone sd15 --batch 1 --repeat 16 --rounds 1 --gradient-checkpointing
-    python bench/train_step.py --backbone sd15 --batch 4 --precision bf16 --device cuda
+    python -m bench.train_step                                    # the toy size
+    python -m bench.train_step --backbone sd15 --batch 1 --repeat 16 --rounds 1 --gradient-checkpointing
+    python -m bench.train_step --backbone sd15 --batch 4 --precision bf16 --device cuda
 
 A step is forward, backward, clipping and Muon, on random pictures under the same frozen U-Net; each model
 runs in processes of its own, whose peak memory is its alone. Steps differ: L_es decodes no answer whose noise
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -39,12 +38,10 @@ from torch.utils.flop_counter import (
 )
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file's own folder is there already
-import paper_size
-from scan import apart, resident
-
 import backbone
 import train
+from bench import paper_size
+from bench.scan import apart, resident
 from rcldm import RCLDM
 from training.muon import Muon, parameter_groups
 from training.precompute import Facts
@@ -159,7 +156,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.train_step", description=__doc__.split("\n")[0])
     parser.add_argument("--backbone", default="toy", choices=backbone.PRESETS)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=10, help="timed steps after one that is not")

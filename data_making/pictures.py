@@ -264,7 +264,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--clip", help="for the filter, an open_clip folder or hub id (default: the preset's)")
     add("--split", default="train", help="folder of the pictures, below --out")
     add("--size", type=int, help="pixels along a picture's side (default: the preset's)")
-    # Choice: InstructPix2Pix's thresholds and ranges. It draws 100 samples and keeps 4 of them; but there an
+    # [ours] InstructPix2Pix's thresholds and ranges. It draws 100 samples and keeps 4 of them; but there an
     # instruction has one pair of captions, here five.
     add("--samples", type=int, default=16, help="drawn of each pair of captions")
     add("--keep", type=int, default=1, help="of them at most, by directional similarity")

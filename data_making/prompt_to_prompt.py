@@ -36,7 +36,7 @@ def align(source: str, target: str, tokenizer: Any) -> tuple[Tensor, Tensor]:
     Words as in `seq_aligner.py` of google/prompt-to-prompt. Prompts of as many words: the k-th word stands
     for the k-th; where the tokens are not as many, each gets its share of all. Otherwise the longest common
     subsequence of tokens: what is removed has no heir, what is added keeps to itself.
-    Choice: what follows the words, and in a prompt of as many words what follows the last replaced one, stays
+    [ours] What follows the words, and in a prompt of as many words what follows the last replaced one, stays
     with them, padding with padding. Theirs goes by position there: words that were removed hand their
     attention on to padding, and behind a longer word each stands for its neighbour.
     """
@@ -93,11 +93,11 @@ class PromptToPrompt:
 
     matrix (B, T, T), known (B, T): of `align`. To be set before each step: `cross`, whether the target
     attends to the text as the source does; `own` (B,) bool, for which pairs it attends to itself so.
-    Source: Prompt-to-Prompt, section 3, which has both for the rows with text alone. Choice: as in
+    Source: Prompt-to-Prompt, section 3, which has both for the rows with text alone. [ours] As in
     InstructPix2Pix, self-attention is taken over in those without text too.
     """
 
-    # Choice: latent pixels up to which self-attention is taken over, as its authors do. Maps of finer layers
+    # [ours] Latent pixels up to which self-attention is taken over, as its authors do. Maps of finer layers
     # hold texture, which an edit may change.
     FINEST = 32 * 32
 
@@ -126,7 +126,7 @@ class PromptToPrompt:
             maps = (q @ k.transpose(-1, -2) * attn.scale).softmax(-1)  # (R, heads, L, T)
             source, target = maps.unflatten(0, (2, 2, -1))[1]  # (B, heads, L, T) each, with text
             mixed = torch.where(self.known, source @ self.matrix.to(maps.dtype), target)
-            # Choice: as much attention in all as before, which the authors leave to chance.
+            # [ours] As much attention in all as before, which the authors leave to chance.
             target.copy_(mixed * (source.sum(-1, keepdim=True) / mixed.sum(-1, keepdim=True)))
             out = maps @ v
         else:  # its maps are a function of queries and keys, so these are taken over in their place

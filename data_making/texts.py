@@ -40,7 +40,7 @@ from training.checkpoint import load_checkpoint, save_checkpoint
 
 # --- The form of what the language model writes -------------------------------------------------------------
 
-# Choice: the paper gives no prompt. One form of lines serves base models, chat models, and people who correct
+# [ours] The paper gives no prompt. One form of lines serves base models, chat models, and people who correct
 # the file by hand; examples teach it better than rules do.
 RULES = (
     "From the caption of a picture, invent an edit that a person might ask for. Write the instruction, and "
@@ -233,7 +233,7 @@ def finetune(
 ) -> None:
     """Teaches all weights on the records, in an order of its own for each epoch, and saves `folder`.
 
-    Choice: AdamW, a linear descent of the learning rate, no examples in the prompt, which becomes the form
+    [ours] AdamW, a linear descent of the learning rate, no examples in the prompt, which becomes the form
     that InstructPix2Pix taught GPT-3. A checkpoint lies beside `folder` after each epoch.
     """
     model.float().train().requires_grad_(True)

@@ -46,19 +46,19 @@ SMALLER = {
     rf"({TRAINER}.*)": r"\1 --data tiny --steps 2 --batch 4 --accumulate 1 --workers 0",
     r"(edit\.py --model runs/train/editor)$": r"\1 --instruction 'make it night' --input examples/input.png"
     " --output out",
-    r"^(python toy/failures\.py)": r"python -m evaluation.evaluate; \1",
+    r"^(python -m toy\.failures)": r"python -m evaluation.evaluate; \1",
     r"(evaluation\.evaluate[^;]*)": r"\1 --data tiny --count 4 --sheet 0 --steps 2",
-    r"(stages\.py.*)": r"\1 --data tiny --count 4",
+    r"(toy\.stages.*)": r"\1 --data tiny --count 4",
     r"(data_making\.pictures.*)": r"\1 --steps 2 --samples 2"
     " --min-caption -1 --min-image -1 --min-direction -1",
     r"(data_making\.check made.*)": r"\1 || test $? = 1",  # so few pairs leave something to complain of
     r"(data_making\.convert).*": r"\1 --help",  # there is no such dataset in small
-    r"(scan\.py.*)": r"\1 --sizes 1,16,4,64 --repeat 1",
-    r"(encoder_cost\.py.*)": r"\1 --panels 64 128 --repeat 1",
-    r"(train_step\.py.*)": r"\1 --batch 2 --repeat 1 --rounds 1",
-    r"(edit_time\.py.*)": r"\1 --batch 1 --steps 2 --repeat 1",
-    r"(many_pairs\.py.*)": r"\1 --pairs 2000",
-    r"(bench/prompt_to_prompt\.py.*)": r"\1 --count 2 --steps 2 --batch 2",
+    r"(bench\.scan.*)": r"\1 --sizes 1,16,4,64 --repeat 1",
+    r"(bench\.encoder_cost.*)": r"\1 --panels 64 128 --repeat 1",
+    r"(bench\.train_step.*)": r"\1 --batch 2 --repeat 1 --rounds 1",
+    r"(bench\.edit_time.*)": r"\1 --batch 1 --steps 2 --repeat 1",
+    r"(bench\.many_pairs.*)": r"\1 --pairs 2000",
+    r"(bench\.prompt_to_prompt.*)": r"\1 --count 2 --steps 2 --batch 2",
     r"(evaluation\.receptive_field.*)": r"\1 --count 2",
     r"(figures\.py.*)": r"\1 --output out",
     r"^(pytest exercises(?!.*--answers).*)": r"\1 --answers",  # a student's to be solved first
@@ -92,8 +92,9 @@ def prepare(folder: Path) -> None:
             (folder / path.name).symlink_to(path)
     for split in ("train", "seen"):
         world.write_split(folder / "tiny" / split, world.draw_split(split, 4, 2, seed=0))
-    told = [sys.executable, str(HERE / "toy" / "world.py"), "--captions", "6"]
-    (folder / "captions.txt").write_bytes(subprocess.run(told, capture_output=True, check=True).stdout)
+    told = [sys.executable, "-m", "toy.world", "--captions", "6"]
+    printed = subprocess.run(told, cwd=HERE, capture_output=True, check=True).stdout
+    (folder / "captions.txt").write_bytes(printed)
 
 
 def main() -> None:

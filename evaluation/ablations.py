@@ -5,7 +5,7 @@
     python -m evaluation.ablations --table    # only writes docs/results.md from what is measured
 
 Each arm is a command of `train.py`, `vit.py` or `baselines.py`, each set of answers one of `evaluate.py`,
-measured by `metrics.py` and `toy/score.py`. This file calls these programs and gathers what they wrote. All
+measured by `metrics.py` and `toy.score`. This file calls these programs and gathers what they wrote. All
 arms of a seed see the same number of grids, or of edits, drawn in the same order.
 
 Every contribution is measured where it should show: RCLDM where the instruction is withheld and only the
@@ -68,7 +68,7 @@ SETS = {
     "faces": ("--split", "seen", "--caption", "face"),
 }
 
-# Choice: the baselines sample with the guidance scales of the least FID for their directional similarity on
+# [ours] The baselines sample with the guidance scales of the least FID for their directional similarity on
 # queries of `train`; their authors' scales were made for photographs (docs/choices.md).
 ARMS = {
     "full": Arm("InstructGIE", paper=(7.57, 0.27)),
@@ -172,7 +172,7 @@ def measure(name: str, seed: int, model: str | None, args: argparse.Namespace) -
         call("evaluation.evaluate", *([model] if model else []), "--output", out, *asked)
         (folder,) = (path.parent for path in out.rglob("answers.jsonl"))
         call("evaluation.metrics", folder, "--json", out / "metrics.json")
-        call("toy/score.py", folder, "--json", out / "score.json")
+        call("toy.score", folder, "--json", out / "score.json")
 
 
 # --- The tables ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ taught on edits; told the instruction. It sees no example.
 
 Prompt Diffusion (Wang et al., 2023): a ControlNet whose condition is the sum of two embeddings, of the
 example pair, six channels, and of the query, three. The U-Net draws the answer alone, and its decoder
-learns too. Choice: it is told the instruction, as we are; its authors told it the caption of the output.
+learns too. [ours] It is told the instruction, as we are; its authors told it the caption of the output.
 
 Both of the latter keep the layout of a diffusers pipeline, as the published weights do.
 

@@ -3,7 +3,7 @@
     python -m evaluation.evaluate                     # the shipped editor, toy world, split `seen`
     python -m evaluation.evaluate runs/train/editor --split unseen_task --mode both pair --sheet 24
     python -m evaluation.evaluate --method sdedit --output out/sdedit    # a baseline, see baselines.py
-    python toy/score.py out/eval/seen/both            # exact metrics of what is saved
+    python -m toy.score out/eval/seen/both            # exact metrics of what is saved
 
 Below `--output` each split and mode has a folder: `<k>.png` the answer to query k, lossless; `answers.jsonl`
 with a line for each; `settings.json`; `pictures/`, where the dataset is a table, with the inputs and outputs.

@@ -82,7 +82,7 @@ def bootstrap(statistic: Callable[[Tensor], float], count: int, draws: int = 500
 def interval(whole: float, draws: Tensor) -> tuple[float, float]:
     """A 95 % interval of a statistic, of its value for all queries and its bootstrap.
 
-    Choice: 1.96 standard deviations of the draws to either side of that value. Quantiles of the draws would
+    [ours] 1.96 standard deviations of the draws to either side of that value. Quantiles of the draws would
     not do: a distance grows with every repetition, and nearly all draws lie above it.
     """
     half = 1.96 * draws.std().item()

@@ -101,7 +101,7 @@ def pixels_of(picture: np.ndarray | Tensor) -> Tensor:
 def fit_panel(image: Image.Image, size: int) -> tuple[Tensor, tuple[int, int, int, int]]:
     """The whole picture in a panel (3, P, P) in [-1, 1], and its box there: left, top, right, bottom.
 
-    Choice: the long side is resized to P = `size` (Lanczos), the picture centred, and its border repeated
+    [ours] The long side is resized to P = `size` (Lanczos), the picture centred, and its border repeated
     to fill the square. Training crops instead; but whoever edits a picture wants all of it.
     """
     image = to_rgb(image)
@@ -116,7 +116,7 @@ def fit_panel(image: Image.Image, size: int) -> tuple[Tensor, tuple[int, int, in
 def unfit(answer: Tensor, box: tuple[int, int, int, int]) -> Tensor:
     """The part (..., height, width) of a panel (..., P, P) that `fit_panel` filled with the picture.
 
-    Choice: as drawn. It has the input's aspect ratio and a long side of P; enlarging would invent nothing.
+    [ours] As drawn. It has the input's aspect ratio and a long side of P; enlarging would invent nothing.
     """
     left, top, right, bottom = box
     return answer[..., top:bottom, left:right]

@@ -9,7 +9,7 @@ from torch import Tensor
 class LossMonitor:
     """Moving averages of the losses, and whether a step is sound.
 
-    Choice: a step whose gradient is no number, or whose loss is above `explosion` times its average, is not
+    [ours] A step whose gradient is no number, or whose loss is above `explosion` times its average, is not
     learnt from; `limit` of them in a row are the end.
     """
 

@@ -62,7 +62,7 @@ class Frozen(NamedTuple):
     def observe(self, panels: Tensor) -> Facts:
         """Latents, embeddings and areas of pairs of pictures (N, 2, 3, P, P) in [-1, 1].
 
-        Choice: each panel passes the VAE by itself, where the figure encodes the grid. The latents tile to
+        [ours] Each panel passes the VAE by itself, where the figure encodes the grid. The latents tile to
         the same grid, panels do not leak into each other at their borders, and a picture is encoded once,
         in whatever grid it appears.
         """
@@ -116,7 +116,7 @@ def _is_plain(value: Any) -> bool:
 def fingerprint_pictures(data: VisualPromptDataset) -> str:
     """SHA-256 of which picture each pair has, row by row, and of each file's name, size and times.
 
-    Choice: not of the pixels, for which a large dataset would have to be read whole. A file that is written
+    [ours] Not of the pixels, for which a large dataset would have to be read whole. A file that is written
     again has another time of change, even where its size and its time of modification are set to the old.
     """
     digest, tables = hashlib.sha256(), {}
@@ -224,7 +224,7 @@ def look_at_all(
 def without(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[VisualPromptDataset, Tensor]:
     """The dataset without some of its pairs, and which of them stay.
 
-    Each is named. Raises DatasetError where they are more than one in twenty. Choice: a picture in a thousand
+    Each is named. Raises DatasetError where they are more than one in twenty. [ours] A picture in a thousand
     that is broken is the web's; one in twenty is a fault of the copy.
     """
     for reason in broken.values():

@@ -1,0 +1,76 @@
+"""CLIP, in open_clip's layout: one for training and the dataset filter, one for evaluation only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toy import world
+from toy.pretrain.loop import fit, generator, pictures, save, to_float
+from toy.pretrain.words import CONTEXT, new_tokenizer, tokenize
+
+
+def train_clip(args: argparse.Namespace, name: str = "clip", seed: int = 10) -> None:
+    import open_clip
+
+    torch.manual_seed(args.seed + seed)
+    tokenizer = new_tokenizer(args.seed)
+    config = {
+        "embed_dim": 64,
+        "vision_cfg": {
+            "image_size": world.PANEL,
+            "patch_size": 8,
+            "width": 96,
+            "layers": 4,
+            "head_width": 24,
+        },
+        "text_cfg": {
+            "context_length": CONTEXT,
+            "vocab_size": len(tokenizer),
+            "width": 96,
+            "heads": 4,
+            "layers": 2,
+            "hf_tokenizer_name": "local",  # open_clip reads the tokenizer that lies in the same folder
+            "pool_type": "argmax" if tokenizer.eos_token_id == len(tokenizer) - 1 else "eos",
+            "eos_id": tokenizer.eos_token_id,
+        },
+    }
+    clip = open_clip.CLIP(**config).to(args.device)
+    pool, scenes = pictures(args.scaled(20_000), seed=args.seed + seed)
+    captions = torch.cat(
+        [
+            tokenize(tokenizer, [s.caption() for s in scenes[i : i + 500]], args.device)
+            for i in range(0, len(scenes), 500)
+        ]
+    )
+    batch = 96
+
+    def loss(step: int) -> dict[str, Tensor]:
+        chosen = torch.randint(len(pool), (batch,), generator=generator(args.seed + seed, step))
+        images, texts, scale = clip(to_float(pool[chosen], args.device), captions[chosen])
+        logits = scale * images @ texts.T
+        truth = torch.arange(batch, device=args.device)
+        return {"loss": (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2}
+
+    fit(name, clip, loss, steps=args.scaled(900), lr=1e-3, runs=args.runs, weight_decay=0.02)
+
+    def write(folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        tokenizer.save_pretrained(folder)
+        preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
+        text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2)
+        (folder / "open_clip_config.json").write_text(text + "\n")
+        weights = {k: v.half().contiguous() for k, v in clip.state_dict().items()}
+        save_file(weights, folder / "open_clip_model.safetensors")
+
+    save(write, args.out / name)
+
+
+def train_clip_eval(args: argparse.Namespace) -> None:
+    train_clip(args, "clip-eval", seed=20)

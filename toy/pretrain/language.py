@@ -1,0 +1,77 @@
+"""Two Llamas: one maps what people say to the canonical instruction, one writes a dataset's texts."""
+
+from __future__ import annotations
+
+import argparse
+import random
+
+import torch
+from torch import Tensor, nn
+
+from data_making.texts import OWN_TASK, writing_loss
+from toy import world
+from toy.pretrain.loop import fit, save
+from toy.pretrain.words import new_tokenizer, new_writer_tokenizer
+
+
+def new_llama(tokenizer, **sizes: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    numbers = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **numbers, **sizes)
+    )
+
+
+def train_llm(args: argparse.Namespace) -> None:
+    tokenizer = new_tokenizer(args.seed)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|say|>"]})
+    # The model knows one task, so its template renders the wish alone, without examples for larger models.
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}<|say|>"
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = new_llama(tokenizer, max_position_embeddings=128, **sizes).to(args.device)
+    edits = list(world.every_edit())
+    families: dict[str, list[world.Edit]] = {}
+    for edit in edits:
+        families.setdefault(edit.family, []).append(edit)
+    say = tokenizer.convert_tokens_to_ids("<|say|>")
+    batch = 64
+
+    def loss(step: int) -> dict[str, Tensor]:
+        rng = random.Random(args.seed * 1_000_003 + step)
+        rows = []
+        for _ in range(batch):
+            edit = rng.choice(edits if rng.random() < 0.5 else rng.choice(list(families.values())))
+            wish = world.say(edit, rng) if rng.random() < 0.9 else edit.instruction
+            prompt = [*tokenizer(wish, add_special_tokens=False).input_ids, say]
+            reply = [*tokenizer(edit.instruction, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            rows.append((prompt, reply))
+        length = max(len(p) + len(r) for p, r in rows)
+        pad = [[tokenizer.pad_token_id] * (length - len(p) - len(r)) for p, r in rows]
+        ids = torch.tensor([p + r + x for (p, r), x in zip(rows, pad)], device=args.device)
+        labels = torch.tensor([[-100] * len(p) + r + [-100] * len(x) for (p, r), x in zip(rows, pad)])
+        return {"loss": model(input_ids=ids, labels=labels.to(args.device)).loss}
+
+    fit("llm", model, loss, steps=args.scaled(2500), lr=2e-3, runs=args.runs, weight_decay=0.05)
+    save(
+        lambda folder: (model.half().save_pretrained(folder), tokenizer.save_pretrained(folder)),
+        args.out / "llm",
+    )
+
+
+def train_writer(args: argparse.Namespace) -> None:
+    tokenizer = new_writer_tokenizer(args.seed)
+    sizes = {"hidden_size": 160, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 5}
+    model = new_llama(tokenizer, max_position_embeddings=512, **sizes).to(args.device)
+
+    def loss(step: int) -> dict[str, Tensor]:
+        rng = random.Random(args.seed * 1_000_003 + step)
+        with torch.autocast(args.device.type, torch.bfloat16):
+            return {"loss": writing_loss(model, tokenizer, [world.random_texts(rng) for _ in range(16)])}
+
+    fit("writer", model, loss, steps=args.scaled(4000), lr=2e-3, runs=args.runs, weight_decay=0.05)
+    tokenizer.chat_template = OWN_TASK
+    save(
+        lambda folder: (model.half().save_pretrained(folder), tokenizer.save_pretrained(folder)),
+        args.out / "writer",
+    )

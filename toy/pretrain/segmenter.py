@@ -1,0 +1,78 @@
+"""Mask2Former, on the renderer's own classes."""
+
+from __future__ import annotations
+
+import argparse
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from toy import world
+from toy.pretrain.loop import fit, pictures, save, to_float
+
+
+def train_segmenter(args: argparse.Namespace) -> None:
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessor,
+        SwinConfig,
+    )
+
+    labels = dict(enumerate(world.CLASSES))
+    backbone = SwinConfig(
+        image_size=world.PANEL,
+        patch_size=4,
+        embed_dim=24,
+        depths=[1, 1, 1, 1],
+        num_heads=[2, 2, 4, 8],
+        window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=96,
+        dim_feedforward=96,
+        encoder_layers=2,
+        decoder_layers=3,
+        num_attention_heads=4,
+        num_queries=8,
+        train_num_points=512,
+        id2label=labels,
+        label2id={v: k for k, v in labels.items()},
+    )
+    model = Mask2FormerForUniversalSegmentation(config).to(args.device)
+    _, scenes = pictures(args.scaled(10_000), seed=args.seed + 2)
+    batch = 8
+
+    def loss(step: int) -> dict[str, Tensor]:
+        torch.manual_seed(args.seed + step)  # the loss samples points
+        rng = random.Random(args.seed * 1_000_003 + step)
+        chosen = [rng.choice(scenes) for _ in range(batch)]
+        pixels = np.stack([np.asarray(world.render(scene)) for scene in chosen])
+        images = to_float(torch.from_numpy(pixels).permute(0, 3, 1, 2), args.device)
+        masks, classes = [], []
+        for scene in chosen:
+            shown = torch.from_numpy(world.render_classes(scene)).to(args.device)
+            present = shown.unique().long()
+            classes.append(present)
+            masks.append((shown[None] == present[:, None, None]).float())
+        return {"loss": model(pixel_values=images, mask_labels=masks, class_labels=classes).loss}
+
+    fit("segmenter", model, loss, steps=args.scaled(6500), lr=1e-3, runs=args.runs, weight_decay=0.01)
+    processor = Mask2FormerImageProcessor(
+        size={"height": world.PANEL, "width": world.PANEL},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        ignore_index=255,
+        do_reduce_labels=False,
+    )
+    save(
+        lambda folder: (model.half().save_pretrained(folder), processor.save_pretrained(folder)),
+        args.out / "segmenter",
+    )

@@ -1,0 +1,46 @@
+"""The toy world: scenes that are rendered, edits that are exact, and a dataset folder of both.
+
+An edit is a rule from scene to scene, so the right answer to any instruction on any scene is known to the
+pixel.  That is what photographs cannot give, and why the project's numbers are measured here.
+
+    python -m toy.world --out data/toy        # writes the splits in the public dataset format
+    python -m toy.world --captions 40         # only prints captions, seeds for data_making.texts
+
+    scenes.py     a background and things; their captions; scenes by chance
+    drawing.py    a scene's picture, and the class of each pixel
+    edits.py      the families of edits, each with its rule and its sayings
+    splits.py     pairs of scenes, in four splits; the dataset folder
+"""
+
+from toy.world.drawing import CLASSES, SUPERSAMPLING, render, render_classes
+from toy.world.edits import (
+    FAMILIES,
+    VISIBLE,
+    Edit,
+    Family,
+    candidates,
+    every_edit,
+    random_edit,
+    random_picture,
+    say,
+)
+from toy.world.scenes import (
+    COLOURS,
+    HELD_OUT_COMBINATIONS,
+    PANEL,
+    PLACES,
+    SHAPES,
+    Scene,
+    Thing,
+    random_scene,
+    scene_from_json,
+)
+from toy.world.splits import (
+    HELD_OUT_FAMILIES,
+    SPLITS,
+    Pair,
+    draw_split,
+    random_texts,
+    write_dataset,
+    write_split,
+)

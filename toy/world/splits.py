@@ -1,0 +1,161 @@
+"""The splits of the toy world: pairs of scenes with an instruction, written as a dataset folder.
+
+`train`; `seen`: new scenes, trained instructions; `unseen_combination`: the edit makes or touches a (colour,
+shape) combination that no training picture holds; `unseen_task`: families of edits never trained.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import shutil
+import uuid
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from toy.world.drawing import render
+from toy.world.edits import FAMILIES, Edit, every_edit, say
+from toy.world.scenes import Scene, random_scene
+
+HELD_OUT_FAMILIES = frozenset({"sepia", "frame", "hat", "swap"})
+# Instructions and pairs of each. The paper has about 2,000, and 12,000 images; of ours in train some repeat,
+# since there are only so many ways to ask for a smile.
+SPLITS = {"train": (2000, 6), "seen": (300, 2), "unseen_combination": (300, 2), "unseen_task": (300, 2)}
+
+
+@dataclass(frozen=True)
+class Pair:
+    before: Scene
+    after: Scene
+    edit: Edit
+    instruction: str
+
+
+def _applies(edit: Edit, scene: Scene, split: str) -> Scene | None:
+    """The edited scene if this edit of this scene belongs to the split, else None."""
+    after = edit.apply(scene)
+    if after is None:
+        return None
+    held_out = scene.is_held_out() or after.is_held_out()
+    return after if held_out == (split == "unseen_combination") else None
+
+
+def edits_of(split: str) -> list[Edit]:
+    """The edits a split is made of: held-out families in `unseen_task`, all others elsewhere."""
+    return [edit for edit in every_edit() if (edit.family in HELD_OUT_FAMILIES) == (split == "unseen_task")]
+
+
+def _draw_pairs(edit: Edit, instruction: str, count: int, split: str, rng: random.Random) -> list[Pair]:
+    """`count` pairs of one instruction, or [] where this split has no scene for it."""
+    pairs: list[Pair] = []
+    for _ in range(4000):
+        if len(pairs) == count:
+            break
+        scene = random_scene(rng)
+        after = _applies(edit, scene, split)
+        if after is not None:
+            pairs.append(Pair(scene, after, edit, instruction))
+    return pairs if len(pairs) >= 2 else []
+
+
+def draw_split(split: str, instructions: int, pairs_each: int, seed: int) -> list[Pair]:
+    """The pairs of one split: every edit of a family in turn, in a new wording while one is found.
+
+    Choice: families take turns, so that rare and common edits weigh about the same: one of many edits gets
+    a larger share by the fourth root of their number, for a smile takes as many examples as colours do. The
+    turns go in one order in all splits, and `train`, the largest, takes first what the others take.
+    """
+    rng = random.Random(f"{split} {seed}")  # a string seeds the same on every machine
+    edits: dict[str, list[Edit]] = {}
+    for edit in edits_of(split):
+        edits.setdefault(edit.family, []).append(edit)
+    for name, family in edits.items():
+        random.Random(name).shuffle(family)
+    shares = [len(family) ** (1 / 4) for family in edits.values()]
+    pairs: list[Pair] = []
+    said: set[str] = set()
+    drawn = 0
+    while drawn < instructions:
+        family = edits[rng.choices(list(edits), shares)[0]]
+        edit = family[0]
+        family.append(family.pop(0))
+        sayings = [say(edit, rng) for _ in range(20)]
+        instruction = next((words for words in sayings if words not in said), sayings[0])
+        group = _draw_pairs(edit, instruction, pairs_each, split, rng)
+        if group:
+            said.add(instruction)
+            pairs += group
+            drawn += 1
+    return pairs
+
+
+def random_texts(rng: random.Random, pairs: int = 5) -> dict:
+    """An instruction and captions of scenes before and after it, as a line of `texts.jsonl`."""
+    while True:
+        scene = random_scene(rng)
+        family = rng.choice([name for name in FAMILIES if name not in HELD_OUT_FAMILIES])
+        edit = Edit(family, *rng.choice(FAMILIES[family].arguments))
+        if (after := _applies(edit, scene, "train")) is not None:
+            break
+    found = [(scene, after)]
+    while len(found) < pairs:
+        scene = random_scene(rng)
+        if (after := _applies(edit, scene, "train")) is not None:
+            found.append((scene, after))
+    said = [[before.caption(), after.caption()] for before, after in found]
+    return {"instruction": say(edit, rng), "pairs": said}
+
+
+def write_split(folder: Path, pairs: list[Pair]) -> None:
+    """One folder with `metadata.jsonl` and pictures, in the public dataset format.
+
+    Beyond the format's own keys each line keeps what `toy.score` needs: the family, the canonical wording,
+    and the scene before the edit together with the edit's arguments; and a paraphrase of the instruction that
+    no model has seen.
+    """
+    folder.mkdir(parents=True)
+    with ProcessPoolExecutor() as pool:
+        lines = pool.map(_write_pair, itertools.repeat(folder), itertools.count(), pairs, chunksize=64)
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_pair(folder: Path, i: int, pair: Pair) -> str:
+    """Writes the pictures of pair number `i`; returns its line of the metadata."""
+    names = f"{i:06d}_before.png", f"{i:06d}_after.png"
+    for name, scene in zip(names, (pair.before, pair.after)):
+        render(scene).save(folder / name, compress_level=1)
+    return json.dumps(
+        {
+            "input_file_name": names[0],
+            "output_file_name": names[1],
+            "instruction": pair.instruction,
+            "input_caption": pair.before.caption(),
+            "output_caption": pair.after.caption(),
+            "family": pair.edit.family,
+            "canonical": pair.edit.instruction,
+            "paraphrase": say(pair.edit, random.Random(f"{folder.name} {i}"), held_out=True),
+            "edit": json.dumps(asdict(pair.edit)),
+            "scene": json.dumps(asdict(pair.before)),
+        }
+    )
+
+
+def write_dataset(out: Path, seed: int = 0, sizes: dict[str, tuple[int, int]] = SPLITS) -> None:
+    """All splits below `out`; written beside it first, so that a killed run leaves nothing half-written.
+
+    Where another process has made `out` meanwhile, that stays. Raises OSError.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")  # a number that no other machine takes
+    try:
+        for split, (instructions, pairs_each) in sizes.items():
+            write_split(temporary / split, draw_split(split, instructions, pairs_each, seed))
+        try:
+            temporary.rename(out)
+        except OSError:
+            if not out.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
