@@ -28,7 +28,7 @@ format: $(VENV)/installed-dev
 
 docs: $(VENV)/installed-dev  ## every file with its comments beside its code, and all figures, under out/docs
 	$(VENV)/bin/pycco -p -i -d out/docs *.py $(wildcard backbone/*.py data_making/*.py evaluation/*.py pictures/*.py \
-		scan_kernels/*.py toy/*.py training/*.py)
+		scan_kernels/*.py toy/*.py toy/*/*.py training/*.py)
 	$(RUN) docs/figures.py --output out/docs/figures
 
 docs-check: $(VENV)/installed-dev  ## runs every command that README and docs show, and follows every link
@@ -36,7 +36,7 @@ docs-check: $(VENV)/installed-dev  ## runs every command that README and docs sh
 	$(RUN) -m pytest -m "slow or not slow" tests/test_docs.py tests/test_figures.py tests/test_notebook.py
 
 toy: $(VENV)/installed-dev  ## trains what is under toy/weights anew; resumable
-	$(RUN) toy/pretrain.py
+	$(RUN) -m toy.pretrain
 
 ablations: $(VENV)/installed  ## trains and measures every arm of docs/results.md, three seeds each; resumable
 	$(RUN) -m evaluation.ablations

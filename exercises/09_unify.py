@@ -15,7 +15,7 @@ that has 1 in all three deserves it:
 Question: which of the three notices the identity? A constant? A U that begins every form with "please", and
 so the form of a form with two? What does the toy language model score on wordings that it was not trained on?
 
-Read: liu.py; `Family.held_out_sayings` in toy/world.py.
+Read: liu.py; `Family.held_out_sayings` in toy/world/edits.py.
 Test: pytest exercises -k 09, and with -s to see what is measured
 """
 

@@ -14,7 +14,7 @@ Then check the pairs, as whoever makes a dataset has to: where do the two pictur
 levels of 255 in any channel? That must be the target and nothing else.
 Question: why 8 and not 0? What goes wrong if uint8 pictures are subtracted as they are?
 
-Read: `Scene`, `Thing`, `Family` and the rules above FAMILIES in toy/world.py.
+Read: `Scene` and `Thing` in toy/world/scenes.py; `Family` and the rules above FAMILIES in toy/world/edits.py.
 Test: pytest exercises -k 11
 """
 

@@ -14,7 +14,7 @@ words and the pair, given once, hold for all.
 Question: which wins, words or example? Does it depend on the edits? Where they disagree, are the answers as
 near to one of the four pictures as where they agree? Save some answers and look at them.
 
-Read: `InstructGIEPipeline.__call__` in apps/pipeline.py; `Edit` and `render` in toy/world.py.
+Read: `InstructGIEPipeline.__call__` in apps/pipeline.py; `Edit` and `render` in toy/world/.
 Test: pytest exercises -k 12, and with -s to see what is measured
 """
 

@@ -306,7 +306,7 @@ def test_an_editor_that_training_has_spoilt_is_found(pipe, truth):
 
 @pytest.fixture
 def diagnose(monkeypatch, capsys):
-    """Runs toy/doctor.py with a pipeline → its exit code, and what it printed."""
+    """Runs toy.doctor with a pipeline → its exit code, and what it printed."""
 
     def run(pipe):
         monkeypatch.setattr(InstructGIEPipeline, "from_pretrained", lambda _: pipe)

@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import scan
 
+HERE = Path(__file__).resolve().parents[1]
+
 
 @pytest.mark.parametrize("name", ["indexed", "parallel", "chunked", "numba"])
 def test_the_peers_of_the_scan_compute_the_same(name):
@@ -23,22 +25,21 @@ def test_the_peers_of_the_scan_compute_the_same(name):
 
 
 def rows(program, *options):
-    command = [sys.executable, Path(scan.__file__).with_name(program), "--device", "cpu", *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", f"bench.{program}", "--device", "cpu", *options]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     return {cells[0]: cells for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in lines[2:])}
 
 
 def test_a_comparison_prints_a_row_for_each_scan():
-    (cells,) = rows("scan.py", "--sizes", "1,4,2,16", "--repeat", "1", "--only", "chunked").values()
+    (cells,) = rows("scan", "--sizes", "1,4,2,16", "--repeat", "1", "--only", "chunked").values()
     assert cells[1] == "chunked" and cells[3] == "1.0" and float(cells[4]) >= 0
 
 
 @pytest.mark.parametrize("groups", [1, 6])
-def test_a_convolutions_way_back_has_twice_the_operations(groups, monkeypatch):
-    monkeypatch.syspath_prepend(Path(scan.__file__).parent)
-    import train_step  # noqa: F401
+def test_a_convolutions_way_back_has_twice_the_operations(groups):
+    import bench.train_step  # noqa: F401
 
     convolution = torch.nn.Conv2d(6, 12, 3, padding=1, groups=groups)
     with FlopCounterMode(display=False) as forward:
@@ -53,8 +54,8 @@ def test_a_convolutions_way_back_has_twice_the_operations(groups, monkeypatch):
 @pytest.mark.parametrize(
     ("program", "names"),
     [
-        ("train_step.py", ["ControlNetModel", "ours, all four"]),
-        ("edit_time.py", ["StableDiffusionControlNetPipeline", "ours"]),
+        ("train_step", ["ControlNetModel", "ours, all four"]),
+        ("edit_time", ["StableDiffusionControlNetPipeline", "ours"]),
     ],
 )
 def test_ours_stands_beside_diffusers(program, names):

@@ -28,8 +28,9 @@ def test_commands_name_programs_and_options_that_are_there(page):
             program = words[words.index("-m") + 1]  # a module of a room
         if program is None or program in ("pip", "pytest"):
             continue
-        path = program if program.endswith(".py") else f"{program.replace('.', '/')}.py"
-        source = (HERE / path).read_text(encoding="utf-8")
+        path = HERE / (program if program.endswith(".py") else f"{program.replace('.', '/')}.py")
+        path = path if path.exists() else path.with_suffix("") / "__main__.py"
+        source = path.read_text(encoding="utf-8")
         options = {word.split("=")[0] for word in words[words.index(program) :] if word.startswith("--")}
         known = {option for option in options if f'"{option}"' in source} | BUILT.get(program, set())
         assert options <= known | {"--help"}, f"{page.name}: {command}"

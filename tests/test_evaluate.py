@@ -1,4 +1,4 @@
-"""evaluate.py with an editor that knows the answers, and toy/score.py on answers made by hand."""
+"""evaluate.py with an editor that knows the answers, and toy.score on answers made by hand."""
 
 import json
 import re
@@ -291,7 +291,7 @@ def test_the_sheet_shows_the_first_queries(data, tmp_path, editor):
     assert (example == 128).all()
 
 
-# --- toy/score.py -------------------------------------------------------------------------------------------
+# --- toy.score ----------------------------------------------------------------------------------------------
 
 
 def make_answers(folder, answer, count: int = 4) -> list[world.Pair]:
@@ -429,5 +429,5 @@ def test_what_are_no_toy_answers_is_one_line(tmp_path, capsys, content):
         score.main([str(tmp_path), "--json", str(tmp_path / "out.json")])
     message = capsys.readouterr().err
     assert stopped.value.code == 2
-    assert message.startswith("score.py: error: ") and "answers.jsonl" in message
+    assert message.startswith("toy.score: error: ") and "answers.jsonl" in message
     assert not (tmp_path / "out.json").exists()

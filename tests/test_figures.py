@@ -30,7 +30,7 @@ def quoted(command: str) -> list[tuple[str, list[str]]]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """The toy world's split that the figures are drawn from, as `toy/world.py` writes it."""
+    """The toy world's split that the figures are drawn from, as `toy.world` writes it."""
     folder = tmp_path_factory.mktemp("toy")
     world.write_split(folder / "seen", world.draw_split("seen", *world.SPLITS["seen"], seed=0))
     return folder

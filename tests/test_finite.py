@@ -22,7 +22,8 @@ from apps.pipeline import InstructGIEPipeline
 from dataset import VisualPromptDataset, read_pairs
 from evaluation import ablations, baselines, evaluate, metrics
 from pictures import tensor_to_image, to_bytes
-from toy import pretrain, score, world
+from toy import pretrain, score
+from toy.world import drawing
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.precompute import Frozen, observe_all, read_instructions
 
@@ -277,4 +278,4 @@ def test_the_renderer_mixes_colours_as_every_processor_does():
     levels = np.stack(np.meshgrid(*[np.arange(0, 256, 5)] * 3), -1).reshape(-1, 1, 3).astype(np.float32)
     weights = [np.float32(w) for w in (0.299, 0.587, 0.114)]
     wanted = [[(r * weights[0] + g * weights[1]) + b * weights[2]] for r, g, b in levels[:, 0]]
-    assert np.array_equal(world._mix(levels, world._GREY)[:, 0], np.array(wanted, np.float32))
+    assert np.array_equal(drawing._mix(levels, drawing._GREY)[:, 0], np.array(wanted, np.float32))

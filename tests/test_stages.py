@@ -1,4 +1,4 @@
-"""toy/stages.py: what the stages show is what the editor does."""
+"""toy.stages: what the stages show is what the editor does."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""toy/strangers.py: fifty pictures by hand, each with an edit of the toy world, and what became of them."""
+"""toy.strangers: fifty pictures by hand, each with an edit of the toy world, and what became of them."""
 
 import random
 

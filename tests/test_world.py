@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -17,10 +18,11 @@ import backbone
 from dataset import read_pairs
 from pictures import load_image
 from toy import world
+from toy.world.__main__ import main
 
 few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
-VISIBLE = 8  # levels of 255: what toy/score.py takes for a change
+VISIBLE = 8  # levels of 255: what toy.score takes for a change
 PICTURE = ("overlay", "look")  # what lies over a scene, and its colours
 SIZES = {split: (6, 2) for split in world.SPLITS}
 
@@ -306,7 +308,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
         written.append(folder)
         folder.mkdir(parents=True)
 
-    monkeypatch.setattr(world, "write_split", stop_in_the_second_split)
+    monkeypatch.setattr("toy.world.splits.write_split", stop_in_the_second_split)
     with pytest.raises(KeyboardInterrupt):
         world.write_dataset(tmp_path / "toy", sizes=SIZES)
     assert written and not list(tmp_path.iterdir())
@@ -315,9 +317,10 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A repository whose toy world is small, and not yet written."""
-    (tmp_path / "toy").mkdir()
-    program = re.sub(r"(?m)^SPLITS = .*", f"SPLITS = {SIZES}", Path(world.__file__).read_text())
-    (tmp_path / "toy" / "world.py").write_text(program)
+    copy = tmp_path / "toy" / "world"
+    shutil.copytree(Path(world.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    program = re.sub(r"(?m)^SPLITS = .*", f"SPLITS = {SIZES}", (copy / "splits.py").read_text())
+    (copy / "splits.py").write_text(program)
     monkeypatch.setattr("backbone.presets.HERE", tmp_path)
     return tmp_path
 
@@ -338,35 +341,35 @@ def test_where_another_was_faster_its_world_stays(tmp_path, monkeypatch):
         out.mkdir(exist_ok=True)
         (out / "first").touch()
 
-    monkeypatch.setattr(world, "write_split", write_and_be_late)
+    monkeypatch.setattr("toy.world.splits.write_split", write_and_be_late)
     world.write_dataset(out, sizes=SIZES)
     assert [path.name for path in tmp_path.rglob("*")] == ["toy", "first"]
 
 
 def test_a_world_that_cannot_be_written_is_one_line(checkout, capfd):
     (checkout / "data").write_text("a file in the folder's place, as no right to write would be")
-    with pytest.raises(backbone.BackboneError, match=r"cannot be written \(world.py: error: .*data.*--data"):
+    with pytest.raises(backbone.BackboneError, match=r"cannot be written \(toy.world: error: .*data.*--data"):
         backbone.data_folder("data/toy")
     assert not capfd.readouterr().err
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").write_text("mine")
-    monkeypatch.setattr("sys.argv", ["world.py", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["toy.world", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
-        world.main()
+        main()
     assert "exists already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_train_has_the_pairs_asked_for(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(world, "SPLITS", {"train": (4, 2), "seen": (2, 2)})
-    monkeypatch.setattr("sys.argv", ["world.py", "--out", str(tmp_path / "toy"), "--pairs", "3"])
-    world.main()
+    monkeypatch.setattr("toy.world.__main__.SPLITS", {"train": (4, 2), "seen": (2, 2)})
+    monkeypatch.setattr("sys.argv", ["toy.world", "--out", str(tmp_path / "toy"), "--pairs", "3"])
+    main()
     assert [len(read_pairs(tmp_path / "toy", split)) for split in ("train", "seen")] == [12, 4]
-    monkeypatch.setattr("sys.argv", ["world.py", "--out", str(tmp_path / "other"), "--pairs", "1"])
+    monkeypatch.setattr("sys.argv", ["toy.world", "--out", str(tmp_path / "other"), "--pairs", "1"])
     with pytest.raises(SystemExit, match="2"):
-        world.main()
+        main()
     assert "--pairs 1" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 

@@ -23,7 +23,9 @@ PACKAGES += ("llvmlite", "numpy", "Pillow", "gradio", "triton", "mamba-ssm")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Tell what this machine computes with, and try an edit.")
+    parser = argparse.ArgumentParser(
+        prog="python -m toy.doctor", description="Tell what this machine computes with, and try an edit."
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args(argv)
 
@@ -64,7 +66,6 @@ import transformers
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(HERE))
 import backbone
 import scan_kernels
 from apps.pipeline import InstructGIEPipeline, seeded
@@ -217,7 +218,7 @@ def attention(pipe: InstructGIEPipeline) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Raises SystemExit where an answer is wrong."""
-    with backbone.one_line_errors("doctor.py"):
+    with backbone.one_line_errors("toy.doctor"):
         device = backbone.pick_device(arguments(argv).device)
     tell_machine(device)
     transformers.logging.disable_progress_bar()  # of every part's loading

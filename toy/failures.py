@@ -1,7 +1,7 @@
 """A page of what an editor gets wrong: how each family of edits fares, what is made instead, and pictures.
 
     python -m evaluation.evaluate --split seen --mode both
-    python toy/failures.py out/eval/seen/both --out docs/failures.md
+    python -m toy.failures out/eval/seen/both --out docs/failures.md
 
 For every family the page has its share of right answers and the families whose pictures the wrong ones came
 nearest to; below, the first wrong answers of each family in the order of the queries, which a seed has drawn:
@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from disk import write_whole
 from evaluation.evaluate import panel_rows
@@ -68,12 +66,14 @@ def sheet(folder: Path, rows: list[dict]) -> Image.Image:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write a page of what an editor gets wrong.")
+    parser = argparse.ArgumentParser(
+        prog="python -m toy.failures", description="Write a page of what an editor gets wrong."
+    )
     parser.add_argument("folder", type=Path, help="with answers.jsonl, as evaluate.py writes it")
     parser.add_argument("--out", type=Path, required=True, metavar="PAGE.md", help="a .png goes beside it")
     parser.add_argument("--each", type=int, default=2, help="pictures of each family")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("failures.py"):
+    with backbone.one_line_errors("toy.failures"):
         if args.out.suffix != ".md":
             raise ValueError(f"--out {args.out}: give a name that ends in .md")
         (result,) = score.score([args.folder])
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         picture = args.out.with_suffix(".png")
         text = (
             f"# What goes wrong on `{result['split']}`, given {result['mode']}\n\n"
-            f"Written by `python toy/failures.py {args.folder} --out {args.out}`: {result['n']} queries, "
+            f"Written by `python -m toy.failures {args.folder} --out {args.out}`: {result['n']} queries, "
             f"{100 * result['accuracy']:.1f} % right.\n\n{table(result)}\n"
             f"The first {args.each} wrong answers of each family, by query number:\n\n"
             f"![example pair, input, answer, truth and the nearest candidate]({picture.name})\n"

@@ -1,7 +1,7 @@
 """Exact metrics of saved answers: the toy world's renderer knows the right answer to the pixel.
 
     python -m evaluation.evaluate --mode both pair instruction
-    python toy/score.py out/eval/seen/* --json out/score.json --markdown out/score.md
+    python -m toy.score out/eval/seen/* --json out/score.json --markdown out/score.md
 
 Nearest-candidate accuracy. Of a query's scene the renderer makes every edit that exists; these pictures and
 the input itself are the candidates. An answer is right when the true edit's picture is the nearest to it in
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,7 +31,6 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from evaluation.evaluate import read_answers
 from pictures import image_to_tensor, tensor_to_image
@@ -234,14 +232,16 @@ def markdown(results: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Score saved answers against the toy world's renderer.")
+    parser = argparse.ArgumentParser(
+        prog="python -m toy.score", description="Score saved answers against the toy world's renderer."
+    )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="with answers.jsonl")
     parser.add_argument("--json", type=Path, metavar="OUT", help="all metrics, and those of every answer")
     parser.add_argument("--markdown", type=Path, metavar="OUT", help="the tables that are printed")
     sd = backbone.preset("toy").stable_diffusion
     parser.add_argument("--stable-diffusion", default=sd, help="whose VAE is the floor of all errors")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("score.py"):
+    with backbone.one_line_errors("toy.score"):
         results = score(args.folders, args.stable_diffusion)
         table = markdown(results)
         numbers = json.dumps(results, indent=1, allow_nan=False) + "\n"

@@ -1,6 +1,6 @@
 """Where an editor loses its accuracy: the same queries' answers, measured after each stage that makes them.
 
-    python toy/stages.py --mode both pair --count 192
+    python -m toy.stages --mode both pair --count 192
 
     vae          the truth, through the VAE and back: no editor gets further
     u-net        the truth's grid without noise, through the frozen U-Net alone: what its decoder can draw
@@ -8,7 +8,7 @@
     all steps    what they draw in all steps of the sampler: the answer that `edit.py` gives
 
 The first two are shown the truth. Of the others, one whose row is worse than the one above loses what it had;
-one that is no worse hands it on. The metrics are those of `toy/score.py`, and so is what is right.
+one that is no worse hands it on. The metrics are those of `toy.score`, and so is what is right.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 import esm
 from apps.pipeline import InstructGIEPipeline, seeded
@@ -96,6 +93,7 @@ def markdown(scores: dict[str, dict[str, list[dict]]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     toy = backbone.preset("toy")
     parser = argparse.ArgumentParser(
+        prog="python -m toy.stages",
         description="Measure an editor's answers after each stage that makes them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -108,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--batch", type=int, default=32, help="edited at a time")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("stages.py"):
+    with backbone.one_line_errors("toy.stages"):
         backbone.check_numbers(args, {(1, math.inf): "count batch"})
         pipe = InstructGIEPipeline.from_pretrained(args.model).to(backbone.pick_device(args.device))
         pipe.set_progress_bar_config(disable=True)

@@ -1,6 +1,6 @@
 """Edits pictures that the toy world's renderer did not make, and shows them all.
 
-    python toy/strangers.py --out docs/strangers.png
+    python -m toy.strangers --out docs/strangers.png
 
 The inputs are in `strangers.txt`, where houses, fish and faces are set down by hand, shape by shape. The
 example pairs are the renderer's, of scenes drawn by the seed. Nobody knows the right answers: look.
@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone
 from apps.pipeline import InstructGIEPipeline
 from backbone import SAMPLING
@@ -66,14 +64,16 @@ def example(edit: world.Edit, rng: random.Random) -> tuple[Image.Image, Image.Im
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Edit pictures that the renderer did not make.")
+    parser = argparse.ArgumentParser(
+        prog="python -m toy.strangers", description="Edit pictures that the renderer did not make."
+    )
     parser.add_argument("model", nargs="?", default=backbone.preset("toy").editor, help="an editor's folder")
     parser.add_argument("--out", type=Path, default=Path("out/strangers.png"))
     parser.add_argument("--pair-alone", action="store_true", help="without words")
     parser.add_argument("--seed", type=int, default=0, help="of the examples and the noise")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("strangers.py"):
+    with backbone.one_line_errors("toy.strangers"):
         pipe = InstructGIEPipeline.from_pretrained(args.model).to(backbone.pick_device(args.device))
         rng = random.Random(args.seed)
         rows = [(edit, *example(edit, rng), picture) for edit, picture in strangers()]

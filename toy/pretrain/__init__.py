@@ -18,7 +18,5 @@ show the same scene again with something changed, as the pages of comics do.  It
 no two rows that share an edit, so the editor still has everything about editing left to learn.
 """
 
-from __future__ import annotations
-
 from toy.pretrain.loop import save
 from toy.pretrain.words import CONTEXT, new_tokenizer, new_writer_tokenizer

@@ -15,7 +15,7 @@ from toy.pretrain.segmenter import train_segmenter
 from toy.pretrain.unet import train_unet
 from toy.pretrain.vae import train_vae
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from toy.pretrain.loop import save
 
 def train_editor(args: argparse.Namespace) -> None:
     run, data = args.runs.parent / "editor", args.runs.parent / "toy-large"
-    if not data.exists():  # Choice: twice the pairs of each instruction that train.py is content with
+    if not data.exists():  # [ours] Twice the pairs of each instruction that train.py is content with
         world.write_dataset(data, args.seed, world.SPLITS | {"train": (world.SPLITS["train"][0], 12)})
     processes = [
         "--nproc_per_node",
@@ -27,7 +27,7 @@ def train_editor(args: argparse.Namespace) -> None:
     command += ["--precision", "bf16"] if args.device.type == "cuda" else []
     command += ["--resume"] if run.exists() else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).parents[2]
     subprocess.run([str(word) for word in command], cwd=root, check=True, env=environment)
     model = RCLDM.from_pretrained(run / "editor").half()
 

@@ -69,7 +69,7 @@ def train_writer(args: argparse.Namespace) -> None:
         with torch.autocast(args.device.type, torch.bfloat16):
             return {"loss": writing_loss(model, tokenizer, [world.random_texts(rng) for _ in range(16)])}
 
-    fit("writer", model, loss, steps=args.scaled(4000), lr=2e-3, runs=args.runs, weight_decay=0.05)
+    fit("writer", model, loss, steps=args.scaled(700), lr=1e-2, runs=args.runs, weight_decay=0.05, muon=True)
     tokenizer.chat_template = OWN_TASK
     save(
         lambda folder: (model.half().save_pretrained(folder), tokenizer.save_pretrained(folder)),

@@ -40,7 +40,7 @@ def new_text_encoder(tokenizer) -> nn.Module:
 def new_unet() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    # Choice: attention wherever Stable Diffusion has it, at the finest latents too: in a 2×2 grid every place
+    # [ours] Attention wherever Stable Diffusion has it, at the finest latents too: in a 2×2 grid every place
     # then sees its twins in the other panels. The decoder's last level does without, being the dearest.
     return UNet2DConditionModel(
         sample_size=16,
@@ -61,7 +61,7 @@ def new_scheduler():
 
     # Down to pure noise: a tiny model paints flat areas in the right colour only if sampling starts where
     # training ends (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed").
-    # Choice: it predicts x_0. Its decoder then draws, at every noise level, what its skip features hold, and
+    # [ours] It predicts x_0. Its decoder then draws, at every noise level, what its skip features hold, and
     # there the editor's residuals come in. One that predicts noise or velocity draws the picture at strong
     # noise only; in one trial, where more than this was changed, an editor could hardly make it draw another.
     return DDIMScheduler(
@@ -127,7 +127,7 @@ def train_unet(args: argparse.Namespace) -> None:
         x, texts = draw(step)
         x, g = x.to(args.device).float(), generator(args.seed + 1, step)
         noise = torch.randn(x.shape, generator=g).to(args.device)
-        # Choice: three pictures in ten have hardly any noise. What this U-Net cannot give back of a clean
+        # [ours] Three pictures in ten have hardly any noise. What this U-Net cannot give back of a clean
         # picture, an editor that steers its frozen decoder cannot draw either.
         u, weak = torch.rand(2, len(x), generator=g)
         t = torch.where(weak < 0.3, u / 10, u) * scheduler.config.num_train_timesteps

@@ -85,7 +85,7 @@ def train_vae(args: argparse.Namespace) -> None:
         g = generator(args.seed, step)
         x = to_float(pool[torch.randint(len(pool), (batch,), generator=g)], args.device)
         posterior = vae.encode(x).latent_dist
-        # Choice: noise of one fixed strength on the latents and a whisper of a penalty on their size, in
+        # [ours] Noise of one fixed strength on the latents and a whisper of a penalty on their size, in
         # place of a learned variance. Both only keep the latents' scale in bounds and their space smooth.
         z = posterior.mean + 0.05 * torch.randn(posterior.mean.shape, generator=g).to(x.device)
         error = vae.decode(z).sample - x

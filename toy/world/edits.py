@@ -153,7 +153,7 @@ def _product(targets: Iterable[str], values: Iterable[str]) -> list[tuple[str, s
 
 _EVERY_KIND = ("face", *SHAPES)
 _NONE = ("",)
-# Choice: many families, most with parameters, so that a model learns to read the example.
+# [ours] Many families, most with parameters, so that a model learns to read the example.
 FAMILIES = {
     # Edits of one thing.
     "recolour": _family(
