@@ -5,17 +5,21 @@
     vae          the truth, through the VAE and back: no editor gets further
     u-net        the truth's grid without noise, through the frozen U-Net alone: what its decoder can draw
     one step     what U-Net and RCLDM draw of it from pure noise at once
+    cut          what they draw when the RCLDM's residuals end after half of the steps
     all steps    what they draw in all steps of the sampler: the answer that `edit.py` gives
 
-The first two are shown the truth. Of the others, one whose row is worse than the one above loses what it had;
-one that is no worse hands it on. The metrics are those of `toy.score`, and so is what is right.
+The first two are shown the truth. "cut" tells whether the diffusion path makes the edit: the condition has no
+other way to the answer. The metrics are those of `toy.score`, and so is what is right.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -30,7 +34,7 @@ from evaluation.evaluate import draw_queries
 from pictures import tensor_to_image
 from toy import score, world
 
-STAGES = ("vae", "u-net", "one step", "all steps")
+STAGES = ("vae", "u-net", "one step", "cut", "all steps")
 MODES = ("both", "pair", "instruction")
 
 
@@ -43,8 +47,26 @@ def stages(
     inputs = panels[:, :2], [mode != "instruction"] * len(panels), panels[:, 2], told
     sampling = {"steps": pipe.settings["steps"]}
     one, drawn = (pipe.sample(*inputs, seeded(seeds), **given) for given in ({"steps": 1}, sampling))
-    found = {"u-net": redrawn(pipe, panels, told), "one step": one, "all steps": drawn}
+    with residuals_of_the_first_steps(pipe.rcldm, sampling["steps"] // 2):
+        cut = pipe.sample(*inputs, seeded(seeds), **sampling)
+    found = {"u-net": redrawn(pipe, panels, told), "one step": one, "cut": cut, "all steps": drawn}
     return {name: pipe.decode_answers(latents) for name, latents in found.items()}
+
+
+@contextlib.contextmanager
+def residuals_of_the_first_steps(rcldm: torch.nn.Module, steps: int) -> Iterator[None]:
+    """While entered, all calls of the RCLDM but the first `steps` return residuals of zero."""
+    calls = itertools.count(1)
+
+    def cut(_: torch.nn.Module, __: tuple, output: tuple[list[Tensor], Tensor]) -> tuple:
+        down, mid = output
+        return output if next(calls) <= steps else ([0 * residual for residual in down], 0 * mid)
+
+    hook = rcldm.register_forward_hook(cut)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def redrawn(sd: InstructGIEPipeline, panels: Tensor, texts: list[str]) -> Tensor:

@@ -18,11 +18,9 @@ def train_editor(args: argparse.Namespace) -> None:
     run, data = args.runs.parent / "editor", args.runs.parent / "toy-large"
     if not data.exists():  # [ours] Twice the pairs of each instruction that train.py is content with
         world.write_dataset(data, args.seed, world.SPLITS | {"train": (world.SPLITS["train"][0], 12)})
-    processes = [
-        "--nproc_per_node",
-        "1" if args.device.type == "cuda" else "2",
-    ]  # on a CPU faster than threads
-    command = [sys.executable, "-m", "torch.distributed.run", *processes, "train.py", "--output", run]
+    count = 1 if args.device.type == "cuda" else 2  # of processes: on a CPU faster than as many threads
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count]
+    command += ["train.py", "--output", run]
     command += ["--data", data, "--seed", args.seed, "--device", args.device, "--steps", args.scaled(20_000)]
     command += ["--precision", "bf16"] if args.device.type == "cuda" else []
     command += ["--resume"] if run.exists() else []
