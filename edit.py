@@ -9,8 +9,9 @@ An edit, in the order of this file:
 
     example pair, query -> Img_VPcon = [[before, after], [query, grey]] -> G_ven, once per edit
     instruction l -> U -> l' -> text encoder, once per edit
-    noise x_T; for every timestep: RCLDM(x_t, l', condition) -> residuals -> frozen U-Net -> noise prediction,
-        guided away from the one made without the instruction, and without the example pair; x_t -> x_(t-1)
+    noise x_T; for every timestep: RCLDM(x_t, l', condition) -> residuals -> frozen U-Net -> its prediction
+        (of the noise, x_0 or v, as it was trained); the sampler's step x_t -> x_(t-1)
+        [ours] guidance, off by default: away from the predictions without the instruction or the example
     lower right quadrant of x_0 -> VAE decoder -> the answer
 
 Symbols: B samples; P panel size in pixels, p in latent pixels; C latent channels; K branches of guidance.
@@ -77,7 +78,7 @@ def condition_grids(examples: Tensor, queries: Tensor, has_example: Tensor | Non
 
     has_example: (B,) of bool, all true if None; elsewhere the example row is grey, as in training.
     """
-    grids = mask_query(compose_grid(*examples.unbind(1), queries, queries))
+    grids = mask_query(compose_grid(*examples.unbind(1), queries, queries))  # the second turns grey
     if has_example is None:
         return grids
     return torch.where(has_example.to(grids.device).view(-1, 1, 1, 1), grids, drop_example(grids))
@@ -89,12 +90,13 @@ def condition_grids(examples: Tensor, queries: Tensor, has_example: Tensor | Non
 def guidance_weights(text: float, visual: float, told: bool, shown: bool) -> dict[tuple[bool, bool], float]:
     """What each prediction e(text, pair) weighs, without those that weigh nothing: (text, pair) → weight.
 
-    text, visual: the scales s; 1 is no guidance, 0 is no instruction and no example pair. told, shown:
-    whether any edit has an instruction, and an example pair; where none has, its scale changes nothing.
+    text, visual: the scales s. (1, 1) is no guidance, e(text, pair) alone; (0, 1) leaves out the instruction,
+    (0, 0) the pair too. told, shown: whether any edit has an instruction, an example pair; without one, its
+    scale changes nothing.
 
-    [ours] Two scales, after InstructPix2Pix (Brooks et al., 2023, section 3.2.1). Where 0 is an empty
-    text or a grey example row, and the query stays:
+    [ours] Two scales, after InstructPix2Pix (Brooks et al., 2023, section 3.2.1):
         e = e(0, 0) + s_visual · (e(0, pair) - e(0, 0)) + s_text · (e(text, pair) - e(0, pair))
+    Here 0 is an empty text, or a grey example row. The query is shown in all three.
     """
     visual = float(visual) if shown else 1.0
     text = float(text) if told else visual
@@ -157,8 +159,8 @@ def sample(
 ) -> Tensor:
     """Draws the grids of B edits from noise (B, C, 2p, 2p): latents of that shape, float32.
 
-    generator: of the fresh noise that some samplers add. after_step: called with the step's number, timestep,
-    output and branches; returns the x_t and branches to go on with, or None for the branches to end.
+    generator: of the fresh noise that some samplers add. after_step: for apps/pipeline.py; called with the
+    step's number, timestep, output and branches; returns the x_t and branches to go on with, None to end.
     Raises ValueError where latents are not finite, with the step's number.
     """
     scheduler = sd.scheduler
@@ -174,7 +176,10 @@ def sample(
         predictions = sd.unet(inputs, t, branches.states, **residuals).sample.float()
         predictions = predictions.chunk(len(branches.weights))
         prediction = sum(weight * e for weight, e in zip(branches.weights, predictions))
-        output = scheduler.step(prediction, t, x_t, **extra)
+        try:
+            output = scheduler.step(prediction, t, x_t, **extra)
+        except NotImplementedError as error:  # not every sampler knows every kind of prediction
+            raise ValueError(f"{type(scheduler).__name__}: {error}; take another --scheduler") from error
         x_t = output.prev_sample
         if not x_t.isfinite().all():
             where = f"step {i + 1} of {len(scheduler.timesteps)}"
@@ -248,16 +253,14 @@ def main() -> None:
         branches = encode_branches(sd, rcldm, grid.to(device, dtype), [unified], weights)
         for seed, path in enumerate(paths, start=args.seed):
             noise, generators = seeded_noise(sd, panel, [seed])
-            try:
-                latents = sample(sd, rcldm, branches, noise.to(device), used["steps"], generators)
-            except NotImplementedError as error:  # not every sampler knows every kind of prediction
-                raise ValueError(f"--scheduler {args.scheduler}: {error}; take another") from error
+            latents = sample(sd, rcldm, branches, noise.to(device), used["steps"], generators)
             (answer,) = decode_answers(sd.vae, latents)
             answer = tensor_to_image(unfit(answer, box))
             record = {"instruction": instruction, "unified": unified, "input": str(source), "seed": seed}
             record |= {"prompt_pair": [str(file) for file in args.prompt_pair or []], **used}
             record |= {"scheduler": args.scheduler, "model": str(model), "dtype": args.dtype}
-            save_png(answer, path, record | {"device": str(device)})
+            record |= {"device": str(device)}
+            save_png(answer, path, record)
             if args.grid:
                 save_png(labelled_grid(pair, query, answer, instruction, panel), grid_path(path), record)
             print(path, flush=True)

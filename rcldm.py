@@ -1,8 +1,9 @@
 """Contribution 1 of InstructGIE: the Reformed Conditional Latent Diffusion Model (RCLDM).
 
 The visual prompt is a 2×2 grid: an example pair above, the query and its grey answer panel below. To read the
-edit off the example, the network must relate panels that lie half an image apart. [paper] So ControlNet gets
-VMamba, whose effective receptive field is the whole grid at linear cost (its section on RCLDM). [figure]
+edit off the example, the network must relate panels that lie half an image apart. [paper] So VMamba stands
+where ControlNet has convolutions, for its larger effective receptive field. Its cost is linear in the area.
+Marks stand before what they vouch for: [paper] its public summary, [figure] its figures, [ours] our choice.
 
     condition grid → VisualPromptEncoder → + → trainable copy of the U-Net's encoder → ZeroVMamba links
                         (0 at the start)   ↑                                            (0 at the start)
@@ -42,7 +43,7 @@ def selective_scan(
     u, delta (B, D, L) or (B, G, P, L); A (D, N); B, C (B, G, N, L) or (B, N, L); D, delta_bias (D,) or None.
     Δ is delta + delta_bias, and with `delta_softplus` log(1 + exp(·)) of that, which is always positive.
     backend: "reference", the specification, which stands here, or one of scan_kernels/ ("auto": the fastest
-    that runs). The state is float32, for a float64 u float64. Raises: see `scan_kernels.fast_scan`.
+    that runs). The state is float32, or float64 if u is. Raises: see `scan_kernels.fast_scan`.
     """
     if backend != "reference":
         from scan_kernels import fast_scan
@@ -94,18 +95,19 @@ def cross_merge(ys: Tensor, height: int, width: int) -> Tensor:
     return rows.unflatten(2, (height, width)) + columns.unflatten(2, (width, height)).mT
 
 
-def four_scans(x: Tensor, *weights: Tensor) -> Tensor:
-    """The image x (B, D, H, W), scanned in four orders and merged. (B, D, H, W) again.
+def four_scans(x: Tensor, *rest: Tensor) -> Tensor:
+    """The image x (B, D, H, W), scanned in four orders, the scans summed at each pixel: (B, D, H, W).
 
-    weights: Δ, A, B, C, D and Δ's bias of `selective_scan`, whose four groups are the directions.
+    rest: Δ, A, B, C, D and Δ's bias of `selective_scan`, with a group for each direction; Δ, B and C stand in
+    its order.
     """
     from scan_kernels import scan_image, scans_images_in_place
 
     height, width = x.shape[2:]
     if scans_images_in_place(x):  # the same sum by a kernel that needs no copies of the image
         pixels = torch.arange(height * width, device=x.device).view(1, 1, height, width)
-        return scan_image(x, cross_scan(pixels)[0, :, 0], *weights, delta_softplus=True)
-    return cross_merge(selective_scan(cross_scan(x), *weights, delta_softplus=True), height, width)
+        return scan_image(x, cross_scan(pixels)[0, :, 0], *rest, delta_softplus=True)
+    return cross_merge(selective_scan(cross_scan(x), *rest, delta_softplus=True), height, width)
 
 
 # -------- 3. The VMamba block -----------------------------------------------------------------------
@@ -128,9 +130,9 @@ class SS2D(nn.Module):
         d_model: channels C. The scan runs on D = `ssm_ratio`·C of them.
         d_state: N. dt_rank: R ("auto": C/16, rounded up).
         d_conv, conv_bias: size of the depthwise convolution before the scan (below 2: none), and its bias.
-        gate: multiply the result by SiLU of a second projection (Mamba's; VMamba's v2 weights have none).
+        gate: multiply the result by SiLU of a second projection, as Mamba does. VMamba's weights have none.
 
-    Parameters have VMamba's names and flat shapes, directions stacked: x_proj.weight (K·(R+2N), D),
+    Parameters have VMamba's names, the directions' weights one below the other: x_proj.weight (K·(R+2N), D),
     dt_projs.weight (K·D, R), dt_projs_bias (K, D), A_logs (K·D, N), Ds (K·D,).
     """
 
@@ -173,7 +175,8 @@ class SS2D(nn.Module):
         x = x.permute(0, 3, 1, 2)  # channels first in shape, last in memory
         x = F.silu(x if self.conv2d is None else self.conv2d(x))
 
-        # Δ, B and C are read off each pixel, with weights for each direction; Δ by way of its rank R.
+        # Δ, B and C are read off each pixel, with weights for each direction: four images of them. Δ is first
+        # read as R numbers.
         read = self.x_proj(x.permute(0, 2, 3, 1)).unflatten(3, (4, -1)).permute(3, 0, 1, 2, 4)
         read = _in_scan_order(read).flatten(1, 2)  # (K, B, H, W, R+2N) → (K, B·L, R+2N)
         delta, B, C = read.split(self.split, dim=2)
@@ -207,7 +210,8 @@ class VSSBlock(nn.Module):
     checkpoints load with `strict=True`. The released v2 weights (tiny, small, base; s1l8 … s2l15) want
     `ssm_d_state=1, ssm_ratio=1.0` (s1) or `2.0` (s2), `ssm_conv_bias=False, forward_type="v05_noz"`.
 
-    forward_type: VMamba's name, "v2" with a gate or "v05_noz" without. Raises a ValueError for another.
+    forward_type: VMamba's codes, "v2" with a gate (its default) or "v05_noz" without (its released weights).
+    Raises a ValueError for another.
     """
 
     def __init__(
@@ -257,14 +261,15 @@ def _zero(module: nn.Linear) -> nn.Linear:
 
 
 class ZeroVMamba(nn.Module):
-    """A link from trainable copy to frozen U-Net: zero_proj(VSSBlock(x)), (B, C, H, W) → (B, C, H, W).
+    """Zero-VMamba behind the trainable copy: zero_proj(VSSBlock(x)), (B, C, H, W) → (B, C, H, W).
 
-    [ours] The zero sits in a linear projection behind the block, and no skip goes round it. So the
-    residual is exactly 0 at the start, and the projection gets a gradient from the first step. Since the
-    block is x + SS2D(norm(x)), the link holds ControlNet's zero convolution (its SS2D = 0) and adds a look
-    at all other places.
-    [ours] N = 1, ratio 1, no gate and no MLP. Stable Diffusion 1.5 needs 13 links, and MLPs would outweigh
-    its encoder.
+    [figure] draws one block there. [ours] One for each of ControlNet's zero convolutions, in their place.
+
+    [ours] The zero is a linear projection behind the block, and no skip goes round both. So the residual is
+    exactly 0 at the start, and the projection gets a gradient from the first step. Where SS2D gives 0 the
+    link is ControlNet's zero convolution; SS2D adds what the other places hold.
+    [ours] N = 1, ratio 1, no gate and no MLP: in the 13 links of Stable Diffusion 1.5, MLPs would hold more
+    than twice the parameters of all else.
     """
 
     def __init__(self, channels: int, ssm_d_state: int = 1, ssm_ratio: float = 1.0):
@@ -281,13 +286,11 @@ class ZeroVMamba(nn.Module):
 
 
 class VisualPromptEncoder(nn.Module):
-    """G_ven: the condition grid (B, 3, H, W) in [-1, 1] → (B, out_channels, H/factor, W/factor).
-
-    Zero at the start.
+    """G_ven, which the figure labels Zero-VMamba too: the condition grid (B, 3, H, W) in [-1, 1] →
+    (B, out_channels, H/factor, W/factor), zero at the start. [figure] It stands before the trainable copy.
 
     A patch embedding of log2(factor) convolutions of stride 2 (like VMamba v2's), `depth` VMamba blocks, and
-    a linear projection that starts at zero. [figure] From the first block on, every place has access to the
-    whole grid.
+    a linear projection that starts at zero. From the first block on, every place can read the whole grid.
 
     [ours] Depth 4, the width of the U-Net's first level but 64 at least, MLP ratio 2, blocks at latent
     resolution, no gate (VMamba v2). The paper gives none of these.
@@ -335,7 +338,9 @@ class VisualPromptEncoder(nn.Module):
 
 
 class RCLDM(ModelMixin, ConfigMixin):
-    """ControlNet with VMamba in the two places where it has convolutions; called as `ControlNetModel` is.
+    """ControlNet, its two additions to the U-Net's copy of VMamba: condition encoder and zero convolutions.
+
+    It is called as `ControlNetModel` is.
 
     Args:
         unet_encoder: configuration of the trainable copy, as `ControlNetModel` takes it; `from_unet` fills
@@ -350,8 +355,8 @@ class RCLDM(ModelMixin, ConfigMixin):
         ssm_d_state: numbers of state per channel in the links. ssm_ratio: of all VMamba blocks.
 
     Untrained, every design leaves the U-Net's output exactly as it is: the condition comes in through a
-    projection that is zero and goes out through links that are zero. The optimiser's first step moves the
-    links, the second the trainable copy and the encoder's last projection, the third all of the encoder.
+    projection that is zero and goes out through projections that are zero. The optimiser's first step moves
+    the links' projections, the second the links, the copy and the encoder's projection, the third the rest.
     """
 
     _supports_gradient_checkpointing = True
@@ -386,7 +391,7 @@ class RCLDM(ModelMixin, ConfigMixin):
             copy.controlnet_down_blocks = nn.ModuleList(down)
 
     def new_prompt_encoder(self, channels: int) -> nn.Module:
-        """The encoder of this config's design; channels: of the U-Net's first level."""
+        """By this config's design; evaluation/vit.py has another. channels: of the U-Net's first level."""
         config = self.config
         if config.design == "vmamba":
             return VisualPromptEncoder(
@@ -399,8 +404,8 @@ class RCLDM(ModelMixin, ConfigMixin):
                 config.factor,
             )
         if config.design == "conv":
-            halvings = config.factor.bit_length()
-            widths = (16, 32, 96, *[256] * halvings)[:halvings]
+            levels = config.factor.bit_length()  # ControlNet's own widths at factor 8
+            widths = (16, 32, 96, *[256] * levels)[:levels]
             return ControlNetConditioningEmbedding(channels, block_out_channels=widths)
         raise ValueError(f"unknown design {config.design!r}: choose one of vmamba, conv")
 
@@ -417,7 +422,8 @@ class RCLDM(ModelMixin, ConfigMixin):
     def encode_condition(self, grid: Tensor) -> Tensor:
         """The condition grid (B, 3, H, W) in [-1, 1] → its encoding (B, C0, H/factor, W/factor).
 
-        Zeros of the encoding's shape mean "no visual prompt": the trainable copy then sees the latents alone.
+        `forward` takes it in the grid's place, so that an edit encodes its grid once. To leave the example
+        out, encode a grid whose example row is grey (`dataset.drop_example`): training knows no zeros.
         """
         sides = 2 * self.config.factor  # two panels, each a whole number of latents
         if grid.dim() != 4 or grid.shape[1] != 3 or grid.shape[2] % sides or grid.shape[3] % sides:

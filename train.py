@@ -7,12 +7,14 @@
     torchrun --nproc_per_node 2 train.py             # two processes: on a CPU faster than two threads
     accelerate launch train.py --backbone sd15 --data FOLDER      # several GPUs, or several machines
 
-One step, in the words of the paper's architecture figure:
+One step, after the paper's architecture figure: [figure]
 
-    Img_train  -> VAE -> x_0, with noise x_t        Img_VPcon -> G_ven, trainable copy, links -> residuals
-    instruction l -> U -> l' -> text encoder        frozen U-Net(x_t, l', residuals) -> prediction, x̂_0
+    panels of Img_train -> VAE -> x_0; with noise -> x_t     instruction l -> U, an LLM -> l' -> text encoder
+    Img_VPcon -> G_ven; with x_t and l' -> trainable copy -> Zero-VMamba links -> residuals
+    frozen U-Net(x_t, l', residuals) -> prediction -> x̂_0, the clean latents it implies -> L_es, L_sam
     L = L_dm + λ_es · L_es + λ_sam · L_sam
 
+[ours] Panels pass the VAE one by one; x̂_0 stands for the figure's output image; the sum and its weights λ.
 The file reads from top to bottom: settings, one step's losses, the loop. What the frozen parts make of the
 data is computed once, before the first step: training/precompute.py.
 """
@@ -61,7 +63,7 @@ from training.settings import PARTS, fill_in, note_settings
 from training.stopping import Stop
 
 # ----------------------------------------------------------------------------------------------------------
-# Settings: every one once, with its reason
+# Settings, each once; reasons in docs/choices.md
 
 
 def settings(argv: list[str] | None = None) -> argparse.Namespace:
@@ -95,7 +97,8 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--answer-weight", type=float, default=4.0, help="of the answer panel in L_dm; the others have 1")
     add("--es-weight", type=float, default=0.05, help="λ_es")
     add("--sam-weight", type=float, default=0.1, help="λ_sam")
-    # Dropout makes guidance possible, and edits by the example alone or by the instruction alone.
+    # [ours] Conditioning dropout teaches edits by the example alone, the hardest to learn (so half of
+    # all samples lack the instruction), and by the instruction alone. It also makes guidance possible.
     add(
         "--drop",
         type=float,
@@ -117,7 +120,8 @@ WARMUP = 50  # steps
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0  # the largest norm of the gradient
 EMA_DECAY = 0.998
-ES_SHARE = 32  # one answer in so many is decoded for L_es: decoder and CLIP cost more than all else
+# [ours] L_es sees one answer in so many of a batch, and one at least: decoder and CLIP are the dearest parts.
+ES_SHARE = 32
 CHECKPOINTS = 2  # that stay
 VALIDATION_PICTURES = 6
 
@@ -126,14 +130,18 @@ VALIDATION_PICTURES = 6
 # One step's losses
 
 
-def dropout(batch: int, drop: tuple[float, float, float], g: torch.Generator) -> tuple[Tensor, Tensor]:
+def keep_conditions(
+    batch: int, drop: tuple[float, float, float], g: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Which samples keep their instruction and which their example pair: two (B,) of bool.
 
     drop: shares of samples without the instruction, without the example pair, without either.
     """
     text, example, both = drop
-    u = torch.rand(batch, generator=g)
-    return u >= both + text, (u >= both) & ~((u >= both + text) & (u < both + text + example))
+    u = torch.rand(batch, generator=g)  # from 0 on: without either, without text, without example, with both
+    no_text = u < both + text
+    no_example = (u < both) | (~no_text & (u < both + text + example))
+    return ~no_text, ~no_example
 
 
 def prediction_target(x_0: Tensor, noise: Tensor, t: Tensor, scheduler) -> Tensor:
@@ -165,25 +173,26 @@ class Losses:
         grey = torch.zeros(1, 2, 3, args.panel, args.panel, device=sd.vae.device)
         self.grey = Frozen(sd.vae, None, None).observe(grey).latents[0, 0]  # (C, p, p)
 
-    def draw(self, batch: dict, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Facts]:
+    def compose(self, batch: dict, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Facts]:
         """The condition grids Img_VPcon, their latents x_0, l' as embeddings (B, T, D), and the query pairs'
         facts."""
         count, device = len(batch["index"]), self.sd.unet.device
-        keep_text, keep_example = dropout(count, self.args.drop, g)
-        panels, facts = look_up(batch, self.facts, device)
-        example, query = (Facts(*(f if f is None else f[half] for f in facts)) for half in _halves(count))
+        keep_text, keep_example = keep_conditions(count, self.args.drop, g)
+        panels, facts = look_up(batch, self.facts, device)  # facts: of the examples, then of the queries
+        example, query = (Facts(*(f if f is None else f.chunk(2)[k] for f in facts)) for k in (0, 1))
         condition = mask_query(compose_grid(*panels.unbind(1)))  # (B, 3, 2P, 2P)
         latents = example.latents.clone()
         gone = ~keep_example
         condition[gone] = drop_example(condition[gone])
-        latents[gone] = self.grey.to(latents)  # the model is not asked to invent an example
+        # [ours] An absent example is grey in the target too: the model is not asked to invent one.
+        latents[gone] = self.grey.to(latents)
         x_0 = compose_grid(*latents.unbind(1), *query.latents.unbind(1))  # (B, C, 2p, 2p)
         row = torch.where(keep_text, self.rows[batch["index"]], len(self.texts) - 1)
         return condition, x_0, self.texts[row.to(self.texts.device)].to(device), query
 
     def __call__(self, model: nn.Module, batch: dict, g: torch.Generator) -> dict[str, Tensor]:
         args, scheduler, device = self.args, self.sd.scheduler, self.sd.unet.device
-        condition, x_0, states, query = self.draw(batch, g)
+        condition, x_0, states, query = self.compose(batch, g)
         noise = torch.randn(x_0.shape, generator=g)
         t = torch.randint(scheduler.config.num_train_timesteps, (len(x_0),), generator=g)
         trust = esm.noise_weight(t, scheduler)  # (B,)
@@ -203,7 +212,7 @@ class Losses:
 
         x_0_hat = esm.predict_x0(x_t, prediction, t, scheduler)
         if not args.no_esm:
-            losses["es"] = 0 * losses["dm"]
+            losses["es"] = 0 * losses["dm"]  # where all are too noisy: every process has the same losses
             if len(decoded):
                 before, after = query.embeddings[decoded].unbind(1)
                 answers = esm.decode_answer(self.sd.vae, x_0_hat[decoded])
@@ -215,18 +224,15 @@ class Losses:
         return {"loss": sum(weights[name] * value for name, value in losses.items()), **losses}
 
 
-def _halves(count: int) -> tuple[slice, slice]:
-    return slice(None, count), slice(count, None)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The loop
 
 
 def draw_order(count: int, batch: int, seed: int, steps: range, rank: int, processes: int) -> Iterator[list]:
-    """The items (epoch, index) of each step, one permutation an epoch; every process takes its share.
+    """The items (epoch, index) of each batch, one permutation an epoch; every process takes its share.
 
-    A function of the step alone, so that a resumed run goes on with the pictures it would have seen.
+    steps: numbers of batches. A function of these alone, so that a resumed run goes on with the pictures it
+    would have seen.
     """
     permutations: dict[int, list[int]] = {}
     for step in steps:
@@ -236,7 +242,7 @@ def draw_order(count: int, batch: int, seed: int, steps: range, rank: int, proce
             epoch, place = divmod(position, count)
             if epoch not in permutations:
                 g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                latest = dict(list(permutations.items())[-1:])
+                latest = dict(list(permutations.items())[-1:])  # a batch may lie across an epoch's end
                 permutations = latest | {epoch: torch.randperm(count, generator=g).tolist()}
             items.append((epoch, permutations[epoch][place]))
         yield items
@@ -248,7 +254,9 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_model=RCLDM.from_unet):
-    """held: what is given back in the end, however that comes. new_model: makes the RCLDM for a U-Net."""
+    """held: closes what is left open (lock, progress bar, log), also after an error. new_model: makes the
+    RCLDM for a U-Net; evaluation/vit.py has another.
+    """
     preset = fill_in(args)
     device = backbone.pick_device(args.device)
     accelerator = Accelerator(
@@ -280,6 +288,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
             unifier = liu.InstructionUnifier(*llm, cache=ReplyCache(args.cache / "liu", *llm))
         texts, rows = read_instructions(data, sd, unifier)
         validation = Validation(data, source, unifier, args)
+    areas = unifier = llm = None  # they have done their work: their memory is free again
     losses_of = Losses(args, sd, clip, facts, texts, rows)
 
     torch.manual_seed(args.seed)
@@ -308,10 +317,12 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
     order = draw_order(len(data), args.batch, args.seed, steps, rank, processes)
     loader = load_batches(data, facts, order, args.workers)
     log = SummaryWriter(args.output / "tensorboard") if is_main else None
+    if log:
+        held.callback(log.close)
     progress = tqdm(total=args.steps, initial=start, desc="train", mininterval=2, disable=not is_main)
     held.callback(progress.close)  # else it would be drawn below the line of an error
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{millions:.2f} M parameters to train, {len(data)} pairs", flush=True)
+    accelerator.print(f"{millions:.2f} M parameters to train, {len(data)} pairs", flush=True)
 
     wrapped.train()
     stop.at_work = True
@@ -340,30 +351,36 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
         progress.set_postfix(monitor.text(), refresh=False)
         progress.update()
         stop.agree(accelerator)
-        is_over = step == args.steps or stop.asked or monitor.is_over
+        is_done, is_cut = step == args.steps, bool(stop.asked or monitor.is_over)
         if is_main and step % 20 == 0:
             for name, value in monitor.averages.items():
                 log.add_scalar(f"loss/{name}", value, step)
-        if is_main and (step % args.save_every == 0 or is_over):
-            if step == args.steps or not (stop.asked or monitor.is_over):
+        if is_main and (step % args.save_every == 0 or is_done or is_cut):
+            if is_done or not is_cut:
                 measured = {name: value.item() for name, value in monitor.averages.items()}
                 measured["validation error"] = validation.draw(ema.module, sd, args.output, step, log)
                 save_editor(ema.module, args, step, measured)
-            # Last: a run that is killed before it resumes from an older one, and makes the others again.
+            # The checkpoint comes last: a run that is killed above goes on from the one before, and makes
+            # this step's picture and editor once more.
             save_checkpoint(args.output, step, modules, optimizer.optimizer, keep=CHECKPOINTS)
         monitor.check()
         if stop.asked and step < args.steps:
             stop.end(f"step {step}")
     progress.close()
-    print(f"the editor is in {args.output / 'editor'}")
+    accelerator.print(f"the editor is in {args.output / 'editor'}")
 
 
 class Validation:
-    """The same few queries each time, of the split `seen` where the dataset has one, else of `train`."""
+    """A few queries, the same each time: of the split `seen` (instructions of `train`, new pictures).
+
+    A dataset without one lends pairs of `train`; the error is then of pictures that were learnt.
+    """
 
     def __init__(self, data: VisualPromptDataset, source: str, unifier, args: argparse.Namespace) -> None:
-        with contextlib.suppress(DatasetError):
+        try:
             data = VisualPromptDataset(read_pairs(source, "seen", args.columns), args.panel, args.seed)
+        except DatasetError as error:
+            print(f"validation is on training pairs: {error}", flush=True)
         g = torch.Generator().manual_seed(args.seed)
         order, items = torch.randperm(len(data), generator=g).tolist(), []
         while order and len(items) < VALIDATION_PICTURES:

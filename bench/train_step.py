@@ -123,7 +123,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     batch = {"index": index, "example_index": index + args.batch}
 
     def controlnet_loss(g: torch.Generator) -> Tensor:
-        condition, x_0, states, _ = losses_of.draw(batch, g)
+        condition, x_0, states, _ = losses_of.compose(batch, g)
         noise = torch.randn(x_0.shape, generator=g).to(device)
         t = torch.randint(sd.scheduler.config.num_train_timesteps, (args.batch,), generator=g).to(device)
         x_t = sd.scheduler.add_noise(x_0, noise, t)

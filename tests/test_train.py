@@ -103,11 +103,11 @@ def test_training_goes_on_from_an_editor(run, tmp_path):
 
 
 def test_dropout_has_the_shares_asked_for():
-    text, example = train.dropout(20_000, (0.2, 0.3, 0.05), torch.Generator().manual_seed(0))
+    text, example = train.keep_conditions(20_000, (0.2, 0.3, 0.05), torch.Generator().manual_seed(0))
     shares = {"neither": ~text & ~example, "pair": ~text & example, "words": text & ~example}
     shares = {name: found.float().mean().item() for name, found in shares.items()}
     assert shares == pytest.approx({"neither": 0.05, "pair": 0.2, "words": 0.3}, abs=0.015)
-    text, example = train.dropout(2000, (0.0, 0.1, 0.0), torch.Generator().manual_seed(0))
+    text, example = train.keep_conditions(2000, (0.0, 0.1, 0.0), torch.Generator().manual_seed(0))
     assert text.all() and 0.05 < (~example).float().mean() < 0.15
 
 
