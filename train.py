@@ -276,19 +276,22 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
         if args.panel % factor:
             raise ValueError(f"--panel {args.panel}: give a multiple of {factor}, as the autoencoder needs")
         clip = None if args.no_esm else backbone.load_clip(args.clip, device)
-        areas = None
+        llm = areas = unifier = None
+        if not args.no_liu or not (args.no_sam or preset.classes):
+            llm = backbone.load_llm(args.llm, device)
         if not args.no_sam:
-            areas = sam_loss.SelectiveAreas(*backbone.load_segmenter(args.segmenter, device), preset.classes)
+            segmenter, processor = backbone.load_segmenter(args.segmenter, device)
+            names = segmenter.config.id2label.values()
+            classes = preset.classes or sam_loss.propose_classes(*llm, names)  # [figure] Mask2Former and LLM
+            areas = sam_loss.SelectiveAreas(segmenter, processor, classes)
         if is_main:
             held.enter_context(locked(args.output))
         data, facts = observe_all(data, Frozen(sd.vae, clip, areas), args, device)
-        unifier = None
         if not args.no_liu:
-            llm = backbone.load_llm(args.llm, device)
             unifier = liu.InstructionUnifier(*llm, cache=ReplyCache(args.cache / "liu", *llm))
         texts, rows = read_instructions(data, sd, unifier)
         validation = Validation(data, source, unifier, args)
-    areas = unifier = llm = None  # they have done their work: their memory is free again
+    areas = segmenter = unifier = llm = None  # they have done their work: their memory is free again
     losses_of = Losses(args, sd, clip, facts, texts, rows)
 
     torch.manual_seed(args.seed)

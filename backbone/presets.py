@@ -15,8 +15,9 @@ class Preset:
 
     writer: the language model that writes a dataset's texts. picture: pixels along the side of the pictures
     drawn for one. panel: P, pixels along a panel's side. classes: of the segmenter, for selective-area
-    matching. lr: peak learning rate that suits the U-Net's size. licence: of the Stable Diffusion. data: the
-    dataset to train on, None where there is no default. editor: a trained editor's folder, likewise.
+    matching; None lets the language model propose them. lr: peak learning rate that suits the U-Net's size.
+    licence: of the Stable Diffusion. data: the dataset to train on, None where there is no default. editor: a
+    trained editor's folder, likewise.
     """
 
     stable_diffusion: str
@@ -27,7 +28,7 @@ class Preset:
     writer: str
     picture: int
     panel: int
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] | None
     lr: float
     licence: str
     data: str | None = None
@@ -61,7 +62,7 @@ PRESETS = {
         writer="Qwen/Qwen2.5-7B-Instruct",
         picture=512,
         panel=256,
-        classes=("person",),
+        classes=None,
         lr=1e-5,  # [ours] ControlNet's
         licence="creativeml-openrail-m",
     ),
