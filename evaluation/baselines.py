@@ -41,9 +41,10 @@ import backbone
 from dataset import VisualPromptDataset, read_pairs
 from disk import whole_folder
 from pictures import check_finite
-from train import draw_order, dropout, prediction_target
+from train import draw_order, keep_conditions, prediction_target
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.ema import new_ema
+from training.muon import Muon, parameter_groups
 from training.precompute import Frozen, load_batches, look_up, observe_all, read_instructions
 
 # --- Editing ------------------------------------------------------------------------------------------------
@@ -246,7 +247,7 @@ def train(args: argparse.Namespace) -> None:
     learner = Learner(args.method, sd).to(device)
     average = new_ema(learner, args.ema)
     weights = [p for p in learner.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.99))
+    optimizer = Muon(parameter_groups(learner, 0.01), args.lr)  # as ours learns
     modules = {"model": learner, "average": average}
     start = load_checkpoint(args.output, modules, optimizer)
     steps = range(start, args.steps)
@@ -261,7 +262,7 @@ def train(args: argparse.Namespace) -> None:
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         panels, seen = look_up(batch, facts, device)
         query, answer = seen.latents[len(panels) :].unbind(1)
-        keep_text, keep_condition = dropout(len(panels), learner.drop, g)
+        keep_text, keep_condition = keep_conditions(len(panels), learner.drop, g)
         row = torch.where(keep_text, rows[batch["index"]], len(texts) - 1)
         states = texts[row.to(texts.device)].to(device)
         noise = torch.randn(answer.shape, generator=g).to(device)
@@ -298,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--output", type=Path, required=True, help="checkpoints, and the pipeline")
     add("--steps", type=int, default=1500, help="optimiser steps")
     add("--batch", type=int, default=16, help="edits per step")
-    add("--lr", type=float, default=1e-3, help="peak; warm-up, then down to a hundredth. 1e-4 at full size")
+    add("--lr", type=float, default=1e-2, help="peak; warm-up, then down to a hundredth. 1e-5 at full size")
     add("--ema", type=float, default=0.998, help="decay of the averaged weights, which are what is saved")
     add("--seed", type=int, default=0, help="of weights, data order and noise")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
