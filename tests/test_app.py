@@ -461,7 +461,7 @@ def test_the_look_at_the_page_finds_black_pictures(editor):
 
 
 def test_in_a_browser(page, pipe, tmp_path):
-    """APP_SCREENSHOT=docs/app.png pytest tests/test_app.py -k browser makes the picture of docs/app.md."""
+    """APP_SCREENSHOT=out/app.png pytest tests/test_app.py -k browser keeps a picture."""
     from playwright.sync_api import expect
 
     loaded = []
