@@ -23,6 +23,7 @@ from data_making.texts import EXAMPLES, OWN_TASK, Refusal, as_prompt, as_reply, 
 from dataset import VisualPromptDataset, read_pairs
 from pictures import load_image
 from toy import world
+from toy.world import __main__ as world_command
 
 
 def records(count, pairs=3, seed=0):
@@ -278,7 +279,7 @@ def painted(monkeypatch, tmp_path):
 
 
 def images(out, *options):
-    drawing.main(["--out", str(out), "--samples", "6", "--keep", "2", "--size", "16", *options])
+    drawing.main(["--out", str(out), "--samples", "6", "--keep", "2", "--size", "32", *options])
 
 
 def tree(folder):
@@ -312,8 +313,8 @@ def test_the_best_samples_that_pass_are_kept_and_thin_instructions_left_out(pain
     table = datasets.load_dataset(
         "imagefolder", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "hub")
     )
-    assert table["train"].num_rows == len(pairs) and table["train"][0]["input"].size == (16, 16)
-    assert len(VisualPromptDataset(pairs, 16)) == len(pairs)
+    assert table["train"].num_rows == len(pairs) and table["train"][0]["input"].size == (32, 32)
+    assert len(VisualPromptDataset(pairs, 32)) == len(pairs)
 
 
 def test_killed_anywhere_it_loses_nothing_repeats_nothing_and_leaves_nothing(painted, tmp_path, monkeypatch):
@@ -461,7 +462,7 @@ def test_captions_that_the_text_encoder_would_cut_are_not_drawn(painted, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--size", "20"], "--size 20: give a multiple of 16"),
+        (["--size", "20"], "--size 20: give a multiple of 32"),
         (["--samples", "0"], "--samples must be at least 1, not 0"),
         (["--guidance", "9", "3"], "--guidance 9.0 3.0: give two numbers"),
         (["--injection", "0", "2"], "--injection 0.0 2.0"),
@@ -566,7 +567,7 @@ def test_check_names_pairs_of_two_frames_and_reads_columns_of_any_name(tmp_path,
 
 
 def test_from_captions_to_a_dataset_on_the_toy_parts(tmp_path, program):
-    code, captions = program(world, "--captions", 6)
+    code, captions = program(world_command, "--captions", 6)
     assert code == 0
     (tmp_path / "captions.txt").write_text(captions)
     code, printed = program(writing, "--seeds", "captions.txt", "--out", "made")

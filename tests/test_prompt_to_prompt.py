@@ -29,10 +29,8 @@ def one(*rows):
     return [None if row is None else [(row, 1.0)] for row in rows]
 
 
-FIVE, SEVEN = ([(row, round(1 / n, 3)) for row in range(2, 7)] for n in (5, 7))
-
 # What `get_replacement_mapper` (as many words) and `get_mapper` (otherwise) of google/prompt-to-prompt's
-# seq_aligner.py return with this tokenizer: "zebra" is five tokens, "horse" three, "rhinoceros" seven.
+# seq_aligner.py return with this tokenizer: "zebra" is five tokens, "horse" three, "rhinoceros" eight.
 PUBLISHED = {
     "equal": ("a red circle", "a red circle", one(0, 1, 2, 3, 4)),
     "replaced": ("a red circle", "a blue circle", one(0, 1, 2, 3, 4)),
@@ -47,12 +45,12 @@ PUBLISHED = {
     "as many tokens": ("the horse and a cat", "the tiger and a cat", one(*range(10))),
     "more tokens": (
         "the zebra and the cat",
-        "the rhinoceros and the dog",
-        one(0, 1) + [[(row, 0.143) for row in range(2, 7)]] * 7 + one(7, 8, 9, 10),
+        "the rhinoceros and the hen",
+        one(0, 1) + [[(row, 0.125) for row in range(2, 7)]] * 8 + one(7, 8, 9, 10),
     ),
     "fewer tokens": (
         "the zebra and the cat",
-        "the horse and the dog",
+        "the horse and the hen",
         one(0, 1) + [[(row, 0.333) for row in range(2, 7)]] * 3 + one(7, 8, 9, 10),
     ),
 }
@@ -67,9 +65,9 @@ def test_the_alignment_is_the_published_one(sd, case):
 
 
 def test_what_follows_the_words_stays_with_them(sd):
-    # The published matrices go by position there: 9, 10, 11, 12 for "at the top" and the end.
+    # The published matrices go by position there: 10, 11, 12, 13 for "at the top" and the end.
     matrix, known = align("a zebra at the top", "a rhinoceros at the top", sd.tokenizer)
-    assert read(matrix, known, 64)[9:] == one(*range(7, 62))
+    assert read(matrix, known, 64)[10:] == one(*range(7, 61))
     matrix, known = align("a red circle and a green star", "a green star", sd.tokenizer)
     assert read(matrix, known, 64)[5:] == one(*range(9, 64), *[63] * 4)
 
@@ -93,7 +91,7 @@ def test_attention_to_the_text_keeps_its_sum(sd, monkeypatch):
         text = torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(0))
         value = torch.ones(1, 64, layer.to_v.out_features)  # the same everywhere: out is the sum of the maps
         monkeypatch.setattr(layer.to_v, "forward", lambda x, value=value: value.expand(len(x), -1, -1))
-        hidden = torch.randn(4, 16, 128, generator=torch.Generator().manual_seed(1))
+        hidden = torch.randn(4, 16, layer.to_q.in_features, generator=torch.Generator().manual_seed(1))
         seen.append(control(layer, hidden, text))
         monkeypatch.undo()
     for out in seen:
