@@ -179,7 +179,7 @@ def sample(
         try:
             output = scheduler.step(prediction, t, x_t, **extra)
         except NotImplementedError as error:  # not every sampler knows every kind of prediction
-            raise ValueError(f"{type(scheduler).__name__}: {error}; take another --scheduler") from error
+            raise ValueError(f"{type(scheduler).__name__}: {error}; take another sampler") from error
         x_t = output.prev_sample
         if not x_t.isfinite().all():
             where = f"step {i + 1} of {len(scheduler.timesteps)}"

@@ -122,7 +122,7 @@ def test_of_many_steps_ten_are_shown(editor):
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_sampler_shows_its_steps_whichever_came_before(editor, scheduler):
     if scheduler == "euler-a":  # diffusers has it for no U-Net that predicts x_0, as the toy one does
-        assert error(editor, scheduler=scheduler).message == "prediction_type not implemented yet: sample"
+        assert "prediction_type not implemented yet: sample" in error(editor, scheduler=scheduler).message
         return
     shown = edit(editor, scheduler=scheduler, steps=3)
     assert len(shown[-1][1]) == 3 and len(shown[-1][2]) == 1

@@ -78,7 +78,7 @@ def test_fifty_kills_at_random_instants_lose_nothing(tmp_path):
 def test_asked_to_end_it_finishes_the_step_and_saves(run, tmp_path, monkeypatch, capsys, number, code):
     steps = (*QUICK, "--steps", "4", "--save-every", "9")
     run(*steps, output=tmp_path / "whole")
-    draw, drawn = train.Losses.draw, []
+    draw, drawn = train.Losses.compose, []
 
     def ask(self, *inputs):
         drawn.append(None)
@@ -87,7 +87,7 @@ def test_asked_to_end_it_finishes_the_step_and_saves(run, tmp_path, monkeypatch,
         return draw(self, *inputs)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(train.Losses, "draw", ask)
+        patch.setattr(train.Losses, "compose", ask)
         run(*steps)
     assert stopped.value.code == code
     out = capsys.readouterr().out
@@ -98,9 +98,9 @@ def test_asked_to_end_it_finishes_the_step_and_saves(run, tmp_path, monkeypatch,
 
 
 def test_asked_in_the_last_step_it_ends_with_its_editor(run, tmp_path, monkeypatch):
-    draw = train.Losses.draw
+    draw = train.Losses.compose
     monkeypatch.setattr(
-        train.Losses, "draw", lambda *inputs: os.kill(os.getpid(), signal.SIGTERM) or draw(*inputs)
+        train.Losses, "compose", lambda *inputs: os.kill(os.getpid(), signal.SIGTERM) or draw(*inputs)
     )
     run(*QUICK, "--steps", "1")
     assert (tmp_path / "run" / "editor" / "config.json").exists()
