@@ -249,7 +249,7 @@ WRONG = {
     "the mean of the truth": lambda pipe, truth: flat(truth.picture),
     "the mean of all edits": lambda pipe, truth: truth.pictures.mean(0).round().astype(np.uint8),
     "another query's answer": lambda pipe, truth: np.asarray(load_image(DEMO["after"])),
-    "a shade off": lambda pipe, truth: truth.picture + np.uint8(6) * truth.edited[..., None],
+    "a shade off": lambda pipe, truth: truth.picture - np.uint8(31) * truth.edited[..., None],
     "half of it": lambda pipe, truth: np.where(np.arange(64)[:, None, None] < 24, 0, truth.picture),
 }
 
@@ -330,7 +330,7 @@ def test_a_machine_that_edits_right(pipe, drawn, diagnose, monkeypatch):
     assert "KMP_BLOCKTIME=0" in told["environment"]
     assert told["scan"].startswith(("numba, because", "chunked, because"))
     assert told["attention"].startswith(("flash_attention", "attention_math")) and told["device"] == "cpu"
-    assert out.count("right; nearest of 310 pictures") == 3
+    assert out.count("right; nearest of 161 pictures") == 3
 
 
 def test_a_machine_that_draws_black(pipe, diagnose, monkeypatch):
@@ -338,7 +338,7 @@ def test_a_machine_that_draws_black(pipe, diagnose, monkeypatch):
     monkeypatch.setattr(InstructGIEPipeline, "__call__", lambda *_, **__: SimpleNamespace(images=black))
     code, out = diagnose(pipe)
     assert code == 1 and out.endswith("\nverdict      WRONG by example, by words, by both\n")
-    assert 'WRONG; nearest of 310 pictures: "make the background black"; levels off: 52.9 inside' in out
+    assert 'WRONG; nearest of 161 pictures: "invert the colours"; levels off: 161.1 inside' in out
 
 
 def test_a_machine_that_cannot_edit(pipe, diagnose, monkeypatch):

@@ -480,12 +480,12 @@ def test_in_a_browser(page, pipe, tmp_path):
         page.get_by_label("Instruction, unified"),
     )
     go = page.get_by_role("button", name="Edit", exact=True)
-    instruction.fill("could the background be navy?")
+    instruction.fill("could the background be turquoise?")
     go.click()
     expect(page.get_by_label("scene_0.png")).to_be_visible()
     for label, count in (("Steps", 10), ("Answers", 2), ("Grids", 2)):
         shown(page, label, count)
-    expect(unified).to_have_value("make the background navy")
+    expect(unified).to_have_value("make the background turquoise")
     look(truths, *(pictures(page, label) for label in ("Steps", "Answers", "Grids")))
     drawn = [url for url in loaded if url.endswith(("_0.png", "_0_grid.png")) or "/step_" in url]
     before_the_answer = drawn[: next(i for i, url in enumerate(drawn) if url.endswith("_0.png"))]
@@ -500,7 +500,7 @@ def test_in_a_browser(page, pipe, tmp_path):
     answer = Image.open(download.value.path())
     assert doctor.judge(answer, truths[0]).right
     assert (download.value.suggested_filename, answer.format, answer.size) == ("input_0.png", "PNG", (64, 64))
-    assert json.loads(answer.text["instructgie"])["unified"] == "make the background navy"
+    assert json.loads(answer.text["instructgie"])["unified"] == "make the background turquoise"
 
     drop(page, "Inputs", ("input.png", query), ("broken.png", query[:300]))
     go.click()
