@@ -28,6 +28,7 @@ def train_editor(args: argparse.Namespace) -> None:
     root = Path(__file__).parents[2]
     subprocess.run([str(word) for word in command], cwd=root, check=True, env=environment)
     model = RCLDM.from_pretrained(run / "editor").half()
+    model.register_to_config(_name_or_path="")  # no path of this machine
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
