@@ -191,9 +191,9 @@ def main() -> None:
             fastest = dict(sorted(row["steps"], reverse=True))  # by answers decoded: the last of each stays
             seconds, decoded = (mean(x) for x in zip(*((fastest[n], n) for n, _ in row["steps"])))
             grids = args.batch / seconds
-            first = first or grids
+            first = first or seconds
             numbers = [f"{row['weights'] / 1e6:.2f}", f"{row['operations'] / 1e9:.0f}", f"{decoded:.2f}"]
-            numbers += [f"{1e3 * seconds:.0f}", f"{grids:.2f}", f"{grids / first:.2f}"]
+            numbers += [f"{1e3 * seconds:.0f}", f"{grids:.2f}", f"{seconds / first:.2f}"]
             numbers.append(f"{row['bytes'] / 2**30:.2f}")
             print(f"| {name} | {' | '.join(numbers)} |")
 
