@@ -22,8 +22,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,8 +127,11 @@ def encode_branches(
     device: torch.device | None = None,
 ) -> Branches:
     """All that an edit needs once: condition grids (B, 3, 2P, 2P), instructions unified already."""
-    told, silent = (backbone.encode_text(sd, texts, device) for texts in (instructions, [""] * len(grids)))
-    states = torch.cat([told if text else silent for text, _ in weights])
+    texts = {True: instructions, False: [""] * len(grids)}
+    embeddings = {
+        told: backbone.encode_text(sd, texts[told], device) for told in {told for told, _ in weights}
+    }
+    states = torch.cat([embeddings[told] for told, _ in weights])
     condition = torch.cat([grids if pair else drop_example(grids) for _, pair in weights])
     return Branches([*weights.values()], states, rcldm.encode_condition(condition))
 
@@ -135,12 +139,16 @@ def encode_branches(
 # --- The sampling loop --------------------------------------------------------------------------------------
 
 
+def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
+    """A generator for each seed; on the CPU, so that a seed means the same noise on every device."""
+    return [torch.Generator().manual_seed(operator.index(seed)) for seed in seeds]
+
+
 def seeded_noise(
     sd: backbone.StableDiffusion, panel: int, seeds: list[int]
 ) -> tuple[Tensor, list[torch.Generator]]:
-    """Noise (B, C, 2p, 2p) and a generator for each seed; on the CPU, so that a seed means the same on every
-    device."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    """Noise (B, C, 2p, 2p) on the CPU, and the generators of `seeded` that drew it."""
+    generators = seeded(seeds)
     side = 2 * panel // backbone.vae_factor(sd.vae)
     return torch.stack(
         [torch.randn(sd.unet.config.in_channels, side, side, generator=g) for g in generators]

@@ -32,6 +32,7 @@ import edit
 import liu
 from backbone import SAMPLING
 from dataset import answer_panel, compose_grid, split_grid
+from edit import seeded
 from pictures import check_finite, fit_panel, pixels_of, tensor_to_image, unfit
 from rcldm import RCLDM
 from training.card import model_card
@@ -324,11 +325,10 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
             queries: (B, 3, P, P) in [-1, 1].
             instructions: B texts, unified already; "" for none.
             generator: one for all, or one for each sample: see `seeded`.
-            guidance_text, guidance_visual: 1 is no guidance, 0 is no instruction and no example pair.
+            guidance_text, guidance_visual: the scales of `edit.guidance_weights`.
 
         Raises ValueError for lists of another length than B, more steps than there are timesteps, noise of
-        another shape, and latents that are not finite: the message names the step and the part.
-
+        another shape, and latents that are not finite: the message names the step.
         """
         batch, many = len(queries), isinstance(generator, list | tuple)
         has_example = [True] * batch if has_example is None else has_example
@@ -345,7 +345,7 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
         elif latents.shape != shape:
             raise ValueError(f"latents must be {shape}, not {tuple(latents.shape)}")
         names = backbone.StableDiffusion._fields
-        sd = backbone.StableDiffusion(*(self.components[name] for name in names))
+        sd = backbone.StableDiffusion(*(getattr(self, name) for name in names))
         given = (x.to(device, dtype) for x in (examples, queries))
         grids = edit.condition_grids(*given, torch.tensor(has_example))
         self._guidance_scale, self._visual_guidance_scale = guidance_text, guidance_visual
@@ -424,11 +424,6 @@ def call_options(sampling: dict[str, Any]) -> dict[str, Any]:
     names = {"steps": "num_inference_steps"}
     names |= {"guidance_text": "guidance_scale", "guidance_visual": "visual_guidance_scale"}
     return {name: sampling[ours] for ours, name in names.items()}
-
-
-def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
-    """A generator for each seed; on the CPU, so that a seed means the same noise on every device."""
-    return [torch.Generator().manual_seed(operator.index(seed)) for seed in seeds]
 
 
 def _whole(number: Any, what: str) -> int:

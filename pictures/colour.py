@@ -9,12 +9,12 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 
-def to_rgb(image: Image.Image, managed: bool = True) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """A PIL image of any mode as upright 8-bit sRGB of mode "RGB".
 
-    Applies the EXIF orientation and converts the colour profile, unless not `managed`: class maps hold
-    numbers, not colours. [ours] Transparency shows white, as on a page. The result's `info` has the stored
-    orientation alone, so a second pass changes nothing. Raises ValueError for grey values outside 0 … 65,535.
+    Applies the EXIF orientation and converts the colour profile. [ours] Transparency shows white, as on a
+    page. The result's `info` has the stored orientation alone, so a second pass changes nothing. Raises
+    ValueError for grey values outside 0 … 65,535.
     """
     stored = image.getexif().get(ExifTags.Base.Orientation, 1)
     if stored != 1:
@@ -27,7 +27,7 @@ def to_rgb(image: Image.Image, managed: bool = True) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         opacity = image.getchannel("A")
-    if managed and profile and (to_srgb := _to_srgb(profile, mode)):
+    if profile and (to_srgb := _to_srgb(profile, mode)):
         image = to_srgb.apply(image.convert(mode))
     page = Image.new("RGB", image.size, "white")
     page.paste(image, mask=opacity)

@@ -46,7 +46,7 @@ _warnings_lock = threading.Lock()  # warning filters belong to the process, not 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-def load_image(source: str | Path | TableImage, managed: bool = True) -> Image.Image:
+def load_image(source: str | Path | TableImage) -> Image.Image:
     """A picture in one of `FORMATS`, the first frame of several, as `to_rgb` returns it.
 
     Raises ImageError, one line naming the file, for a missing, corrupt or truncated picture, and for more
@@ -58,7 +58,7 @@ def load_image(source: str | Path | TableImage, managed: bool = True) -> Image.I
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 image = Image.open(file, formats=FORMATS)  # reads the header alone
             with image:
-                return to_rgb(image, managed)
+                return to_rgb(image)
     except ImageError:
         raise
     except UnidentifiedImageError:
