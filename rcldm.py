@@ -285,6 +285,20 @@ class ZeroVMamba(nn.Module):
 # -------- 5. The visual prompt encoder --------------------------------------------------------------
 
 
+def panel_places(height: int, width: int, device: torch.device) -> Tensor:
+    """Where each place of a 2×2 grid lies: (H, W, 27). Of its panel, sines and cosines of y and of x, six
+    octaves each, from the panel's side down; of the grid, its row and column of panels, ±1, and their product.
+    """
+    codes = []
+    for side in (height, width):
+        y = torch.arange(side, device=device)
+        panel = 1 - 2 * (y >= side / 2).float()
+        phase = 4 * torch.pi * y[:, None] / side * 2 ** torch.arange(6, device=device)
+        codes.append(torch.cat([phase.sin(), phase.cos(), panel[:, None]], 1))  # (side, 13)
+    rows, columns = codes[0][:, None].expand(-1, width, -1), codes[1].expand(height, -1, -1)
+    return torch.cat([rows, columns, rows[..., -1:] * columns[..., -1:]], 2)
+
+
 class VisualPromptEncoder(nn.Module):
     """G_ven, which the figure labels Zero-VMamba too: the condition grid (B, 3, H, W) in [-1, 1] →
     (B, out_channels, H/factor, W/factor), zero at the start. [figure] It stands before the trainable copy.
@@ -294,6 +308,9 @@ class VisualPromptEncoder(nn.Module):
 
     [ours] Depth 4, the width of the U-Net's first level but 64 at least, MLP ratio 2, blocks at latent
     resolution, no gate (VMamba v2). The paper gives none of these.
+    [ours] Each place is told where in its panel it lies, and in which panel: VMamba has an embedding of
+    position as an option. Places that answer to one another in the four panels then share most of their code,
+    by which the scans and the copy's attention find them.
     [ours] N = 4 numbers of state, where VMamba v2 classifies with one. A place reads another by the
     product C · B, its query and the other's key, both of length N, as in linear attention. A thing has to
     find its like in the example, and one number says little of what it is.
@@ -316,6 +333,7 @@ class VisualPromptEncoder(nn.Module):
         stride = min(2, factor)  # factor 1: diffusion of pixels
         self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride, padding=1) for a, b in pairwise(widths))
         self.stem_norms = nn.ModuleList(nn.LayerNorm(b) for b in widths[1:])
+        self.place_proj = nn.Linear(27, width, bias=False)
         kind = dict(ssm_conv_bias=False, forward_type="v05_noz")
         blocks = (VSSBlock(width, ssm_d_state, ssm_ratio, mlp_ratio, **kind) for _ in range(depth))
         self.blocks = nn.ModuleList(blocks)
@@ -328,6 +346,7 @@ class VisualPromptEncoder(nn.Module):
         for conv, norm in zip(self.stem, self.stem_norms):
             x = x if conv is self.stem[0] else F.gelu(x).permute(0, 3, 1, 2)
             x = norm(conv(x).permute(0, 2, 3, 1))  # (B, H, W, C)
+        x = x + self.place_proj(panel_places(*x.shape[1:3], x.device).to(x.dtype))
         for block in self.blocks:
             checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
             x = self._gradient_checkpointing_func(block, x) if checkpointed else block(x)

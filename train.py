@@ -118,6 +118,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
 
 WARMUP = 50  # steps
 WEIGHT_DECAY = 0.01
+NOISE_POWER = 4  # [ours] timesteps are T · u^(1/4), u uniform: a third of them are the noisiest tenth
 CLIP_NORM = 1.0  # the largest norm of the gradient
 EMA_DECAY = 0.998
 # [ours] L_es sees one answer in so many of a batch, and one at least: decoder and CLIP are the dearest parts.
@@ -142,6 +143,11 @@ def keep_conditions(
     no_text = u < both + text
     no_example = (u < both) | (~no_text & (u < both + text + example))
     return ~no_text, ~no_example
+
+
+def draw_timesteps(batch: int, timesteps: int, g: torch.Generator) -> Tensor:
+    """(B,), more of them at strong noise, where an answer is not yet seen in x_t and the edit is decided."""
+    return (timesteps * torch.rand(batch, generator=g) ** (1 / NOISE_POWER)).long().clamp(max=timesteps - 1)
 
 
 def prediction_target(x_0: Tensor, noise: Tensor, t: Tensor, scheduler) -> Tensor:
@@ -194,7 +200,7 @@ class Losses:
         args, scheduler, device = self.args, self.sd.scheduler, self.sd.unet.device
         condition, x_0, states, query = self.compose(batch, g)
         noise = torch.randn(x_0.shape, generator=g)
-        t = torch.randint(scheduler.config.num_train_timesteps, (len(x_0),), generator=g)
+        t = draw_timesteps(len(x_0), scheduler.config.num_train_timesteps, g)
         trust = esm.noise_weight(t, scheduler)  # (B,)
         decoded = trust.nonzero()[: math.ceil(len(t) / ES_SHARE), 0]  # found here: no device is waited for
         noise, t, trust, decoded = (x.to(device) for x in (noise, t, trust, decoded))
@@ -265,6 +271,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
         gradient_accumulation_steps=args.accumulate,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=backbone.PATIENCE)],
     )
+    held.callback(accelerator.end_training)  # threads that still talk to other processes abort this one's end
     device, is_main = accelerator.device, accelerator.is_main_process
     device = torch.device("cpu") if device.type == "cpu" else device  # not "cpu:0", which safetensors refuses
     backbone.choose_attention(device, args.precision)

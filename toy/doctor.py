@@ -80,7 +80,7 @@ EXAMPLE = world.Scene(
 SCENE = world.Scene(
     "cream",
     (
-        world.Thing("heart", "green", "top right", jitter=(1, -1)),
+        world.Thing("heart", "green", "top right"),
         world.Thing("circle", "pink", "bottom left"),
     ),
 )

@@ -10,18 +10,15 @@ import sys
 from pathlib import Path
 
 from rcldm import RCLDM
-from toy import world
 from toy.pretrain.loop import save
 
 
 def train_editor(args: argparse.Namespace) -> None:
-    run, data = args.runs.parent / "editor", args.runs.parent / "toy-large"
-    if not data.exists():  # [ours] Twice the pairs of each instruction that train.py is content with
-        world.write_dataset(data, args.seed, world.SPLITS | {"train": (world.SPLITS["train"][0], 12)})
+    run = args.runs.parent / "editor"
     count = 1 if args.device.type == "cuda" else 2  # of processes: on a CPU faster than as many threads
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count]
     command += ["train.py", "--output", run]
-    command += ["--data", data, "--seed", args.seed, "--device", args.device, "--steps", args.scaled(4800)]
+    command += ["--seed", args.seed, "--device", args.device, "--steps", args.scaled(6000)]
     command += ["--precision", "bf16"] if args.device.type == "cuda" else []
     command += ["--resume"] if run.exists() else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

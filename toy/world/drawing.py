@@ -138,7 +138,7 @@ def _draw_shape(draw: ImageDraw.ImageDraw, kind: str, x: float, y: float, r: flo
 
 def _draw_thing(image: Image.Image, thing: Thing) -> None:
     s, draw = SUPERSAMPLING, ImageDraw.Draw(image)
-    x, y = (s * (c + j) for c, j in zip(PLACES[thing.place], thing.jitter))
+    x, y = (s * c for c in PLACES[thing.place])
     r = s * RADII[thing.size]
     if thing.kind == "face":
         _draw_face(draw, thing, x, y, r)

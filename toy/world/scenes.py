@@ -30,7 +30,9 @@ BACKGROUNDS = {  # colour of the upper half, of the lower half
 }
 SKINS = {"pale": (250, 222, 196), "tan": (224, 172, 105), "dark": (110, 70, 45)}
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-PLACES = {"top left": (17, 17), "top right": (47, 17), "bottom left": (17, 47), "bottom right": (47, 47)}
+# [ours] Things stand 32 pixels apart, in the middle of four latents by four: wherever a thing is, it has the same
+# latents. So a small model need not learn each thing anew for every place.
+PLACES = {"top left": (16, 16), "top right": (48, 16), "bottom left": (16, 48), "bottom right": (48, 48)}
 RADII = {"small": 7, "big": 12}
 FEATURES = (
     "glasses",
@@ -63,7 +65,6 @@ class Thing:
     colour: str
     place: str
     size: str = "big"
-    jitter: tuple[int, int] = (0, 0)  # pixels away from the middle of its quarter
     outline: str = ""  # of a shape: a key of OUTLINES
     mouth: str = "plain"  # of a face: plain, smile, frown, open
     features: tuple[str, ...] = ()  # of a face: of FEATURES and HATS
@@ -112,18 +113,16 @@ class Scene:
 
 
 def scene_from_json(record: dict) -> Scene:
-    lists = ("jitter", "features")
-    things = tuple(Thing(**{**thing, **{k: tuple(thing[k]) for k in lists}}) for thing in record["things"])
+    things = tuple(Thing(**{**thing, "features": tuple(thing["features"])}) for thing in record["things"])
     return Scene(**{**record, "things": things})
 
 
 def random_thing(rng: random.Random, kind: str, place: str) -> Thing:
-    jitter = (rng.randint(-2, 2), rng.randint(-2, 2))
     if kind == "face":
         mouth = rng.choice(("plain", "smile", "frown"))
         features = (rng.choice(FEATURES),) if rng.random() < 0.3 else ()
-        return Thing(kind, rng.choice(list(SKINS)), place, "big", jitter, mouth=mouth, features=features)
-    return Thing(kind, rng.choice(list(COLOURS)), place, rng.choice(list(RADII)), jitter)
+        return Thing(kind, rng.choice(list(SKINS)), place, "big", mouth=mouth, features=features)
+    return Thing(kind, rng.choice(list(COLOURS)), place, rng.choice(list(RADII)))
 
 
 def random_scene(rng: random.Random) -> Scene:
