@@ -286,8 +286,8 @@ class ZeroVMamba(nn.Module):
 
 
 def panel_places(height: int, width: int, device: torch.device) -> Tensor:
-    """Where each place of a 2×2 grid lies: (H, W, 27). Of its panel, sines and cosines of y and of x, six
-    octaves each, from the panel's side down; of the grid, its row and column of panels, ±1, and their product.
+    """Where each place of a 2×2 grid lies, (H, W, 27): sines and cosines of y and of x within its panel, six
+    octaves each, from the panel's side down; its row and column of panels, ±1; the product of these two.
     """
     codes = []
     for side in (height, width):

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -49,15 +48,16 @@ from dataset import (
     mask_query,
     read_pairs,
 )
-from disk import locked, write_whole
+from disk import atomic_write, locked
 from pictures import ImageError, tensor_to_image
 from rcldm import RCLDM
 from training.card import save_editor
 from training.checkpoint import load_checkpoint, save_checkpoint
+from training.draws import draw_order, draw_timesteps, keep_conditions
 from training.ema import new_ema
 from training.monitor import LossMonitor
 from training.muon import Muon, parameter_groups
-from training.precompute import Facts, Frozen, load_batches, look_up, observe_all, read_instructions
+from training.precompute import Frozen, Precomputed, gather_batch, load_batches, precompute, read_instructions
 from training.replies import ReplyCache
 from training.settings import PARTS, fill_in, note_settings
 from training.stopping import Stop
@@ -118,7 +118,6 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
 
 WARMUP = 50  # steps
 WEIGHT_DECAY = 0.01
-NOISE_POWER = 4  # [ours] timesteps are T · u^(1/4), u uniform: a third of them are the noisiest tenth
 CLIP_NORM = 1.0  # the largest norm of the gradient
 EMA_DECAY = 0.998
 # [ours] L_es sees one answer in so many of a batch, and one at least: decoder and CLIP are the dearest parts.
@@ -131,38 +130,11 @@ VALIDATION_PICTURES = 6
 # One step's losses
 
 
-def keep_conditions(
-    batch: int, drop: tuple[float, float, float], g: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Which samples keep their instruction and which their example pair: two (B,) of bool.
-
-    drop: shares of samples without the instruction, without the example pair, without either.
-    """
-    text, example, both = drop
-    u = torch.rand(batch, generator=g)  # from 0 on: without either, without text, without example, with both
-    no_text = u < both + text
-    no_example = (u < both) | (~no_text & (u < both + text + example))
-    return ~no_text, ~no_example
-
-
-def draw_timesteps(batch: int, timesteps: int, g: torch.Generator) -> Tensor:
-    """(B,), more of them at strong noise, where an answer is not yet seen in x_t and the edit is decided."""
-    return (timesteps * torch.rand(batch, generator=g) ** (1 / NOISE_POWER)).long().clamp(max=timesteps - 1)
-
-
-def prediction_target(x_0: Tensor, noise: Tensor, t: Tensor, scheduler) -> Tensor:
-    """What this scheduler's U-Net is to answer for x_t, from which `esm.predict_x0` tells x_0."""
-    kind = scheduler.config.prediction_type
-    if kind == "v_prediction":
-        return scheduler.get_velocity(x_0, noise, t)
-    return x_0 if kind == "sample" else noise
-
-
 class Losses:
     """L = L_dm + λ_es · L_es + λ_sam · L_sam, for batches of the data loader.
 
-    facts: what the frozen parts computed of every pair. texts: embeddings of the unified instructions, the
-    last of them of no text; rows: each pair's row among them.
+    precomputed: of every pair, by the frozen parts. texts: embeddings of the unified instructions, the last
+    of them of no text; rows: each pair's row among them.
     """
 
     def __init__(
@@ -170,22 +142,21 @@ class Losses:
         args: argparse.Namespace,
         sd: backbone.StableDiffusion,
         clip: nn.Module | None,
-        facts: Facts,
+        precomputed: Precomputed,
         texts: Tensor,
         rows: Tensor,
     ) -> None:
         self.args, self.sd, self.clip = args, sd, clip
-        self.facts, self.texts, self.rows = facts, texts, rows
+        self.precomputed, self.texts, self.rows = precomputed, texts, rows
         grey = torch.zeros(1, 2, 3, args.panel, args.panel, device=sd.vae.device)
-        self.grey = Frozen(sd.vae, None, None).observe(grey).latents[0, 0]  # (C, p, p)
+        self.grey = Frozen(sd.vae, None, None).encode(grey).latents[0, 0]  # (C, p, p)
 
-    def compose(self, batch: dict, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Facts]:
-        """The condition grids Img_VPcon, their latents x_0, l' as embeddings (B, T, D), and the query pairs'
-        facts."""
+    def compose(self, batch: dict, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Precomputed]:
+        """The condition grids Img_VPcon, their latents x_0, l' as embeddings (B, T, D), and what is
+        precomputed of the query pairs."""
         count, device = len(batch["index"]), self.sd.unet.device
         keep_text, keep_example = keep_conditions(count, self.args.drop, g)
-        panels, facts = look_up(batch, self.facts, device)  # facts: of the examples, then of the queries
-        example, query = (Facts(*(f if f is None else f.chunk(2)[k] for f in facts)) for k in (0, 1))
+        panels, example, query = gather_batch(batch, self.precomputed, device)
         condition = mask_query(compose_grid(*panels.unbind(1)))  # (B, 3, 2P, 2P)
         latents = example.latents.clone()
         gone = ~keep_example
@@ -211,7 +182,7 @@ class Losses:
         prediction = self.sd.unet(x_t, t, states, **residuals).sample.float()
 
         # [ours] The given panels only have to be copied, so the answer's error counts for more.
-        error = (prediction - prediction_target(x_0, noise, t, scheduler)).square()
+        error = (prediction - backbone.prediction_target(x_0, noise, t, scheduler)).square()
         given = torch.ones_like(answer_panel(error))
         weight = compose_grid(given, given, given, args.answer_weight * given)
         losses = {"dm": (weight * error).mean() / weight.mean()}
@@ -232,26 +203,6 @@ class Losses:
 
 # ----------------------------------------------------------------------------------------------------------
 # The loop
-
-
-def draw_order(count: int, batch: int, seed: int, steps: range, rank: int, processes: int) -> Iterator[list]:
-    """The items (epoch, index) of each batch, one permutation an epoch; every process takes its share.
-
-    steps: numbers of batches. A function of these alone, so that a resumed run goes on with the pictures it
-    would have seen.
-    """
-    permutations: dict[int, list[int]] = {}
-    for step in steps:
-        first = (step * processes + rank) * batch
-        items = []
-        for position in range(first, first + batch):
-            epoch, place = divmod(position, count)
-            if epoch not in permutations:
-                g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                latest = dict(list(permutations.items())[-1:])  # a batch may lie across an epoch's end
-                permutations = latest | {epoch: torch.randperm(count, generator=g).tolist()}
-            items.append((epoch, permutations[epoch][place]))
-        yield items
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -293,13 +244,13 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
             areas = sam_loss.SelectiveAreas(segmenter, processor, classes)
         if is_main:
             held.enter_context(locked(args.output))
-        data, facts = observe_all(data, Frozen(sd.vae, clip, areas), args, device)
+        data, precomputed = precompute(data, Frozen(sd.vae, clip, areas), args, device)
         if not args.no_liu:
             unifier = liu.InstructionUnifier(*llm, cache=ReplyCache(args.cache / "liu", *llm))
         texts, rows = read_instructions(data, sd, unifier)
         validation = Validation(data, source, unifier, args)
     areas = segmenter = unifier = llm = None  # they have done their work: their memory is free again
-    losses_of = Losses(args, sd, clip, facts, texts, rows)
+    losses_of = Losses(args, sd, clip, precomputed, texts, rows)
 
     torch.manual_seed(args.seed)
     design = "conv" if args.no_rcldm else "vmamba"
@@ -325,7 +276,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
     rank, processes = accelerator.process_index, accelerator.num_processes
     steps = range(start * args.accumulate, args.steps * args.accumulate)
     order = draw_order(len(data), args.batch, args.seed, steps, rank, processes)
-    loader = load_batches(data, facts, order, args.workers)
+    loader = load_batches(data, precomputed, order, args.workers)
     log = SummaryWriter(args.output / "tensorboard") if is_main else None
     if log:
         held.callback(log.close)
@@ -345,7 +296,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
             with accelerator.autocast():
                 losses = losses_of(wrapped, batch, g)
             accelerator.backward(losses["loss"])
-            monitor.see({name: accelerator.reduce(loss.detach(), "mean") for name, loss in losses.items()})
+            monitor.add({name: accelerator.reduce(loss.detach(), "mean") for name, loss in losses.items()})
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
                 if is_sound := monitor.is_sound(norm):
@@ -415,7 +366,7 @@ class Validation:
         answers = edit.decode_answers(sd.vae, drawn)
         shown = torch.stack([*panels[:, :3].unbind(1), answers, panels[:, 3]], 1)  # (N, 5, 3, P, P)
         picture = torch.cat([torch.cat(list(row), -1) for row in shown], -2).cpu().clamp(-1, 1)
-        write_whole(
+        atomic_write(
             folder / f"validation-{step:07d}.png", lambda file: tensor_to_image(picture).save(file, "PNG")
         )
         error = 127.5 * (answers - panels[:, 3]).abs().mean().item()

@@ -19,7 +19,15 @@ from backbone.folders import (
     lasting_name,
     local_folder,
 )
-from backbone.latents import cut_off, decode_latents, encode_images, encode_text, set_timesteps, vae_factor
+from backbone.latents import (
+    cut_off,
+    decode_latents,
+    encode_images,
+    encode_text,
+    prediction_target,
+    set_timesteps,
+    vae_factor,
+)
 from backbone.loading import (
     StableDiffusion,
     check_llm,

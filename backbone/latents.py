@@ -95,3 +95,11 @@ def vae_factor(vae: nn.Module) -> int:
             f"the autoencoder makes pictures {2**down} times smaller and {2**up} times larger"
         )
     return 2**down
+
+
+def prediction_target(x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, scheduler) -> torch.Tensor:
+    """What this scheduler's U-Net is to answer for x_t, from which `esm.predict_x0` tells x_0."""
+    kind = scheduler.config.prediction_type
+    if kind == "v_prediction":
+        return scheduler.get_velocity(x_0, noise, t)
+    return x_0 if kind == "sample" else noise

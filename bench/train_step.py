@@ -44,7 +44,7 @@ from bench import paper_size
 from bench.scan import apart, resident
 from rcldm import RCLDM
 from training.muon import Muon, parameter_groups
-from training.precompute import Facts
+from training.precompute import Precomputed
 
 MODELS = {
     "ControlNetModel": ("--no-rcldm", "--no-esm", "--no-sam"),
@@ -81,8 +81,8 @@ def preset(name: str, folder: Path) -> backbone.Preset:
     return dataclasses.replace(chosen, **{part: str(folder / part) for part in sources})
 
 
-def random_facts(sd: backbone.StableDiffusion, clip: torch.nn.Module | None, batch: int, panel: int):
-    """Facts of 2B pairs as training looks them up, and the embeddings of one instruction and of none."""
+def random_precomputed(sd: backbone.StableDiffusion, clip: torch.nn.Module | None, batch: int, panel: int):
+    """What is precomputed of 2B pairs, and the embeddings of one instruction and of none."""
     device, count, channels = sd.unet.device, 2 * batch, sd.unet.config.in_channels
     side = panel // backbone.vae_factor(sd.vae)
     latents = torch.randn(count, 2, channels, side, side, device=device)
@@ -92,7 +92,7 @@ def random_facts(sd: backbone.StableDiffusion, clip: torch.nn.Module | None, bat
         width = clip.visual.output_dim
         embeddings = F.normalize(torch.randn(count, 2, width, device=device), dim=-1)
         areas = (torch.rand(count, 1, side, side, device=device) > 0.8).float()
-    return Facts(latents, embeddings, areas, pictures), backbone.encode_text(sd, ["wave", ""])
+    return Precomputed(latents, embeddings, areas, pictures), backbone.encode_text(sd, ["wave", ""])
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -106,9 +106,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     decoded: list[int] = []  # by the step that is under way
     if clip is not None:  # it sees all that is decoded, and nothing else
         clip.visual.register_forward_pre_hook(lambda _, pictures: decoded.append(len(pictures[0])))
-    facts, texts = random_facts(sd, clip, args.batch, settings.panel)
+    precomputed, texts = random_precomputed(sd, clip, args.batch, settings.panel)
     rows = torch.zeros(2 * args.batch, dtype=torch.long)
-    losses_of = train.Losses(settings, sd, clip, facts, texts, rows)
+    losses_of = train.Losses(settings, sd, clip, precomputed, texts, rows)
     theirs = name == "ControlNetModel"
     if theirs:
         model = ControlNetModel.from_unet(sd.unet)
@@ -130,7 +130,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         down, mid = model(x_t, t, states, (condition + 1) / 2, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         prediction = sd.unet(x_t, t, states, **residuals).sample.float()
-        return (prediction - train.prediction_target(x_0, noise, t, sd.scheduler)).square().mean()
+        return (prediction - backbone.prediction_target(x_0, noise, t, sd.scheduler)).square().mean()
 
     def take(step: int) -> tuple[int, float]:
         """Answers decoded, and seconds."""

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import backbone
 from dataset import COLUMNS, EditPair, read_pairs
-from disk import write_whole
+from disk import atomic_write
 from pictures import ImageError, load_image, misfit
 
 
@@ -105,7 +105,7 @@ def draw_sheet(groups: dict[str, list[EditPair]], path: Path, side: int = 96, mo
             panel = load_image(file).resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(panel, (x + j * side, y + line))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: sheet.save(file, format="PNG"))
+    atomic_write(path, lambda file: sheet.save(file, format="PNG"))
     print(f"contact sheet: {path}")
 
 

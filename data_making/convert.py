@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import backbone
 from dataset import inside
-from disk import whole_folder
+from disk import atomic_folder
 
 # As in `edit_dataset.py` of timothybrooks/instruct-pix2pix, parts of the list of folders. [ours] The cuts are
 # rounded, so that a single folder is `train`.
@@ -36,7 +36,7 @@ def convert(source: Path, output: Path) -> dict[str, int]:
     if output.exists():
         raise ValueError(f"{output}: exists already; give a new folder")
     source, counts, where = source.resolve(), {}, source / "seeds.json"
-    with whole_folder(output) as new:
+    with atomic_folder(output) as new:
         try:
             listing = [(str(folder), list(seeds)) for folder, seeds in json.loads(where.read_text("utf-8"))]
             for split, cuts in SPLITS.items():

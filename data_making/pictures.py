@@ -39,7 +39,7 @@ from data_making.texts import (
     stage,
     write_lines,
 )
-from disk import write_whole
+from disk import atomic_write
 from pictures import tensor_to_image
 
 # --- Two pictures from one noise ----------------------------------------------------------------------------
@@ -201,11 +201,11 @@ def draw_and_filter(
     found.sort(key=lambda item: -item[0]["clip_direction"])
     folder.mkdir(parents=True, exist_ok=True)
     kept = []
-    for k, (facts, pictures) in enumerate(found[: args.keep]):
+    for k, (scores, pictures) in enumerate(found[: args.keep]):
         files = [f"{name}_{k}_{when}.png" for when in ("before", "after")]
         for file, image in zip(files, pictures):
-            write_whole(folder / file, lambda path, image=image: image.save(path, format="PNG"))
-        kept.append({"input_file_name": files[0], "output_file_name": files[1]} | facts)
+            atomic_write(folder / file, lambda path, image=image: image.save(path, format="PNG"))
+        kept.append({"input_file_name": files[0], "output_file_name": files[1]} | scores)
     return {"name": name, "drawn": len(tries), "failed": failed, "kept": kept}
 
 

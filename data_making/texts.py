@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import backbone
-from disk import other_settings, whole_folder, write_whole
+from disk import atomic_folder, atomic_write, other_settings
 from training.checkpoint import load_checkpoint, save_checkpoint
 
 # --- The form of what the language model writes -------------------------------------------------------------
@@ -257,7 +257,7 @@ def finetune(
         if (step + 1) % each == 0:
             save_checkpoint(checkpoints, step + 1, {"model": model}, optimizer, keep=2)
     tokenizer.chat_template = OWN_TASK
-    with whole_folder(folder) as new:
+    with atomic_folder(folder) as new:
         model.eval().requires_grad_(False).save_pretrained(new)
         tokenizer.save_pretrained(new)
 
@@ -271,7 +271,7 @@ def _as_lines(rows: Iterable[dict]) -> bytes:
 
 def write_lines(path: Path, rows: Iterable[dict]) -> None:
     """The whole file, or none of it."""
-    write_whole(path, lambda file: file.write_bytes(_as_lines(rows)))
+    atomic_write(path, lambda file: file.write_bytes(_as_lines(rows)))
 
 
 def append(path: Path, rows: Iterable[dict]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     """`write` makes the file under another name, which becomes `path` when it is done. Raises OSError, also
     for what safetensors makes of one."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -28,7 +28,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A new folder to write to, which takes the place of `path` when all is written, and only then.
 
     What a killed process has left of such folders is cleared away. Raises OSError, also for what safetensors
@@ -97,7 +97,7 @@ def other_settings(path: Path, settings: dict[str, Any], anew: bool = False) -> 
     settings = json.loads(json.dumps(settings))
     if anew or not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: file.write_text(json.dumps(settings, indent=2) + "\n"))
+        atomic_write(path, lambda file: file.write_text(json.dumps(settings, indent=2) + "\n"))
     try:
         there = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:

@@ -40,7 +40,7 @@ import liu
 import rcldm
 import sam_loss
 from dataset import EditPair, VisualPromptDataset, read_pairs
-from disk import write_whole
+from disk import atomic_write
 from pictures import image_to_tensor, tensor_to_image
 from toy import world
 
@@ -372,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
                 # The same bytes every time: matplotlib would name its version in the file.
                 options = {"format": "png", "dpi": DPI, "metadata": {"Software": None}}
                 path = args.output / f"{name}-figure.png"
-                write_whole(path, lambda file: figure.savefig(file, **options))  # noqa: B023  run at once
+                atomic_write(path, lambda file: figure.savefig(file, **options))  # noqa: B023  run at once
                 plt.close(figure)
 
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 
 import backbone
-from disk import other_settings, write_whole
+from disk import atomic_write, other_settings
 from evaluation import metrics
 
 HERE = Path(__file__).resolve().parents[1]
@@ -308,7 +308,7 @@ def write_page(args: argparse.Namespace) -> None:
         raise ValueError(f"{PAGE}: its two marks are gone; restore {start.strip()} and {end.strip()}")
     before, rest = page.split(start)
     text = before + start + "\n" + "\n".join(parts) + "\n" + end + rest.split(end)[1]
-    write_whole(PAGE, lambda file: file.write_text(text, encoding="utf-8"))
+    atomic_write(PAGE, lambda file: file.write_text(text, encoding="utf-8"))
     print(f"the tables are in {PAGE}")
 
 

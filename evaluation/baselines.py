@@ -39,13 +39,13 @@ from tqdm import tqdm
 
 import backbone
 from dataset import VisualPromptDataset, read_pairs
-from disk import whole_folder
+from disk import atomic_folder
 from pictures import check_finite
-from train import draw_order, keep_conditions, prediction_target
 from training.checkpoint import load_checkpoint, save_checkpoint
+from training.draws import draw_order, draw_timesteps, keep_conditions
 from training.ema import new_ema
 from training.muon import Muon, parameter_groups
-from training.precompute import Frozen, load_batches, look_up, observe_all, read_instructions
+from training.precompute import Frozen, gather_batch, load_batches, precompute, read_instructions
 
 # --- Editing ------------------------------------------------------------------------------------------------
 
@@ -222,7 +222,7 @@ class Learner(nn.Module):
     def save(self, sd: backbone.StableDiffusion, folder: Path) -> None:
         """As a pipeline's folder that `evaluate.py --method` takes, whole or not at all."""
         sd = sd._replace(unet=self.unet)
-        with whole_folder(folder) as new:
+        with atomic_folder(folder) as new:
             if self.method == "instruct-pix2pix":
                 InstructPix2Pix(sd, 0).pipeline.save_pretrained(new)
             else:
@@ -241,7 +241,7 @@ def train(args: argparse.Namespace) -> None:
     data = read_pairs(backbone.data_folder(args.data), args.split)
     data = VisualPromptDataset(data, preset.panel, seed=args.seed)
     sd = backbone.load_stable_diffusion(args.stable_diffusion or preset.stable_diffusion, device)
-    data, facts = observe_all(data, Frozen(sd.vae, None, None), args, device)
+    data, precomputed = precompute(data, Frozen(sd.vae, None, None), args, device)
     texts, rows = read_instructions(data, sd, unifier=None)
     torch.manual_seed(args.seed)
     learner = Learner(args.method, sd).to(device)
@@ -252,7 +252,7 @@ def train(args: argparse.Namespace) -> None:
     start = load_checkpoint(args.output, modules, optimizer)
     steps = range(start, args.steps)
     loader = load_batches(
-        data, facts, draw_order(len(data), args.batch, args.seed, steps, 0, 1), args.workers
+        data, precomputed, draw_order(len(data), args.batch, args.seed, steps, 0, 1), args.workers
     )
     progress = tqdm(loader, args.method, args.steps, initial=start, mininterval=2)
     timesteps = sd.scheduler.config.num_train_timesteps
@@ -260,17 +260,17 @@ def train(args: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 50) * max(1 - step / args.steps, 0.01)
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        panels, seen = look_up(batch, facts, device)
-        query, answer = seen.latents[len(panels) :].unbind(1)
+        panels, _, seen = gather_batch(batch, precomputed, device)
+        query, answer = seen.latents.unbind(1)
         keep_text, keep_condition = keep_conditions(len(panels), learner.drop, g)
         row = torch.where(keep_text, rows[batch["index"]], len(texts) - 1)
         states = texts[row.to(texts.device)].to(device)
         noise = torch.randn(answer.shape, generator=g).to(device)
-        t = torch.randint(timesteps, (len(panels),), generator=g).to(device)
+        t = draw_timesteps(len(panels), timesteps, g).to(device)
         x_t = sd.scheduler.add_noise(answer, noise, t)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             prediction = learner(x_t, t, states, panels, query, keep_condition.to(device)).float()
-        loss = (prediction - prediction_target(answer, noise, t, sd.scheduler)).square().mean()
+        loss = (prediction - backbone.prediction_target(answer, noise, t, sd.scheduler)).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()

@@ -31,7 +31,7 @@ import backbone
 import evaluation.vit  # noqa: F401  so that its editors load
 from apps.pipeline import InstructGIEPipeline
 from dataset import COLUMNS, VisualPromptDataset, read_pairs
-from disk import locked, other_settings, write_whole
+from disk import atomic_write, locked, other_settings
 from evaluation.baselines import InstructPix2Pix, PromptDiffusion, SDEdit
 from pictures import TableImage, load_image, picture_digest, tensor_to_image
 
@@ -112,7 +112,7 @@ def keep(picture: str | TableImage, folder: Path) -> None:
     if isinstance(picture, TableImage):
         path = folder / place(picture)
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, lambda file: load_image(picture).save(file, format="PNG"))
+        atomic_write(path, lambda file: load_image(picture).save(file, format="PNG"))
 
 
 def describe(data: VisualPromptDataset, query: Query) -> dict[str, Any]:
@@ -250,7 +250,7 @@ def answer_all(
             )
             for k, answer in zip(ks, answers):
                 image = tensor_to_image(answer)
-                write_whole(folder / names[k], lambda file, image=image: image.save(file, format="PNG"))
+                atomic_write(folder / names[k], lambda file, image=image: image.save(file, format="PNG"))
             for pair in (data.pairs[i] for k in ks for i in (queries[k].index, queries[k].example)):
                 keep(pair.input, folder)
                 keep(pair.output, folder)
@@ -384,7 +384,7 @@ def run(args: argparse.Namespace) -> None:
             answer_all(editor, data, queries, folder, mode, told, sampling, args.batch)
             if args.sheet > 0:
                 sheet = contact_sheet(data, queries[: args.sheet], folder, mode)
-                write_whole(folder / "sheet.png", lambda file, sheet=sheet: sheet.save(file, format="PNG"))
+                atomic_write(folder / "sheet.png", lambda file, sheet=sheet: sheet.save(file, format="PNG"))
         print(f"{len(queries)} answers in {folder}", flush=True)
 
 

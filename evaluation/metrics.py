@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import backbone
 import esm
-from disk import write_whole
+from disk import atomic_write
 from evaluation.evaluate import read_answers
 from pictures import check_finite, image_to_tensor, load_image
 
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         for path, content in ((args.json, text), (args.markdown, table)):
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(path, lambda file, content=content: file.write_text(content, encoding="utf-8"))
+                atomic_write(path, lambda file, content=content: file.write_text(content, encoding="utf-8"))
         print(table, end="")
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import backbone
 from dataset import VisualPromptDataset, compose_grid, mask_query, read_pairs
-from disk import write_whole
+from disk import atomic_write
 from evaluation.evaluate import draw_queries, panel_rows
 from evaluation.vit import ViTRCLDM
 from rcldm import RCLDM
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
             rows = [(name, [picture(field)]) for name, field in found.items()]
             sheet = panel_rows(rows, (), 192, len(rows))
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(args.out, lambda file: sheet.save(file, format="PNG"))
+            atomic_write(args.out, lambda file: sheet.save(file, format="PNG"))
 
 
 if __name__ == "__main__":

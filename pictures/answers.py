@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from disk import write_whole
+from disk import atomic_write
 from pictures.files import ImageError, load_image
 
 
@@ -116,4 +116,4 @@ def save_png(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
     info = PngInfo()
     info.add_text("instructgie", json.dumps(record))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: image.save(file, format="PNG", pnginfo=info))
+    atomic_write(path, lambda file: image.save(file, format="PNG", pnginfo=info))

@@ -11,15 +11,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 
 distributed_c10d.default_pg_timeout = timedelta(seconds=3)
-observe_all = train.observe_all
+precompute = train.precompute
 
 
-def observe_slowly(*args):
+def precompute_slowly(*args):
     time.sleep(5)
-    return observe_all(*args)
+    return precompute(*args)
 
 
-train.observe_all = observe_slowly
+train.precompute = precompute_slowly
 
 if __name__ == "__main__":
     train.main()

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 import dataset as ds
 import pictures
 from evaluation import evaluate
-from training.precompute import look_at_all, without
+from training.precompute import read_all, without
 
 torch.set_num_threads(1)
 
@@ -781,7 +781,7 @@ def test_a_pair_of_two_frames_is_named_and_left_out_of_training(tmp_path, capsys
     picture((24, 16)).save(folder / "images/7_in.png")
     picture((24, 16), 1).save(folder / "images/7_out.png", exif=exif)
     data, broken = ds.VisualPromptDataset(ds.read_pairs(tmp_path), 8), {}
-    assert sum(len(batch["panels"]) for batch in look_at_all(data, SimpleNamespace(workers=0), broken)) == 24
+    assert sum(len(batch["panels"]) for batch in read_all(data, SimpleNamespace(workers=0), broken)) == 24
     kept, _ = without(data, broken)
     printed = capsys.readouterr().out
     assert (

@@ -25,7 +25,7 @@ from pictures import tensor_to_image, to_bytes
 from toy import pretrain, score
 from toy.world import drawing
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.precompute import Frozen, observe_all, read_instructions
+from training.precompute import Frozen, precompute, read_instructions
 
 NAN, INFINITY = math.nan, math.inf
 
@@ -206,7 +206,7 @@ def test_facts_are_checked_as_half_precision_holds_them(folders, tmp_path):
     pairs = VisualPromptDataset(read_pairs(data), P)
     sd.vae.register_to_config(scaling_factor=1e7)
     with pytest.raises(ValueError, match=r"NaN or infinity in .*: the latents"):
-        observe_all(pairs, Frozen(sd.vae, None, None), args, torch.device("cpu"))
+        precompute(pairs, Frozen(sd.vae, None, None), args, torch.device("cpu"))
     assert not (tmp_path / "cache").exists()
     spoil(sd.text_encoder)
     with pytest.raises(ValueError, match="NaN or infinity in an instruction's embedding"):

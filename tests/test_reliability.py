@@ -27,12 +27,12 @@ import esm
 import rcldm
 import sam_loss
 import train
+import training.precompute as cache_module
 from dataset import VisualPromptDataset, read_pairs
-from disk import whole_folder, write_whole
-from training import precompute
+from disk import atomic_folder, atomic_write
 from training.checkpoint import load_checkpoint, save_checkpoint, verified
 from training.monitor import LossMonitor
-from training.precompute import Frozen, observe_all
+from training.precompute import Frozen, precompute
 from training.stopping import Stop
 
 TESTS = Path(__file__).parent
@@ -218,14 +218,14 @@ def test_changed_settings_are_said(run, tmp_path, capsys):
 
 def test_a_folder_is_whole_or_as_it_was(tmp_path):
     target = tmp_path / "editor"
-    with whole_folder(target) as new:
+    with atomic_folder(target) as new:
         (new / "a").write_text("1")
-    with pytest.raises(OSError), whole_folder(target) as new:
+    with pytest.raises(OSError), atomic_folder(target) as new:
         (new / "a").write_text("2")
         raise OSError("no space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["editor"] and (target / "a").read_text() == "1"
     (tmp_path / ".editor.new").mkdir()  # as a killed process leaves it
-    with whole_folder(target) as new:
+    with atomic_folder(target) as new:
         (new / "b").write_text("3")
     assert [path.name for path in tmp_path.rglob("*")] == ["editor", "b"]
 
@@ -284,7 +284,7 @@ def test_a_full_disk_under_safetensors_is_an_oserror(tmp_path):
         raise SafetensorError("No space left on device")
 
     with pytest.raises(OSError, match="weights: No space left on device"):
-        write_whole(tmp_path / "weights", write)
+        atomic_write(tmp_path / "weights", write)
     assert not list(tmp_path.iterdir())
 
 
@@ -330,7 +330,7 @@ def test_too_many_in_a_row_are_the_end_and_the_last_good_state_is_saved(run, tmp
 
 def test_a_step_that_explodes_is_told_from_a_hard_one():
     watch, one = LossMonitor(), torch.tensor(1.0)
-    watch.see({"loss": one})
+    watch.add({"loss": one})
     assert watch.is_sound(one)
     for loss, norm, wanted in (
         (50.0, 1.0, True),
@@ -338,14 +338,14 @@ def test_a_step_that_explodes_is_told_from_a_hard_one():
         (1.0, float("inf"), False),
         (1.0, 9.0, True),
     ):
-        watch.see({"loss": torch.tensor(loss)})
+        watch.add({"loss": torch.tensor(loss)})
         assert watch.is_sound(torch.tensor(norm)) == wanted
     assert watch.skipped == 2 and watch.in_a_row == 0
     again = LossMonitor()
     again.load_state_dict(watch.state_dict())
     assert again.skipped == 2 and torch.equal(again.averages["loss"], watch.averages["loss"])
-    watch.see({"loss": one})
-    watch.see({"loss": torch.tensor(float("nan"))})  # a part of the same step
+    watch.add({"loss": one})
+    watch.add({"loss": torch.tensor(float("nan"))})  # a part of the same step
     assert not watch.is_sound(one)
 
 
@@ -372,14 +372,14 @@ def test_the_others_facts_stay_with_them(parts, tmp_path):
     args = SimpleNamespace(data="data", cache=tmp_path, workers=0)
     vae = backbone.load_stable_diffusion(str(parts / "sd")).vae
     frozen, device = Frozen(vae, None, None), torch.device("cpu")
-    _, all_facts = observe_all(VisualPromptDataset(read_pairs(data), P), frozen, args, device)
+    _, all_precomputed = precompute(VisualPromptDataset(read_pairs(data), P), frozen, args, device)
     empty(data / "train" / "3_after.png")
     args.cache = tmp_path / "again"
-    kept, facts = observe_all(VisualPromptDataset(read_pairs(data), P), frozen, args, device)
+    kept, precomputed = precompute(VisualPromptDataset(read_pairs(data), P), frozen, args, device)
     rows = [k for k in range(24) if k != 3]
     assert [Path(pair.input).name for pair in kept.pairs] == [f"{k}_before.png" for k in rows]
-    assert torch.equal(facts.pictures, all_facts.pictures[rows])
-    assert torch.equal(facts.latents, all_facts.latents[rows])
+    assert torch.equal(precomputed.pictures, all_precomputed.pictures[rows])
+    assert torch.equal(precomputed.latents, all_precomputed.latents[rows])
 
 
 def test_more_than_one_in_twenty_stop_it(run, tmp_path, capsys):
@@ -465,7 +465,7 @@ CHANGES += (change_clips_mean, change_the_threshold)
 
 @pytest.mark.parametrize("change", [*CHANGES, write_captions])
 def test_the_cache_knows_every_picture_row_and_weight(parts, tmp_path, monkeypatch, change):
-    """What has changed is looked at anew, and the facts are those without a cache."""
+    """What has changed is computed anew, as without a cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hub"))
     data = save_data(tmp_path / "data", pairs=12)
     if change is mend:
@@ -476,19 +476,19 @@ def test_the_cache_knows_every_picture_row_and_weight(parts, tmp_path, monkeypat
     vae, clip = backbone.load_stable_diffusion(str(parts / "sd")).vae, backbone.load_clip(str(parts / "clip"))
     areas = sam_loss.SelectiveAreas(*backbone.load_segmenter(str(parts / "segmenter")))
     frozen, seen = Frozen(vae, clip, areas), []
-    look = precompute.look_at_all
-    monkeypatch.setattr(precompute, "look_at_all", lambda *args: seen.append(None) or look(*args))
+    read_all = cache_module.read_all
+    monkeypatch.setattr(cache_module, "read_all", lambda *args: seen.append(None) or read_all(*args))
 
-    def observed(cache):
+    def precomputed(cache):
         args = SimpleNamespace(data="data", cache=tmp_path / cache, workers=0)
-        kept, found = observe_all(VisualPromptDataset(read_pairs(data), P), frozen, args, torch.device("cpu"))
+        kept, found = precompute(VisualPromptDataset(read_pairs(data), P), frozen, args, torch.device("cpu"))
         return [str(pair.output) for pair in kept.pairs], found
 
-    observed("cache")
-    names, _ = observed("cache")
+    precomputed("cache")
+    names, _ = precomputed("cache")
     assert len(seen) == 1
     change(data, frozen)
-    (again, after), (_, fresh) = observed("cache"), observed("another")
+    (again, after), (_, fresh) = precomputed("cache"), precomputed("another")
     assert len(seen) == (2 if change is write_captions else 3)
     assert (again != names) == (change in (mend, exchange_rows)) and len(again) == 24
     columns = [(one, other) for one, other in zip(after, fresh) if one is not None]
@@ -499,9 +499,9 @@ def test_a_damaged_cache_is_made_anew(parts, tmp_path):
     data = VisualPromptDataset(read_pairs(parts / "data"), P)
     args = SimpleNamespace(data="data", cache=tmp_path, workers=0)
     frozen = Frozen(backbone.load_stable_diffusion(str(parts / "sd")).vae, None, None)
-    _, first = observe_all(data, frozen, args, torch.device("cpu"))
+    _, first = precompute(data, frozen, args, torch.device("cpu"))
     truncate(*tmp_path.iterdir())
-    _, again = observe_all(data, frozen, args, torch.device("cpu"))
+    _, again = precompute(data, frozen, args, torch.device("cpu"))
     assert torch.equal(first.latents, again.latents)
 
 

@@ -23,7 +23,8 @@ import esm
 import train
 from apps.pipeline import InstructGIEPipeline
 from dataset import VisualPromptDataset, read_pairs
-from training.precompute import Frozen, look_up, observe_all
+from training.draws import draw_timesteps, keep_conditions
+from training.precompute import Frozen, gather_batch, precompute
 
 
 def weights(folder):
@@ -73,7 +74,7 @@ def test_the_target_of_every_kind_of_prediction_tells_the_clean_latents(kind):
     scheduler = DDIMScheduler(prediction_type=kind)
     x_0, noise = torch.randn(2, 3, 4, 8, 8)
     t = torch.tensor([1, 200, 600])
-    target = train.prediction_target(x_0, noise, t, scheduler)
+    target = backbone.prediction_target(x_0, noise, t, scheduler)
     told = esm.predict_x0(scheduler.add_noise(x_0, noise, t), target, t, scheduler)
     assert torch.allclose(told, x_0, atol=1e-4)
 
@@ -83,14 +84,16 @@ def test_pictures_in_memory_are_those_on_disk(parts, tmp_path):
     args = argparse.Namespace(data="data", cache=tmp_path, workers=0)
     vae = backbone.load_stable_diffusion(str(parts / "sd")).vae
     frozen, device = Frozen(vae, None, None), torch.device("cpu")
-    (_, fresh), (_, cached) = (observe_all(data, frozen, args, device) for _ in range(2))
-    for facts in (fresh, cached):
-        assert facts.embeddings is facts.areas is None and facts.pictures.dtype == torch.uint8
+    (_, fresh), (_, cached) = (precompute(data, frozen, args, device) for _ in range(2))
+    for precomputed in (fresh, cached):
+        assert (
+            precomputed.embeddings is precomputed.areas is None and precomputed.pictures.dtype == torch.uint8
+        )
         items = [data[3, i] for i in range(len(data))]
         batch = {key: torch.tensor([item[key] for item in items]) for key in ("index", "example_index")}
-        panels, of_batch = look_up(batch, facts, device)
+        panels, example, query = gather_batch(batch, precomputed, device)
         assert torch.equal(panels, torch.stack([item["panels"] for item in items]))
-        assert of_batch.latents.shape == (12, 2, *facts.latents.shape[2:])
+        assert example.latents.shape == query.latents.shape == precomputed.latents.shape
 
 
 def test_training_goes_on_from_an_editor(run, tmp_path):
@@ -103,12 +106,19 @@ def test_training_goes_on_from_an_editor(run, tmp_path):
 
 
 def test_dropout_has_the_shares_asked_for():
-    text, example = train.keep_conditions(20_000, (0.2, 0.3, 0.05), torch.Generator().manual_seed(0))
+    text, example = keep_conditions(20_000, (0.2, 0.3, 0.05), torch.Generator().manual_seed(0))
     shares = {"neither": ~text & ~example, "pair": ~text & example, "words": text & ~example}
     shares = {name: found.float().mean().item() for name, found in shares.items()}
     assert shares == pytest.approx({"neither": 0.05, "pair": 0.2, "words": 0.3}, abs=0.015)
-    text, example = train.keep_conditions(2000, (0.0, 0.1, 0.0), torch.Generator().manual_seed(0))
+    text, example = keep_conditions(2000, (0.0, 0.1, 0.0), torch.Generator().manual_seed(0))
     assert text.all() and 0.05 < (~example).float().mean() < 0.15
+
+
+def test_timesteps_are_the_noisy_ones_more_often():
+    t = draw_timesteps(20_000, 1000, torch.Generator().manual_seed(0))
+    assert t.min() >= 0 and t.max() == 999
+    shares = [(t >= first).float().mean().item() for first in (500, 900)]
+    assert shares == pytest.approx([1 - 0.5**4, 1 - 0.9**4], abs=0.015)
 
 
 @pytest.mark.parametrize(

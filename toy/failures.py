@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 import backbone
-from disk import write_whole
+from disk import atomic_write
 from evaluation.evaluate import panel_rows
 from pictures import load_image
 from toy import score, world
@@ -88,8 +88,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         args.out.parent.mkdir(parents=True, exist_ok=True)
         page = sheet(args.folder, rows)
-        write_whole(picture, lambda file: page.save(file, format="PNG"))
-        write_whole(args.out, lambda file: file.write_text(text, encoding="utf-8"))
+        atomic_write(picture, lambda file: page.save(file, format="PNG"))
+        atomic_write(args.out, lambda file: file.write_text(text, encoding="utf-8"))
         print(args.out)
 
 

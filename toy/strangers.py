@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 import backbone
 from apps.pipeline import InstructGIEPipeline
 from backbone import SAMPLING
-from disk import write_whole
+from disk import atomic_write
 from evaluation.evaluate import panel_rows
 from pictures import image_to_tensor, tensor_to_image
 from toy import world
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         lines = [(edit.instruction, [*shown, answer]) for (edit, *shown), answer in zip(rows, answers)]
         page = panel_rows(lines, (), side=80, columns=3)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(args.out, lambda file: page.save(file, format="PNG"))
+        atomic_write(args.out, lambda file: page.save(file, format="PNG"))
         print(args.out)
 
 

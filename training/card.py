@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 
 import backbone
 from backbone import SAMPLING
-from disk import whole_folder
+from disk import atomic_folder
 
 
 def save_editor(model: ModelMixin, args: argparse.Namespace, step: int, measured: dict[str, float]) -> None:
@@ -24,7 +24,7 @@ def save_editor(model: ModelMixin, args: argparse.Namespace, step: int, measured
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     record |= {"llm": None if args.no_liu else args.llm, "trained_steps": step} | SAMPLING
     record["relative"] = relative  # where the parts lie, seen from the editor
-    with whole_folder(args.output / "editor") as folder:
+    with atomic_folder(args.output / "editor") as folder:
         model.save_pretrained(folder)
         (folder / "instructgie.json").write_text(json.dumps(record, indent=2) + "\n")
         (folder / "README.md").write_text(model_card(record, measured), encoding="utf-8")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from disk import whole_folder
+from disk import atomic_folder
 
 
 class Stateful(Protocol):
@@ -43,7 +43,7 @@ def save_checkpoint(
             tensors |= {f"optimizer/{n}/{i}/{name}": value for name, value in state.items()}
     for k, v in tensors.items():
         tensors[k] = v.detach().cpu().clone(memory_format=torch.contiguous_format)
-    with whole_folder(folder / f"checkpoint-{step:07d}") as new:
+    with atomic_folder(folder / f"checkpoint-{step:07d}") as new:
         save_file(tensors, new / "state.safetensors")
         record = {"step": step, "sha256": _digest(new / "state.safetensors")}
         (new / "step.json").write_text(json.dumps(record))

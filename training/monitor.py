@@ -19,7 +19,7 @@ class LossMonitor:
         self.skipped, self.in_a_row = 0, 0
         self.pending: list[dict[str, Tensor]] = []
 
-    def see(self, losses: dict[str, Tensor]) -> None:
+    def add(self, losses: dict[str, Tensor]) -> None:
         """Losses by name, the one that is minimised first; of a step, or of one of its parts."""
         self.pending.append({name: value.detach() for name, value in losses.items()})
 

@@ -26,12 +26,12 @@ import esm
 import liu
 import sam_loss
 from dataset import DatasetError, VisualPromptDataset
-from disk import write_whole
+from disk import atomic_write
 from pictures import ImageError, TableImage, check_finite, from_bytes, to_bytes
 from training.stopping import begin_worker
 
 
-class Facts(NamedTuple):
+class Precomputed(NamedTuple):
     """What training needs to know of N edit pairs.
 
     latents: (N, 2, C, p, p), of before and after. embeddings: (N, 2, E), CLIP's, or None without ESM.
@@ -44,11 +44,13 @@ class Facts(NamedTuple):
     areas: Tensor | None = None
     pictures: Tensor | None = None
 
-    def of(self, index: Tensor, device: torch.device) -> Facts:
+    def of(self, index: Tensor, device: torch.device) -> Precomputed:
         """Those of some pairs, index (B,), on a device; all but the bytes as float32."""
         index = index.to(self.latents.device)
-        rows = (None if fact is None else fact[index].to(device) for fact in self)
-        return Facts(*(row.float() if row is not None and row.dtype == torch.half else row for row in rows))
+        rows = (None if column is None else column[index].to(device) for column in self)
+        return Precomputed(
+            *(row.float() if row is not None and row.dtype == torch.half else row for row in rows)
+        )
 
 
 class Frozen(NamedTuple):
@@ -59,7 +61,7 @@ class Frozen(NamedTuple):
     areas: sam_loss.SelectiveAreas | None
 
     @torch.no_grad()
-    def observe(self, panels: Tensor) -> Facts:
+    def encode(self, panels: Tensor) -> Precomputed:
         """Latents, embeddings and areas of pairs of pictures (N, 2, 3, P, P) in [-1, 1].
 
         [ours] Each panel passes the VAE by itself, where the figure encodes the grid. The latents tile to
@@ -75,10 +77,10 @@ class Frozen(NamedTuple):
             after = panels[:, 1]
             areas = self.areas(after)
             areas = F.interpolate(areas, latents.shape[-2:], mode="area")
-        return Facts(latents.unflatten(0, panels.shape[:2]), embeddings, areas)
+        return Precomputed(latents.unflatten(0, panels.shape[:2]), embeddings, areas)
 
     def key(self) -> list[str]:
-        """What facts depend on besides the pictures: all that the frozen parts compute by."""
+        """What the result depends on besides the pictures: all that the frozen parts compute by."""
         models = [self.vae, self.clip, self.areas and self.areas.model]
         areas = self.areas and (self.areas.classes, self.areas.threshold, self.areas.processor.to_dict())
         return ["" if model is None else fingerprint(model) for model in models] + [repr(areas)]
@@ -176,46 +178,48 @@ class Draws(Dataset):
 IN_MEMORY = 4 << 30  # bytes of pictures that are kept, on the device; more are decoded at every step
 
 
-def observe_all(
+def precompute(
     data: VisualPromptDataset, frozen: Frozen, args: argparse.Namespace, device: torch.device
-) -> tuple[VisualPromptDataset, Facts]:
-    """The dataset without the pairs that cannot be read, and facts of all others, from the cache on disk
-    where an earlier run has left them. Where a picture, a row or a frozen part has changed since, all are
-    looked at anew. Raises DatasetError where the unreadable pairs are more than one in twenty."""
+) -> tuple[VisualPromptDataset, Precomputed]:
+    """The dataset without the pairs that cannot be read, and what is precomputed of all others, from the
+    cache on disk where an earlier run has left it. Where a picture, a row or a frozen part has changed since,
+    it is computed anew. Raises DatasetError where the unreadable pairs are more than one in twenty."""
     side = data.size
-    key = [fingerprint_pictures(data), side, frozen.key(), Facts._fields]
-    path = args.cache / f"facts-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
+    key = [fingerprint_pictures(data), side, frozen.key(), Precomputed._fields]
+    path = args.cache / f"precomputed-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
     in_memory = len(data) * 2 * 3 * side**2 <= IN_MEMORY
     if (cached := load_tensors(path)) is None:
-        columns: dict[str, list[Tensor]] = {name: [] for name in Facts._fields}
+        columns: dict[str, list[Tensor]] = {name: [] for name in Precomputed._fields}
         broken: dict[int, str] = {}
-        for batch in look_at_all(data, args, broken):
-            facts = frozen.observe(batch["panels"].to(device))
+        for batch in read_all(data, args, broken):
+            precomputed = frozen.encode(batch["panels"].to(device))
             if in_memory:
-                facts = facts._replace(pictures=to_bytes(batch["panels"]))
-            for name, fact in facts._asdict().items():
-                if fact is not None:
-                    fact = fact.half() if fact.is_floating_point() else fact
-                    columns[name].append(check_finite(fact, f"{args.data}: the {name}").cpu())
+                precomputed = precomputed._replace(pictures=to_bytes(batch["panels"]))
+            for name, column in precomputed._asdict().items():
+                if column is not None:
+                    column = column.half() if column.is_floating_point() else column
+                    columns[name].append(check_finite(column, f"{args.data}: the {name}").cpu())
         tensors = {name: torch.cat(column) for name, column in columns.items() if column}
         save_tensors(tensors, path, broken)
     else:
         tensors, broken = cached
-    tensors = {name: fact.to(device) if in_memory else fact for name, fact in tensors.items()}
-    facts = Facts(*(tensors.get(name) for name in Facts._fields))
+    tensors = {name: column.to(device) if in_memory else column for name, column in tensors.items()}
+    precomputed = Precomputed(*(tensors.get(name) for name in Precomputed._fields))
     if not broken:
-        return data, facts
+        return data, precomputed
     whole, rows = without(data, broken)
-    return whole, Facts(*(None if fact is None else fact[rows.to(fact.device)] for fact in facts))
+    return whole, Precomputed(
+        *(None if column is None else column[rows.to(column.device)] for column in precomputed)
+    )
 
 
-def look_at_all(
+def read_all(
     data: VisualPromptDataset, args: argparse.Namespace, broken: dict[int, str]
 ) -> Iterator[dict[str, Any]]:
     """Every pair once, in batches; what cannot be read is noted in `broken`, by the pair's index."""
     seen, batch_size = 0, max(1, 2**20 // data.size**2)
     loader = DataLoader(Pairs(data), batch_size, num_workers=args.workers, worker_init_fn=begin_worker)
-    for batch in tqdm(loader, desc="looking at the pictures, once", mininterval=2, unit="batch"):
+    for batch in tqdm(loader, desc="precompute", mininterval=2, unit="batch"):
         broken |= {seen + k: reason for k, reason in enumerate(batch["broken"]) if reason}
         seen += len(batch["broken"])
         yield batch
@@ -241,7 +245,7 @@ def without(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[VisualPr
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, broken: dict[int, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: save_file(tensors, file, {"broken": json.dumps(broken)}))
+    atomic_write(path, lambda file: save_file(tensors, file, {"broken": json.dumps(broken)}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[int, str]] | None:
@@ -254,21 +258,22 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[int, str]] | None:
         return None
 
 
-def load_batches(data: VisualPromptDataset, facts: Facts, order: Iterable[list], workers: int) -> DataLoader:
+def load_batches(
+    data: VisualPromptDataset, precomputed: Precomputed, order: Iterable[list], workers: int
+) -> DataLoader:
     """The items of each step in `order`, their pictures among them where they are not at hand already."""
-    source = data if facts.pictures is None else Draws(data)
+    source = data if precomputed.pictures is None else Draws(data)
     return DataLoader(source, batch_sampler=order, num_workers=workers, worker_init_fn=begin_worker)
 
 
-def look_up(batch: dict, facts: Facts, device: torch.device) -> tuple[Tensor, Facts]:
-    """A batch's panels (B, 4, 3, P, P), and the facts (2B, …) of its example pairs, then query pairs.
-
-    facts: of all pairs.
-    """
-    known = facts.of(torch.cat([batch["example_index"], batch["index"]]), device)
-    if known.pictures is None:
-        return batch["panels"].to(device), known
-    return from_bytes(torch.cat(known.pictures.chunk(2), 1)), known
+def gather_batch(
+    batch: dict, precomputed: Precomputed, device: torch.device
+) -> tuple[Tensor, Precomputed, Precomputed]:
+    """A batch's panels (B, 4, 3, P, P), and what is precomputed of its example and of its query pairs."""
+    example, query = (precomputed.of(batch[name], device) for name in ("example_index", "index"))
+    if query.pictures is None:
+        return batch["panels"].to(device), example, query
+    return from_bytes(torch.cat([example.pictures, query.pictures], 1)), example, query
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from disk import whole_folder
+from disk import atomic_folder
 from pictures import from_bytes
 from toy import world
 from training.checkpoint import load_checkpoint, save_checkpoint
@@ -91,5 +91,5 @@ def generator(seed: int, step: int) -> torch.Generator:
 
 def save(write: Callable[..., object], folder: Path) -> None:
     """Writes a model folder in one piece: a killed run leaves the old one or the new one."""
-    with whole_folder(folder) as new:
+    with atomic_folder(folder) as new:
         write(new)

@@ -30,8 +30,8 @@ BACKGROUNDS = {  # colour of the upper half, of the lower half
 }
 SKINS = {"pale": (250, 222, 196), "tan": (224, 172, 105), "dark": (110, 70, 45)}
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-# [ours] Things stand 32 pixels apart, in the middle of four latents by four: wherever a thing is, it has the same
-# latents. So a small model need not learn each thing anew for every place.
+# [ours] Things stand 32 pixels apart, in the middle of four latents by four: wherever a thing is, it has the
+# same latents. So a small model need not learn each thing anew for every place.
 PLACES = {"top left": (16, 16), "top right": (48, 16), "bottom left": (16, 48), "bottom right": (48, 48)}
 RADII = {"small": 7, "big": 12}
 FEATURES = (

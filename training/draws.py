@@ -1,0 +1,52 @@
+"""What is drawn at random for each step: pairs, conditions that are left out, timesteps; each by its seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+NOISE_POWER = 4
+
+
+def draw_order(count: int, batch: int, seed: int, steps: range, rank: int, processes: int) -> Iterator[list]:
+    """The items (epoch, index) of each batch, one permutation an epoch; every process takes its share.
+
+    steps: numbers of batches. A function of these alone, so that a resumed run goes on with the pictures it
+    would have seen.
+    """
+    permutations: dict[int, list[int]] = {}
+    for step in steps:
+        first = (step * processes + rank) * batch
+        items = []
+        for position in range(first, first + batch):
+            epoch, place = divmod(position, count)
+            if epoch not in permutations:
+                g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                latest = dict(list(permutations.items())[-1:])  # a batch may lie across an epoch's end
+                permutations = latest | {epoch: torch.randperm(count, generator=g).tolist()}
+            items.append((epoch, permutations[epoch][place]))
+        yield items
+
+
+def keep_conditions(
+    batch: int, drop: tuple[float, float, float], g: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Which samples keep their instruction and which their example pair: two (B,) of bool.
+
+    drop: shares of samples without the instruction, without the example pair, without either.
+    """
+    text, example, both = drop
+    u = torch.rand(batch, generator=g)  # from 0 on: without either, without text, without example, with both
+    no_text = u < both + text
+    no_example = (u < both) | (~no_text & (u < both + text + example))
+    return ~no_text, ~no_example
+
+
+def draw_timesteps(batch: int, timesteps: int, g: torch.Generator) -> Tensor:
+    """T · u^(1/4) for uniform u: (B,), a third of them in the noisiest tenth.
+
+    [ours] There the answer is not yet seen in x_t, so there the edit is decided.
+    """
+    return (timesteps * torch.rand(batch, generator=g) ** (1 / NOISE_POWER)).long().clamp(max=timesteps - 1)
