@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import backbone
 from disk import atomic_folder, atomic_write, other_settings
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.loop import fit
 
 # --- The form of what the language model writes -------------------------------------------------------------
 
@@ -233,29 +233,22 @@ def finetune(
 ) -> None:
     """Teaches all weights on the records, in an order of its own for each epoch, and saves `folder`.
 
-    [ours] AdamW, a linear descent of the learning rate, no examples in the prompt, which becomes the form
-    that InstructPix2Pix taught GPT-3. A checkpoint lies beside `folder` after each epoch.
+    [ours] AdamW, a cosine descent of the learning rate, no examples in the prompt, which becomes the form
+    that InstructPix2Pix taught GPT-3. Checkpoints lie beside `folder`.
     """
-    model.float().train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    model.float().requires_grad_(True)
+    each = -(-len(records) // batch)  # steps of an epoch
+
+    def losses_of(steps: range) -> Iterator[dict[str, torch.Tensor]]:
+        for epoch, k in (divmod(step, each) for step in steps):
+            order = torch.randperm(len(records), generator=torch.Generator().manual_seed(epoch)).tolist()
+            chosen = [records[i] for i in order[k * batch : (k + 1) * batch]]
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+                loss = writing_loss(model, tokenizer, chosen)
+            yield {"loss": loss}
+
     checkpoints = folder.with_name(f"{folder.name}-training")
-    each = -(-len(records) // batch)
-    start = load_checkpoint(checkpoints, {"model": model}, optimizer)
-    progress = tqdm(range(start, epochs * each), initial=start, total=epochs * each, desc="finetune")
-    for step in progress:
-        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(step // each)).tolist()
-        first = step % each * batch
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (1 - step / (epochs * each))
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-            loss = writing_loss(model, tokenizer, [records[i] for i in order[first : first + batch]])
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress.set_postfix(loss=f"{loss.item():.3f}")
-        if (step + 1) % each == 0:
-            save_checkpoint(checkpoints, step + 1, {"model": model}, optimizer, keep=2)
+    fit("finetune", model, losses_of, checkpoints, steps=epochs * each, lr=lr, ema_decay=0, warmup=1)
     tokenizer.chat_template = OWN_TASK
     with atomic_folder(folder) as new:
         model.eval().requires_grad_(False).save_pretrained(new)

@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,16 +36,13 @@ import torch
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import backbone
 from dataset import VisualPromptDataset, read_pairs
 from disk import atomic_folder
 from pictures import check_finite
-from training.checkpoint import load_checkpoint, save_checkpoint
 from training.draws import draw_order, draw_timesteps, keep_conditions
-from training.ema import new_ema
-from training.muon import Muon, parameter_groups
+from training.loop import fit
 from training.precompute import Frozen, gather_batch, load_batches, precompute, read_instructions
 
 # --- Editing ------------------------------------------------------------------------------------------------
@@ -245,42 +243,28 @@ def train(args: argparse.Namespace) -> None:
     texts, rows = read_instructions(data, sd, unifier=None)
     torch.manual_seed(args.seed)
     learner = Learner(args.method, sd).to(device)
-    average = new_ema(learner, args.ema)
-    weights = [p for p in learner.parameters() if p.requires_grad]
-    optimizer = Muon(parameter_groups(learner, 0.01), args.lr)  # as ours learns
-    modules = {"model": learner, "average": average}
-    start = load_checkpoint(args.output, modules, optimizer)
-    steps = range(start, args.steps)
-    loader = load_batches(
-        data, precomputed, draw_order(len(data), args.batch, args.seed, steps, 0, 1), args.workers
-    )
-    progress = tqdm(loader, args.method, args.steps, initial=start, mininterval=2)
     timesteps = sd.scheduler.config.num_train_timesteps
-    for step, batch in zip(steps, progress):
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 50) * max(1 - step / args.steps, 0.01)
-        g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        panels, _, seen = gather_batch(batch, precomputed, device)
-        query, answer = seen.latents.unbind(1)
-        keep_text, keep_condition = keep_conditions(len(panels), learner.drop, g)
-        row = torch.where(keep_text, rows[batch["index"]], len(texts) - 1)
-        states = texts[row.to(texts.device)].to(device)
-        noise = torch.randn(answer.shape, generator=g).to(device)
-        t = draw_timesteps(len(panels), timesteps, g).to(device)
-        x_t = sd.scheduler.add_noise(answer, noise, t)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            prediction = learner(x_t, t, states, panels, query, keep_condition.to(device)).float()
-        loss = (prediction - backbone.prediction_target(answer, noise, t, sd.scheduler)).square().mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update_parameters(learner)
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
-            save_checkpoint(args.output, step + 1, modules, optimizer, keep=2)
-    average.module.save(sd, args.output / "pipeline")
+
+    def losses_of(steps: range) -> Iterator[dict[str, Tensor]]:
+        order = draw_order(len(data), args.batch, args.seed, steps, 0, 1)
+        for step, batch in zip(steps, load_batches(data, precomputed, order, args.workers)):
+            g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+            panels, _, seen = gather_batch(batch, precomputed, device)
+            query, answer = seen.latents.unbind(1)
+            keep_text, keep_condition = keep_conditions(len(panels), learner.drop, g)
+            row = torch.where(keep_text, rows[batch["index"]], len(texts) - 1)
+            states = texts[row.to(texts.device)].to(device)
+            noise = torch.randn(answer.shape, generator=g).to(device)
+            t = draw_timesteps(len(panels), timesteps, g).to(device)
+            x_t = sd.scheduler.add_noise(answer, noise, t)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                prediction = learner(x_t, t, states, panels, query, keep_condition.to(device)).float()
+            target = backbone.prediction_target(answer, noise, t, sd.scheduler)
+            yield {"loss": (prediction - target).square().mean()}
+
+    options = {"steps": args.steps, "lr": args.lr, "weight_decay": 0.01, "ema_decay": args.ema, "warmup": 50}
+    fit(args.method, learner, losses_of, args.output, **options, muon=True)  # as ours learns
+    learner.save(sd, args.output / "pipeline")
     print(f"the baseline is in {args.output / 'pipeline'}")
 
 
@@ -306,10 +290,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--precision", default="no", choices=("no", "bf16"), help="of autocast")
     add("--workers", type=int, default=1, help="processes that decode pictures")
     add("--cache", type=Path, default=Path("data/cache"), help="what the frozen parts computed")
-    add("--checkpoint-every", type=int, default=250, help="steps")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("evaluation.baselines"):
-        bounds = {(1, math.inf): "steps checkpoint_every", (1, 4096): "batch", (0, 1): "lr ema"}
+        bounds = {(1, math.inf): "steps", (1, 4096): "batch", (0, 1): "lr ema"}
         backbone.check_numbers(args, bounds | {(0, 256): "workers", (0, 2**32): "seed"})
         train(args)
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_train import save_data
-from tiny import P, save_stable_diffusion
+from tiny import P, Stopped, save_stable_diffusion, stop_after
 
 import backbone
 from evaluation import baselines, evaluate
@@ -66,25 +66,11 @@ def test_what_is_trained_is_what_evaluate_loads(run, parts, tmp_path, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, tmp_path, method):
-    whole = run(method, "--steps", "3", "--checkpoint-every", "1", output=tmp_path / "whole")
-
-    class Stopped(Exception):
-        pass
-
-    save, baselines.save_checkpoint = baselines.save_checkpoint, None
-    try:
-
-        def save_and_stop(folder, step, *rest, **more):
-            save(folder, step, *rest, **more)
-            if step == 2:
-                raise Stopped
-
-        baselines.save_checkpoint = save_and_stop
-        with pytest.raises(Stopped):
-            run(method, "--steps", "3", "--checkpoint-every", "1", output=tmp_path / "stopped")
-    finally:
-        baselines.save_checkpoint = save
-    stopped = run(method, "--steps", "3", "--checkpoint-every", "1", output=tmp_path / "stopped")
+    whole = run(method, "--steps", "3", output=tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_after(2, patch)
+        run(method, "--steps", "3", output=tmp_path / "stopped")
+    stopped = run(method, "--steps", "3", output=tmp_path / "stopped")
     one, other = (load_file(folder / "unet" / baselines.WEIGHTS) for folder in (whole, stopped))
     assert all(torch.equal(one[key], other[key]) for key in one)
 

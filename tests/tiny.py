@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from rcldm import RCLDM
+from training import loop
+from training.checkpoint import save_checkpoint
 
 P = 32  # so the grid has 64 pixels, and 8 latent pixels
 
@@ -148,3 +150,19 @@ def options(parts, output, **paths):
     argv = [str(x) for name, source in sources.items() for x in (f"--{name.replace('_', '-')}", source)]
     argv += ["--backbone", "sd15", "--panel", str(P), "--batch", "2", "--workers", "0", "--device", "cpu"]
     return [*argv, "--cache", str(parts / "cache"), "--output", str(output)]
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(step, monkeypatch):
+    """Ends `training.loop.fit`, which then saves at every step, as it has saved this one."""
+
+    def save_and_stop(folder, at, *rest, **more):
+        save_checkpoint(folder, at, *rest, **more)
+        if at == step:
+            raise Stopped
+
+    monkeypatch.setattr(loop, "SAVE_EVERY", 0)
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_stop)

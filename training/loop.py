@@ -1,0 +1,68 @@
+"""The loop that trains everything but InstructGIE itself, whose loop stands in train.py."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.ema import new_ema
+from training.muon import Muon, parameter_groups
+
+SAVE_EVERY = 60.0  # seconds
+
+
+def fit(
+    name: str,
+    module: nn.Module,
+    losses_of: Callable[[range], Iterable[dict[str, Tensor]]],
+    folder: Path,
+    *,
+    steps: int,
+    lr: float,
+    weight_decay: float = 0.0,
+    ema_decay: float = 0.999,
+    warmup: int = 100,
+    muon: bool = False,
+) -> None:
+    """Trains `module` with warm-up and cosine decay, and leaves the EMA of its weights in it.
+
+    losses_of: for the steps that are left, one after the other, named losses; the first is minimised. What it
+        draws must depend on the step's number alone.
+    folder: of checkpoints, one a minute and one at the end. A run that was stopped goes on from the newest.
+    ema_decay: 0 for the weights themselves. muon: train by Muon, not AdamW.
+    """
+    module.train()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if muon:
+        optimizer = Muon(parameter_groups(module, weight_decay), lr)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
+    modules = {"model": module, "average": (ema := new_ema(module, ema_decay))}
+    start = load_checkpoint(folder, modules, optimizer)
+    saved = time.monotonic()
+    progress = tqdm(total=steps, initial=start, desc=name, mininterval=10)
+    for step, losses in enumerate(losses_of(range(start, steps)), start):
+        schedule = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * max(schedule, 0.01)
+        next(iter(losses.values())).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update_parameters(module)
+        if step % 20 == 0:
+            progress.set_postfix({k: f"{v.item():.4f}" for k, v in losses.items()}, refresh=False)
+        progress.update()
+        if time.monotonic() - saved >= SAVE_EVERY or step + 1 == steps:
+            save_checkpoint(folder, step + 1, modules, optimizer, keep=2)
+            saved = time.monotonic()
+    progress.close()
+    module.load_state_dict(ema.module.state_dict())
+    module.eval()
