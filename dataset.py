@@ -23,12 +23,10 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pictures import ImageError, TableImage, load_image, misfit, to_panel
+from pictures import ImageError, TableImage, load_image, misfit, path_inside, to_panel
 
 log = logging.getLogger(__name__)
 
@@ -159,23 +157,15 @@ class VisualPromptDataset(Dataset):
         self._place = np.argsort(self._order)  # pair -> place
         self._first = np.searchsorted(group[self._order], group)  # pair -> its group's first place
         self._count = count[group]  # pair -> its group's size
-        # In shared memory, so that workers who outlive an epoch (persistent_workers) learn of the next one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Makes every item draw its example anew. Call it before each pass over a DataLoader."""
-        self._epoch.fill_(epoch)
-
-    def draw(self, i: int, epoch: int | None = None) -> int:
-        """The index of the pair that is item `i`'s example: any other of its group, with equal chance.
-
-        `epoch` defaults to the one set by `set_epoch`. Raises IndexError.
-        """
+    def draw(self, i: int, epoch: int = 0) -> int:
+        """The index of the pair that is item `i`'s example in this epoch: any other of its group, with equal
+        chance. Raises IndexError."""
         i = range(len(self))[i]
-        rng = np.random.default_rng((self.seed, int(self._epoch) if epoch is None else epoch, i))
+        rng = np.random.default_rng((self.seed, epoch, i))
         first, count = self._first[i], self._count[i]
         onward = rng.integers(1, count)  # 1 … count - 1 places further round the group's circle
         return int(self._order[first + (self._place[i] - first + onward) % count])
@@ -196,8 +186,9 @@ class VisualPromptDataset(Dataset):
         """`panels` (4, 3, P, P) float32 in [-1, 1], in the order of `compose_grid`; `instruction`; `index`
         and `example_index` (into `pairs`). Raises ImageError, which names the broken picture.
 
-        An index (epoch, i) asks for item `i` of that epoch, so that a sampler may run on over epochs."""
-        epoch, i = i if isinstance(i, tuple) else (None, i)
+        An index (epoch, i) asks for item `i` of that epoch, i alone for that of epoch 0. So a sampler may run
+        on over epochs."""
+        epoch, i = i if isinstance(i, tuple) else (0, i)
         example, query = self.draw(i, epoch), range(len(self))[i]
         panels, instruction = self.load_panels(example, query), self.pairs[query].instruction
         return {"panels": panels, "instruction": instruction, "index": query, "example_index": example}
@@ -205,12 +196,6 @@ class VisualPromptDataset(Dataset):
 
 # --- Readers: an ImageFolder, and a table of the `datasets` library -----------------------------------------
 
-# `--columns` of every program that reads datasets.
-COLUMNS: dict[str, Any] = {
-    "nargs": 3,
-    "metavar": ("BEFORE", "AFTER", "INSTRUCTION"),
-    "help": "the dataset's names of these columns, or keys of its metadata (default: the usual ones)",
-}
 _FOLDER_COLUMNS = ("input_file_name", "output_file_name", "instruction")
 _TABLE_COLUMNS = (
     ("original_image", "input_image", "source_img"),  # InstructPix2Pix's names, ours, MagicBrush's
@@ -239,7 +224,7 @@ def read_pairs(
     if not root.is_dir() and (root.parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))):
         raise DatasetError(f"{source}: no such folder; give a dataset's folder or its hub id, owner/name")
     try:
-        folder = Path(inside(root.resolve(), split))
+        folder = Path(path_inside(root.resolve(), split))
         files = _metadata(folder) or _metadata(folder, "*/") or _metadata(root.resolve())
         if files:
             pairs = [pair for file in files for pair in _read_metadata(file, columns or _FOLDER_COLUMNS)]
@@ -257,7 +242,7 @@ def _metadata(folder: Path, shards: str = "") -> list[Path]:
     files = sorted(file for kind in ("jsonl", "csv") for file in folder.glob(f"{shards}metadata.{kind}"))
     if len({file.parent for file in files}) < len(files):
         raise ValueError("metadata.jsonl and metadata.csv lie in one folder; keep one of the two")
-    return [Path(inside(folder, str(file.relative_to(folder)))) for file in files]
+    return [Path(path_inside(folder, str(file.relative_to(folder)))) for file in files]
 
 
 def _read_metadata(metadata: Path, columns: Sequence[str]) -> Iterator[EditPair]:
@@ -277,37 +262,17 @@ def _read_metadata(metadata: Path, columns: Sequence[str]) -> Iterator[EditPair]
         for row in csv.DictReader(lines(), strict=True) if is_csv else objects:
             if not isinstance(row, dict) or None in row:
                 raise ValueError("more cells than columns" if is_csv else "not a JSON object")
-            row = (
-                {key: value for key, value in row.items() if value} if is_csv else row
-            )  # without empty cells
+            if is_csv:  # a cell is a text, and an empty one is none
+                row = {key: cell for key, cell in row.items() if cell}
             if missing := [key for key in columns if key not in row]:
                 raise ValueError(f"has no {missing[0]!r}, only {', '.join(map(repr, row))}")
             before, after, instruction = (row.pop(key) for key in columns)
             captions = [_caption(row.pop(key, None)) for key in ("input_caption", "output_caption")]
-            extra = {key: _number(cell) for key, cell in row.items()} if is_csv else row
-            files = inside(folder, before), inside(folder, after)
-            yield EditPair(*files, _instruction(instruction), *captions, extra)
+            files = path_inside(folder, before), path_inside(folder, after)
+            yield EditPair(*files, _instruction(instruction), *captions, row)
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         reason = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
         raise DatasetError(f"{metadata}:{number}: {reason}") from None
-
-
-def inside(folder: Path, name: object) -> str:
-    """The full path of `name` in a folder, whose own path is full and without links.
-
-    Raises ValueError for a name that is absolute, or leads out of the folder by `..` or a symbolic link.
-    """
-    path = os.path.join(folder, _text(name, "a file name").replace("\\", "/"))
-    parent, file = os.path.split(path)
-    path = os.path.join(_real_folder(parent), file)
-    if file in ("", ".", "..") or os.path.islink(path):
-        path = os.path.realpath(path)
-    if not path.startswith(os.path.join(folder, "")):
-        raise ValueError(f"{name[:80]!r} is not a relative path inside the folder")
-    return path
-
-
-_real_folder = lru_cache(maxsize=1024)(os.path.realpath)  # pictures lie in few folders, realpath is slow
 
 
 def read_table(table: Any, columns: Sequence[str] | None = None) -> list[EditPair]:
@@ -380,11 +345,6 @@ def _text(value: object, what: str) -> str:
         raise ValueError(f"{what} is empty or not a text")
     value.encode()  # raises ValueError where it was no UTF-8
     return value
-
-
-def _number(cell: str) -> Any:
-    """The number in a cell of a CSV file, or the text itself."""
-    return json.loads(cell) if re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", cell) else cell
 
 
 def _first_line(error: Exception) -> str:

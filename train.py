@@ -39,7 +39,6 @@ import esm
 import liu
 import sam_loss
 from dataset import (
-    COLUMNS,
     DatasetError,
     VisualPromptDataset,
     answer_panel,
@@ -75,7 +74,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     for part in PARTS:
         add(f"--{part.replace('_', '-')}", help="hub id or folder instead of the preset's")
     add("--data", help="dataset with a split `train`: a folder or a hub id (default: the preset's)")
-    add("--columns", **COLUMNS)
+    add("--columns", **backbone.COLUMNS)
     add("--output", type=Path, default=Path("runs/train"), help="checkpoints, pictures and the final editor")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --output")
     add("--init", help="an editor's folder whose weights to start from, instead of the U-Net's")

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -17,6 +18,13 @@ from backbone.folders import BackboneError
 # Of processes for each other: one looks at all the pictures while the others wait, on GPUs for ten minutes if
 # PyTorch is not told. Should that one fail, the launcher ends all.
 PATIENCE = timedelta(days=7)
+
+# `--columns` of the programs that read datasets.
+COLUMNS: dict[str, Any] = {
+    "nargs": 3,
+    "metavar": ("BEFORE", "AFTER", "INSTRUCTION"),
+    "help": "the dataset's names of these columns, or keys of its metadata (default: the usual ones)",
+}
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -120,10 +120,16 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def apart(measure: Callable[..., dict], *inputs: Any) -> dict[str, Any]:
-    """`measure(*inputs)` in a process of its own, whose peak memory is its alone."""
+def apart(measure: Callable[..., dict], *inputs: Any, limit: float | None = None) -> dict[str, Any]:
+    """`measure(*inputs)` in a process of its own, whose peak memory is its alone. Raises TimeoutError after
+    `limit` seconds."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure, *inputs).result()
+        try:
+            return pool.submit(measure, *inputs).result(limit)
+        except TimeoutError:
+            for process in pool._processes.values():
+                process.kill()
+            raise
 
 
 def measure(name: str, size: tuple[int, ...], device: torch.device, repeat: int) -> dict[str, float]:
@@ -168,7 +174,7 @@ def main() -> None:
     print(f"| B, D, N, L | scan | ms | × {ours}'s | peak MiB | × {ours}'s |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for size in args.sizes:
-        rows = {}
+        rows: dict[str, dict[str, float]] = {}
         for name in names:
             repeat = 0 if name == "indexed" else args.repeat  # it takes minutes: once, and not warmed up
             rows[name] = apart(measure, name, tuple(map(int, size.split(","))), device, repeat)

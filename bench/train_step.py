@@ -52,6 +52,8 @@ MODELS = {
     "ours, all four": (),
 }
 
+WAYS = {"eager": None, "compiled": "default", "CUDA graphs": "reduce-overhead"}  # modes of torch.compile
+
 ATTENTION = "_scaled_dot_product_flash_attention"
 for way in ("", "_backward"):  # PyTorch's counter does not know the names that a CPU has for it
     here, there = (getattr(torch.ops.aten, ATTENTION + where + way) for where in ("_for_cpu", ""))
@@ -95,7 +97,7 @@ def random_precomputed(sd: backbone.StableDiffusion, clip: torch.nn.Module | Non
     return Precomputed(latents, embeddings, areas, pictures), backbone.encode_text(sd, ["wave", ""])
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, way: str, args: argparse.Namespace) -> dict[str, Any]:
     """Answers decoded and seconds of each step, operations, the process's peak bytes, weights that learn."""
     device, cuda, chosen = args.device, args.device == "cuda", preset(args.backbone, args.folder)
     settings = train.settings([*MODELS[name], "--batch", str(args.batch)])
@@ -118,6 +120,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
         sd.unet.enable_gradient_checkpointing()
+    if way != "eager":
+        for part in (model, sd.unet):
+            part.compile(mode=WAYS[way])
     optimizer = Muon(parameter_groups(model, train.WEIGHT_DECAY), lr=1e-5)
     index = torch.arange(args.batch)
     batch = {"index": index, "example_index": index + args.batch}
@@ -165,6 +170,8 @@ def main() -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true", help="for both")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["eager"])
+    parser.add_argument("--limit", type=float, help="seconds for each row, start and compilation included")
     parser.add_argument(
         "--folder", type=Path, help="of the parts of random weights (default: a temporary one)"
     )
@@ -179,23 +186,31 @@ def main() -> None:
             f"{args.backbone}, batch {args.batch}, precision {args.precision}{checkpointed}; {args.device},"
         )
         print(f"{threads}\n", flush=True)
-        rows: dict[str, dict[str, Any]] = {}
-        for name in tqdm(args.only * args.rounds, unit="process"):
-            row = apart(measure, name, args)
-            rows.setdefault(name, row | {"steps": []})["steps"] += row["steps"]
         print("| a step of | M weights | G operations | answers decoded | ms ", end="")
         print("| grids a second | × ControlNet's | peak GiB |")
-        print("| --- |" + " ---: |" * 7)
+        print("| --- |" + " ---: |" * 7, flush=True)
+        kinds = [(name, way) for way in args.ways for name in args.only]
+        rows: dict[tuple[str, str], dict[str, Any]] = {}
         first = None
-        for name, row in rows.items():
+        for at, kind in enumerate(tqdm(kinds * args.rounds, unit="process")):
+            label = ", ".join(part for part in kind if part != "eager")
+            try:
+                row = apart(measure, *kind, args, limit=args.limit)
+            except TimeoutError:
+                print(
+                    f"| {label} |" + " – |" * 3 + f" not within {args.limit:g} s |" + " – |" * 3, flush=True
+                )
+                continue
+            rows.setdefault(kind, row | {"steps": []})["steps"] += row["steps"]
+            if at < len(kinds) * (args.rounds - 1):
+                continue
+            row = rows[kind]
             fastest = dict(sorted(row["steps"], reverse=True))  # by answers decoded: the last of each stays
             seconds, decoded = (mean(x) for x in zip(*((fastest[n], n) for n, _ in row["steps"])))
-            grids = args.batch / seconds
             first = first or seconds
             numbers = [f"{row['weights'] / 1e6:.2f}", f"{row['operations'] / 1e9:.0f}", f"{decoded:.2f}"]
-            numbers += [f"{1e3 * seconds:.0f}", f"{grids:.2f}", f"{seconds / first:.2f}"]
-            numbers.append(f"{row['bytes'] / 2**30:.2f}")
-            print(f"| {name} | {' | '.join(numbers)} |")
+            numbers += [f"{1e3 * seconds:.0f}", f"{args.batch / seconds:.2f}", f"{seconds / first:.2f}"]
+            print(f"| {label} | {' | '.join(numbers)} | {row['bytes'] / 2**30:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

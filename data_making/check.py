@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import backbone
-from dataset import COLUMNS, EditPair, read_pairs
+from dataset import EditPair, read_pairs
 from disk import atomic_write
 from pictures import ImageError, load_image, misfit
 
@@ -118,7 +118,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("data", help="a dataset's folder")
     add("--split", default="train")
-    add("--columns", **COLUMNS)
+    add("--columns", **backbone.COLUMNS)
     add("--thin", type=int, default=2, help="an instruction of fewer good pairs is too thin")
     add("--sheet", type=Path, help="write a contact sheet, PNG")
     args = parser.parse_args(argv)

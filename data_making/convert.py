@@ -19,8 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 import backbone
-from dataset import inside
 from disk import atomic_folder
+from pictures import path_inside
 
 # As in `edit_dataset.py` of timothybrooks/instruct-pix2pix, parts of the list of folders. [ours] The cuts are
 # rounded, so that a single folder is `train`.
@@ -43,7 +43,7 @@ def convert(source: Path, output: Path) -> dict[str, int]:
                 begin, end = (round(cut * len(listing)) for cut in cuts)
                 rows = []
                 for folder, seeds in tqdm(listing[begin:end], desc=split, unit="folder", mininterval=1):
-                    where = Path(inside(source, f"{folder}/prompt.json"))
+                    where = Path(path_inside(source, f"{folder}/prompt.json"))
                     prompt = json.loads(where.read_text("utf-8"))
                     told = {"instruction": prompt["edit"]}
                     told |= {f"{key}_caption": prompt[key] for key in ("input", "output") if key in prompt}
@@ -65,7 +65,7 @@ def convert(source: Path, output: Path) -> dict[str, int]:
 
 def place(source: Path, folder: Path, names: list[str]) -> bool:
     """Links or copies files of these names from one folder to another; False where one is missing."""
-    files = [inside(source, name) for name in names]
+    files = [path_inside(source, name) for name in names]
     if missing := [file for file in files if not os.path.isfile(file)]:
         print(f"left out: {missing[0]}: no such file")
         return False

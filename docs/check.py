@@ -57,8 +57,6 @@ SMALLER = {
     r"(bench\.encoder_cost.*)": r"\1 --panels 64 128 --repeat 1",
     r"(bench\.train_step.*)": r"\1 --batch 2 --repeat 1 --rounds 1",
     r"(bench\.edit_time.*)": r"\1 --batch 1 --steps 2 --repeat 1",
-    r"(bench\.many_pairs.*)": r"\1 --pairs 2000",
-    r"(bench\.prompt_to_prompt.*)": r"\1 --count 2 --steps 2 --batch 2",
     r"(evaluation\.receptive_field.*)": r"\1 --count 2",
     r"(figures\.py.*)": r"\1 --output out",
     r"^(pytest exercises(?!.*--answers).*)": r"\1 --answers",  # a student's to be solved first

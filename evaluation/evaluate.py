@@ -30,7 +30,7 @@ from tqdm import tqdm
 import backbone
 import evaluation.vit  # noqa: F401  so that its editors load
 from apps.pipeline import InstructGIEPipeline
-from dataset import COLUMNS, VisualPromptDataset, read_pairs
+from dataset import VisualPromptDataset, read_pairs
 from disk import atomic_write, locked, other_settings
 from evaluation.baselines import InstructPix2Pix, PromptDiffusion, SDEdit
 from pictures import TableImage, load_image, picture_digest, tensor_to_image
@@ -319,7 +319,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--backbone", default="toy", help=f"whose defaults to take: {', '.join(backbone.PRESETS)}")
     add("--data", help="dataset: a folder or a hub id (default: the preset's)")
     add("--split", default="seen")
-    add("--columns", **COLUMNS)
+    add("--columns", **backbone.COLUMNS)
     add("--output", type=Path, default=Path("out/eval"), help="each split and mode gets a folder below it")
     add("--mode", nargs="+", choices=MODES, help="what is given besides the input (default: all it can take)")
     add("--told", metavar="KEY", help="another text of the metadata than the method's own, as `paraphrase`")

@@ -1,5 +1,6 @@
 """bench/: the peers of the scan compute what it computes, and each comparison prints its rows."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,23 @@ def test_a_convolutions_way_back_has_twice_the_operations(groups):
 def test_ours_stands_beside_diffusers(program, names):
     found = rows(program, "--batch", "2", "--repeat", "1", "--only", *names)
     assert list(found) == names and all(float(cells[-1]) > 0 for cells in found.values())
+
+
+@pytest.mark.slow
+def test_the_rows_of_a_gpu_are_rehearsed_on_a_cpu():
+    """Every section has its table, no row is missing, and none is said to have failed."""
+    environment = os.environ | {"PYTHON": sys.executable, "DEVICE": "cpu", "BACKBONE": "toy"}
+    environment |= {"PARITY": "small_steps", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "bench/gpu.sh"], cwd=HERE, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Not within" not in done.stdout, done.stdout + done.stderr
+    step, edit, scan, parity = done.stdout.split("\n### ")[1:]
+    names = [
+        [line.split("|")[column].strip() for line in text.splitlines() if line.startswith("| ")][1:]
+        for text, column in ((step, 1), (edit, 1), (scan, 2))
+    ]
+    assert names[0][1:] == ["ControlNetModel", "ours without ESM and SAM", "ours, all four"]
+    assert names[1][1:] == ["StableDiffusionControlNetPipeline", "ours"] and names[2][1:] == [
+        "numba",
+        "chunked",
+    ]
+    assert " passed" in parity
