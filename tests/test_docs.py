@@ -81,3 +81,20 @@ def test_the_dataset_is_made_again_on_the_toy_parts(run, tmp_path):
     made = run("dataset.md")
     assert int(re.search(r"captions: (\d+) instructions", made[0])[1]) >= 20
     assert int(re.search(r"^instructions +(\d+)", made[2], re.MULTILINE)[1]) >= 10
+
+
+def sentences(page):
+    """Those of its paragraphs and lists, without code, formulas, tables, headings, marks and addresses."""
+    text = re.sub(r"```.*?```|\$\$.*?\$\$|<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"`[^`]*`|\$[^$]*\$", "code", text)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    text = re.sub(r"\[(paper|figure|ours)\]", "", text)
+    text = re.sub(r"^(#|\||<).*$", "", text, flags=re.MULTILINE)
+    for paragraph in re.split(r"\n\s*\n|\n\s*(?:[-*]|\d+\.) ", text):
+        yield from re.split(r"(?<=[.!?:])\s+", " ".join(paragraph.split()))
+
+
+@pytest.mark.parametrize("page", check.PAGES, ids=lambda page: page.name)
+def test_a_sentence_has_25_words_at_most(page):
+    long = [sentence for sentence in sentences(page) if len(re.findall(r"[\w'’-]+", sentence)) > 25]
+    assert not long
