@@ -221,7 +221,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
         gradient_accumulation_steps=args.accumulate,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=backbone.PATIENCE)],
     )
-    held.callback(accelerator.end_training)  # threads that still talk to other processes abort this one's end
+    held.callback(accelerator.end_training)  # its threads may abort a process that ends before them
     device, is_main = accelerator.device, accelerator.is_main_process
     device = torch.device("cpu") if device.type == "cpu" else device  # not "cpu:0", which safetensors refuses
     backbone.choose_attention(device, args.precision)

@@ -19,6 +19,7 @@ made twice. They share the work among GPUs and machines: `accelerate launch -m d
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import hashlib
 import json
@@ -304,6 +305,7 @@ def processes(name: str) -> tuple[PartialState, torch.device]:
     """Which of how many processes this one is, and its device."""
     device = backbone.pick_device(name)
     state = PartialState(cpu=device.type == "cpu", timeout=backbone.PATIENCE)
+    atexit.register(state.destroy_process_group)  # its threads may abort a process that ends before them
     return state, state.device if state.num_processes > 1 and device.type != "cpu" else device
 
 

@@ -400,6 +400,7 @@ def test_processes_share_the_work_and_make_what_one_would(painted, tmp_path, mon
             is_main_process=rank == 0,
             device=torch.device("cpu"),
             wait_for_everyone=lambda: None,
+            destroy_process_group=lambda: None,
         )
         monkeypatch.setattr(writing, "PartialState", lambda state=state, **_: state)
         images(tmp_path / "two", "--min-image", "0")
