@@ -252,8 +252,8 @@ def main() -> None:
         used["guidance_text"], used["guidance_visual"], bool(instruction), pair is not None
     )
 
-    # [ours] One answer at a time. Together they would take less, but round otherwise; so each is the
-    # same to the last bit, whatever else is edited.
+    # [ours] One answer at a time. A batch would be faster, but rounds differently. One at a time,
+    # each is the same to the last bit, whatever else is edited.
     for source, paths in zip(inputs, targets):
         query = load_image(source)
         picture, box = fit_panel(query, panel)

@@ -9,6 +9,7 @@ Every part is a preset's, a Hugging Face hub id or a local folder, and all three
 from backbone.command import COLUMNS, PATIENCE, check_numbers, choose_attention, one_line_errors, pick_device
 from backbone.editor import SAMPLING, Parts, check_fit, check_settings, load_editor, load_parts
 from backbone.folders import (
+    FOLDERS,
     HERE,
     BackboneError,
     check_parts,

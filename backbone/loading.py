@@ -57,8 +57,8 @@ def check_tokenizer(tokenizer: Any, text_encoder: nn.Module) -> None:
 
 
 def words_of(tokenizer: Any) -> int:
-    """How many words a model must know to read what this tokenizer of transformers writes: its ids may have
-    gaps, and those that it puts around a text be of no word."""
+    """The vocabulary that a model needs for this tokenizer's output: ids may have gaps, and the special ids
+    around a text may belong to no word."""
     return 1 + max(*tokenizer.get_vocab().values(), *tokenizer("a cat")["input_ids"])
 
 

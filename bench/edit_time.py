@@ -102,8 +102,9 @@ def main() -> None:
         first = None
         for name in args.only:
             row = apart(measure, name, args)
-            first = first or row
-            numbers = [f"{1e3 * row['seconds'] / args.batch:.0f}", f"{row['seconds'] / first['seconds']:.2f}"]
+            first = row if name == EDITORS[0] else first
+            ratio = f"{row['seconds'] / first['seconds']:.2f}" if first else "–"
+            numbers = [f"{1e3 * row['seconds'] / args.batch:.0f}", ratio]
             print(f"| {name} | {' | '.join(numbers)} | {row['bytes'] / 2**30:.2f} |", flush=True)
 
 

@@ -29,5 +29,5 @@ section "Kernel parity"
 within 60 "$PYTHON" -m pytest -q -o addopts= tests/test_scan_kernels.py -k "${PARITY:-triton or mamba or chunked}" 2>/dev/null | tail -1
 if [ "$DEVICE" = cuda ]; then
     section "A training step, compiled"
-    bench 240 "${step[@]}" --limit 110 --only "ours, all four" --ways compiled "CUDA graphs"
+    bench 200 "${step[@]}" --limit 90 --only "ours, all four" --ways compiled "CUDA graphs"
 fi

@@ -6,9 +6,9 @@
 
 A step is forward, backward, clipping and Muon, on random pictures under the same frozen U-Net; each model
 runs in processes of its own, whose peak memory is its alone. Steps differ: L_es decodes no answer whose noise
-is too strong. So the time is a mean over steps, each counted as the fastest of all that decoded as many, and
-beside it stands how many a step decoded. The operations are those of products of matrices, convolutions and
-attention in one step more; what is left out, the scan too, is small beside them.
+is too strong. So the time is a mean over steps. Each step counts
+as the fastest of those that decoded as many answers; how many a step decoded stands beside it. Operations are
+counted in one further step: matrix products, convolutions and attention. The rest, the scan too, is small.
 
 ControlNet learns from the same grids, its condition the grid with the answer greyed out, its loss the plain
 mean of squares. All four contributions are RCLDM, the unified instruction (it costs nothing here: encoded
@@ -207,9 +207,13 @@ def main() -> None:
             row = rows[kind]
             fastest = dict(sorted(row["steps"], reverse=True))  # by answers decoded: the last of each stays
             seconds, decoded = (mean(x) for x in zip(*((fastest[n], n) for n, _ in row["steps"])))
-            first = first or seconds
+            first = seconds if kind == ("ControlNetModel", "eager") else first
             numbers = [f"{row['weights'] / 1e6:.2f}", f"{row['operations'] / 1e9:.0f}", f"{decoded:.2f}"]
-            numbers += [f"{1e3 * seconds:.0f}", f"{args.batch / seconds:.2f}", f"{seconds / first:.2f}"]
+            numbers += [
+                f"{1e3 * seconds:.0f}",
+                f"{args.batch / seconds:.2f}",
+                f"{seconds / first:.2f}" if first else "–",
+            ]
             print(f"| {label} | {' | '.join(numbers)} | {row['bytes'] / 2**30:.2f} |", flush=True)
 
 

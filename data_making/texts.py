@@ -174,7 +174,11 @@ def write_replies(model: nn.Module, tokenizer: Any, captions: list[str], tempera
     if tokenizer.chat_template:
         chats = []
         for caption in captions:
-            said = [f"{RULES}\n\n{shown[0]}", *shown[1:], as_prompt(caption)]  # some templates know no rules
+            said = [
+                f"{RULES}\n\n{shown[0]}",
+                *shown[1:],
+                as_prompt(caption),
+            ]  # some templates know no system role
             roles = zip(cycle(("user", "assistant")), said)
             chats.append([{"role": role, "content": text} for role, text in roles])
         inputs = tokenizer.apply_chat_template(

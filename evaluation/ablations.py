@@ -68,8 +68,8 @@ SETS = {
     "faces": ("--split", "seen", "--caption", "face"),
 }
 
-# [ours] The baselines sample with the guidance scales of the least FID for their directional similarity on
-# queries of `train`; their authors' scales were made for photographs (docs/choices.md).
+# [ours] The baselines sample with lower guidance scales than their authors', which were made for photographs
+# (docs/choices.md).
 ARMS = {
     "full": Arm("InstructGIE", paper=(7.57, 0.27)),
     "no-rcldm": Arm("without RCLDM", ("--no-rcldm",), paper=(10.15, 0.13)),

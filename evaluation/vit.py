@@ -10,9 +10,6 @@ zero convolutions. `backbone.load_editor` knows such editors where this module i
 
 from __future__ import annotations
 
-import math
-
-import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
@@ -41,20 +38,8 @@ class ViTBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class SinCosPositions(nn.Module):
-    """Adds fixed positions to (B, H, W, C) of any size: half the channels by row, half by column."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        _, height, width, dim = x.shape
-        rates = 1e4 ** -torch.linspace(0, 1, math.ceil(dim / 4), device=x.device)
-        angles = torch.arange(max(height, width), device=x.device)[:, None] * rates
-        line = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (max(H, W), about C/2)
-        rows, columns = line[:height, None].expand(-1, width, -1), line[None, :width].expand(height, -1, -1)
-        return x + torch.cat([rows, columns], dim=-1)[..., :dim].to(x.dtype)
-
-
 class ViTPromptEncoder(VisualPromptEncoder):
-    """`VisualPromptEncoder` with transformer blocks; their positions come first."""
+    """`VisualPromptEncoder` with transformer blocks."""
 
     def __init__(
         self,
@@ -66,7 +51,7 @@ class ViTPromptEncoder(VisualPromptEncoder):
     ):
         super().__init__(out_channels, depth=0, width=width, factor=factor)
         (dim,) = self.norm.normalized_shape
-        self.blocks = nn.ModuleList([SinCosPositions(), *(ViTBlock(dim, mlp_ratio) for _ in range(depth))])
+        self.blocks = nn.ModuleList(ViTBlock(dim, mlp_ratio) for _ in range(depth))
 
 
 class ViTRCLDM(RCLDM):

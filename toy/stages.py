@@ -8,8 +8,8 @@
     cut          what they draw when the RCLDM's residuals end after half of the steps
     all steps    what they draw in all steps of the sampler: the answer that `edit.py` gives
 
-The first two are shown the truth. "cut" tells whether the diffusion path makes the edit: the condition has no
-other way to the answer. The metrics are those of `toy.score`, and so is what is right.
+The first two are shown the truth. "cut" tells how much of the edit the first half of the steps settles. The
+metrics are those of `toy.score`, and so is what is right.
 """
 
 from __future__ import annotations

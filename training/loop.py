@@ -36,7 +36,7 @@ def fit(
     losses_of: for the steps that are left, one after the other, named losses; the first is minimised. What it
         draws must depend on the step's number alone.
     folder: of checkpoints, one a minute and one at the end. A run that was stopped goes on from the newest.
-    ema_decay: 0 for the weights themselves. muon: train by Muon, not AdamW.
+    ema_decay: 0 for no average. muon: train by Muon, not AdamW.
     """
     module.train()
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -44,7 +44,9 @@ def fit(
         optimizer = Muon(parameter_groups(module, weight_decay), lr)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
-    modules = {"model": module, "average": (ema := new_ema(module, ema_decay))}
+    modules, ema = {"model": module}, None
+    if ema_decay:
+        modules["average"] = ema = new_ema(module, ema_decay)
     start = load_checkpoint(folder, modules, optimizer)
     saved = time.monotonic()
     progress = tqdm(total=steps, initial=start, desc=name, mininterval=10)
@@ -56,7 +58,8 @@ def fit(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        ema.update_parameters(module)
+        if ema:
+            ema.update_parameters(module)
         if step % 20 == 0:
             progress.set_postfix({k: f"{v.item():.4f}" for k, v in losses.items()}, refresh=False)
         progress.update()
@@ -64,5 +67,6 @@ def fit(
             save_checkpoint(folder, step + 1, modules, optimizer, keep=2)
             saved = time.monotonic()
     progress.close()
-    module.load_state_dict(ema.module.state_dict())
+    if ema:
+        module.load_state_dict(ema.module.state_dict())
     module.eval()

@@ -24,9 +24,9 @@ class LossMonitor:
         self.pending.append({name: value.detach() for name, value in losses.items()})
 
     def is_sound(self, norm: Tensor) -> bool:
-        """Of the step whose losses were seen since the last call. norm: of its gradient.
+        """Whether the step whose losses were added since the last call is sound. norm: of its gradient.
 
-        To ask is to wait for the device. Only the losses of sound steps enter the averages.
+        Asking waits for the device. Only the losses of sound steps enter the averages.
         """
         seen, self.pending = self.pending, []
         sound = norm.isfinite()

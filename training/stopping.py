@@ -35,13 +35,13 @@ class Stop:
         _say(f"\n{signal.Signals(number).name}: ends after this step; again, and it ends at once")
 
     def agree(self, accelerator: Any) -> None:
-        """What one of several processes is asked, all are: no one may wait for another that has gone."""
-        if accelerator is not None and accelerator.num_processes > 1:
+        """When one of several processes is asked to stop, all stop; else the others would wait for it."""
+        if accelerator.num_processes > 1:
             asked = torch.tensor([self.asked], device=accelerator.device)
             self.asked = int(accelerator.gather(asked).max())
 
     def end(self, saved: str) -> None:
-        """saved: after what the run can be taken up again."""
+        """saved: what was saved last, for the message: "step 120"."""
         _say(f"stopped; --resume goes on after {saved}")
         raise SystemExit(128 + self.asked)
 

@@ -106,7 +106,7 @@ def _wear(scene: Scene, target: str, value: str) -> Scene | None:
 
 
 def _if_visible(scene: Scene, edited: Scene) -> Scene | None:
-    """The edited scene, unless it looks as before: red and grey do where green and blue are exchanged."""
+    """The edited scene, or None where it looks as before: what is put on may lie hidden."""
     change = np.abs(np.asarray(render(edited), np.int16) - _levels(scene))
     return edited if change.max() > VISIBLE else None
 

@@ -61,11 +61,11 @@ def _draw_pairs(edit: Edit, instruction: str, count: int, split: str, rng: rando
 
 
 def draw_split(split: str, instructions: int, pairs_each: int, seed: int) -> list[Pair]:
-    """The pairs of one split: every edit of a family in turn, in a new wording while one is found.
+    """The pairs of one split: a family drawn at random, its next edit, in a new wording while one is found.
 
-    [ours] Families take turns, so that rare and common edits weigh about the same: one of many edits gets
-    a larger share by the fourth root of their number, for a smile takes as many examples as colours do. The
-    turns go in one order in all splits, and `train`, the largest, takes first what the others take.
+    [ours] A family's chance grows with the fourth root of the number of its edits: a smile takes as many
+    examples to learn as a colour does. A family's edits come in one order in all splits, and `train`, the
+    largest, takes first what the others take.
     """
     rng = random.Random(f"{split} {seed}")  # a string seeds the same on every machine
     edits: dict[str, list[Edit]] = {}
