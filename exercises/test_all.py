@@ -1,4 +1,4 @@
-"""The tests of the twelve exercises; `pytest exercises -k 05 -s` prints what those of one measure.
+"""The tests of the thirteen exercises; `pytest exercises -k 05 -s` prints what those of one measure.
 
 Each takes the module that it tests as its argument, see conftest.py; with `--answers`, it is the answer.
 """
@@ -542,3 +542,41 @@ def test_12_who_wins(exercise):
             print(f"shown {shown.instruction!r}, told {words.instruction!r}:", end=" ")
             print(f"{counts} of {len(names)}; {np.mean(distances):.1f} levels away")
             assert words is told or names.count("shown") >= 5, "where the two agree, it does as it is asked"
+
+
+# --- 13 One bit of rounding ---------------------------------------------------------------------------------
+
+
+def exact_step(x_t, x_0, z, now, later, eta):
+    """By the formula, in twice the digits."""
+    x_t, x_0, z, now, later = (x.double() for x in (x_t, x_0, z, now, later))
+    now, later = now.view(-1, 1, 1, 1), later.view(-1, 1, 1, 1)
+    noise = (x_t - now.sqrt() * x_0) / (1 - now).sqrt()
+    variance = eta**2 * (1 - later) / (1 - now) * (1 - now / later)
+    rest = (1 - later - variance).clamp(min=0)  # of the same rounding, 1e-16 of it
+    return (later.sqrt() * x_0 + rest.sqrt() * noise + variance.sqrt() * z).float()
+
+
+def test_13_a_step_is_ddims(exercise):
+    g = torch.Generator().manual_seed(0)
+    x_t, x_0, z = torch.randn(3, 50, 2, 3, 4, generator=g)
+    now, later = torch.rand(50, generator=g) * 0.4, torch.rand(50, generator=g) * 0.5 + 0.45
+    for eta in (0.0, 0.6, 1.0):
+        assert_close(exercise.step(x_t, x_0, z, now, later, eta), exact_step(x_t, x_0, z, now, later, eta))
+
+
+def test_13_no_rounding_spoils_it(exercise):
+    g = torch.Generator().manual_seed(0)
+    x_t, x_0, z = torch.randn(3, 999, 1, 2, 2, generator=g)
+    now, later = torch.zeros(999), torch.arange(1, 1000) / 1000
+    found = exercise.step(x_t, x_0, z, now, later, 1.0)
+    assert found.isfinite().all(), "NaN: a root of what is below zero"
+    assert_close(found, exact_step(x_t, x_0, z, now, later, 1.0), atol=2e-3, rtol=0)
+
+
+def test_13_how_often(exercise):
+    later = torch.arange(1, 1000) / 1000
+    count = exercise.below_zero(later)
+    print(f"below zero: {count} of {len(later)}")
+    assert count == ((1 - later) < (1 - later).sqrt().square()).sum() and 0 < count < len(later)
+    assert exercise.below_zero(torch.tensor([0.75])) == 0, "the root of a quarter is exact"

@@ -15,7 +15,7 @@ from exercises import test_all
 from exercises.conftest import load
 
 FOLDER = Path(__file__).resolve().parents[1] / "exercises"
-NUMBERS = [f"{k:02d}" for k in range(1, 13)]
+NUMBERS = [f"{k:02d}" for k in range(1, 14)]
 TESTS = {name: test for name, test in vars(test_all).items() if re.match(r"test_\d\d_", name)}
 
 
@@ -181,6 +181,33 @@ def one_edit_at_most(m, answer, query, shown, told):
     return "told" if name == "both" else name, distance
 
 
+def root_of_anything(m, x_t, x_0, z, now, later, eta):
+    now, later = now[:, None, None, None], later[:, None, None, None]
+    sigma = eta * ((1 - later) / (1 - now)).sqrt() * (1 - now / later).sqrt()
+    noise = (x_t - now.sqrt() * x_0) / (1 - now).sqrt()
+    return later.sqrt() * x_0 + (1 - later - sigma**2).sqrt() * noise + sigma * z
+
+
+def black_where_it_fails(m, *inputs):
+    return root_of_anything(m, *inputs).nan_to_num(0)
+
+
+def no_fresh_noise(m, x_t, x_0, z, *rest):
+    return m.step(x_t, x_0, 0 * z, *rest)
+
+
+def as_much_noise_as_ddpm(m, *inputs):
+    return m.step(*inputs[:-1], 1.0)
+
+
+def alphas_exchanged(m, x_t, x_0, z, now, later, eta):
+    return m.step(x_t, x_0, z, later, now, eta)
+
+
+def never(m, alpha_bar_next):
+    return 0
+
+
 WRONG = [
     ("01", "condition", black_for_grey),
     ("02", "predict_x0", alpha_along_the_columns),
@@ -208,6 +235,12 @@ WRONG = [
     ("12", "survey", pair_turned_round),
     ("12", "survey", query_for_example),
     ("12", "verdict", one_edit_at_most),
+    ("13", "step", root_of_anything),
+    ("13", "step", black_where_it_fails),
+    ("13", "step", no_fresh_noise),
+    ("13", "step", as_much_noise_as_ddpm),
+    ("13", "step", alphas_exchanged),
+    ("13", "below_zero", never),
 ]
 
 
