@@ -1,7 +1,7 @@
 """σ is a root and σ² its square, which may miss the number under the root by a bit. Then 1 - ᾱ' - σ² is not 0
 but some 6e-8 above or below: below for 296 of 999 values of ᾱ'. The root of what lies below is NaN. The next
-pass of the U-Net spreads NaN over the picture, and as bytes it is black. Processors round some products in another
-order, so the bit depends on the machine.
+pass of the U-Net spreads NaN over the picture, and as bytes it is black. Processors round some products in
+another order, so the bit depends on the machine.
 
 The clamp is the mend. A look at what is written, which refuses NaN, makes the next such fault loud."""
 
