@@ -1,5 +1,7 @@
 """exercises/: the answers pass, what is delivered is unwritten, and the likeliest mistakes are caught."""
 
+import dataclasses
+import itertools
 import re
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 
 from exercises import test_all
 from exercises.conftest import load
+from toy import world
 
 FOLDER = Path(__file__).resolve().parents[1] / "exercises"
 NUMBERS = [f"{k:02d}" for k in range(1, 14)]
@@ -181,6 +184,159 @@ def one_edit_at_most(m, answer, query, shown, told):
     return "told" if name == "both" else name, distance
 
 
+def half_for_grey(m, before, after, query):
+    grid = m.condition(before, after, query)
+    m.answer(grid).fill_(0.5)
+    return grid
+
+
+def example_in_a_column(m, before, after, query):
+    return m.condition(before, after, query).transpose(-1, -2)
+
+
+def query_for_answer(m, grid):
+    return grid[..., grid.shape[-1] // 2 :, : grid.shape[-1] // 2]
+
+
+def example_for_answer(m, grid):
+    return grid[..., : grid.shape[-1] // 2, grid.shape[-1] // 2 :]
+
+
+def variance_for_deviation(m, noisy, noise, alpha_bar):
+    alpha_bar = alpha_bar[:, None, None, None]
+    return (noisy - (1 - alpha_bar) * noise) / alpha_bar
+
+
+def signal_left_small(m, noisy, noise, alpha_bar):
+    return m.predict_x0(noisy, noise, alpha_bar) * alpha_bar.sqrt()[:, None, None, None]
+
+
+def gain_upside_down(m, alpha_bar):
+    return 1 / m.error_gain(alpha_bar)
+
+
+def gain_of_the_variance(m, alpha_bar):
+    return m.error_gain(alpha_bar) ** 2
+
+
+def scales_exchanged(m, s_text, s_visual):
+    return m.branch_weights(s_visual, s_text)
+
+
+def scales_as_weights(m, s_text, s_visual):
+    return {(False, False): 1.0, (False, True): s_visual, (True, True): s_text}
+
+
+def predictions_unweighted(m, weights, predictions):
+    return sum(predictions[branch] for branch in weights) / len(weights)
+
+
+def twice_forth(m, x):
+    forth = m.cross_scan(x)[:, :2]
+    return torch.cat([forth, forth], 1)
+
+
+def columns_as_rows(m, ys, height, width):
+    return (ys[:, :2] + ys[:, 2:].flip(-1)).sum(1).unflatten(-1, (height, width))
+
+
+def no_memory(m, u, delta, A, B, C, D):
+    return delta * u * (B * C).sum(1, keepdim=True) + D[:, None] * u
+
+
+def no_direct_path(m, *inputs):
+    return m.scan(*inputs[:-1], torch.zeros_like(inputs[-1]))
+
+
+def time_constant(m, step, rate):
+    return 1 / (step * rate)
+
+
+def residuals_twice(m, unet, rcldm, *inputs):
+    down, mid = rcldm(*inputs, conditioning_scale=2.0, return_dict=False)
+    residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    return unet(*inputs[:3], **residuals).sample
+
+
+def bias_broken_too(m, rcldm, deviation):
+    m.break_zero(rcldm, deviation)
+    torch.nn.init.normal_(rcldm.trainable_copy.controlnet_mid_block.zero_proj.bias, std=deviation or 1.0)
+
+
+def similarity_for_loss(m, shift, true_shift):
+    return 1 - m.cosine_loss(shift, true_shift)
+
+
+def no_eps(m, shift, true_shift, eps=1e-3):
+    return m.relative_loss(shift, true_shift, 0)
+
+
+def the_shift_itself(m, true_shift):
+    return true_shift
+
+
+def any_part_counts(m, area, side):
+    return F.max_pool2d(area, area.shape[-1] // side)
+
+
+def sum_of_the_channels(m, predicted, target, area):
+    return m.selective_area_loss(predicted, target, area) * predicted.shape[1]
+
+
+def groups_that_agree(m, unify, groups):
+    return np.mean([len(set(unify(group))) == 1 for group in groups])
+
+
+def the_same_twice(m, unify, groups):
+    return np.mean([unify(group) == unify(group) for group in groups])
+
+
+def b_and_c_exchanged(m, *inputs):
+    du, ddelta, dA, dB, dC, dD = m.scan_backward(*inputs)
+    return du, ddelta, dA, dC, dB, dD
+
+
+def step_without_its_decay(m, dy, u, delta, A, B, C, D):
+    du, _, *rest = m.scan_backward(dy, u, delta, A, B, C, D)
+    return du, (du - D[:, None] * dy) * u / delta, *rest
+
+
+def no_future(m, dy, u, delta, A, B, C, D):
+    one = [
+        m.scan_backward(
+            *(w[..., t : t + 1] for w in (dy, u, delta)), A, B[..., t : t + 1], C[..., t : t + 1], D
+        )
+        for t in range(u.shape[-1])
+    ]
+    du, ddelta, dA, dB, dC, dD = zip(*one)
+    return (*(torch.cat(w, -1) for w in (du, ddelta)), sum(dA), torch.cat(dB, -1), torch.cat(dC, -1), sum(dD))
+
+
+def mean_of_the_steps(m, *inputs):
+    *rest, dD = m.scan_backward(*inputs)
+    return *rest, dD / inputs[0].shape[-1]
+
+
+def one_way_alone(m):
+    return dataclasses.replace(m.family(), arguments=tuple(itertools.combinations(world.SHAPES, 2)))
+
+
+def a_wording_twice(m):
+    return dataclasses.replace(m.family(), canonical=m.family().sayings[0])
+
+
+def from_eight_on(m, before, after):
+    return np.abs(np.asarray(before, int) - np.asarray(after, int)).max(-1) >= 8
+
+
+def steps_ignored(m, pipe, *rest, **more):
+    return m.survey(lambda **k: pipe(**k | {"num_inference_steps": 20}), *rest, **more)
+
+
+def always_nothing(m, answer, query, shown, told):
+    return "nothing", m.distance(answer, world.render(query))
+
+
 def root_of_anything(m, x_t, x_0, z, now, later, eta):
     now, later = now[:, None, None, None], later[:, None, None, None]
     sigma = eta * ((1 - later) / (1 - now)).sqrt() * (1 - now / later).sqrt()
@@ -210,30 +366,64 @@ def never(m, alpha_bar_next):
 
 WRONG = [
     ("01", "condition", black_for_grey),
+    ("01", "condition", half_for_grey),
+    ("01", "condition", example_in_a_column),
+    ("01", "answer", query_for_answer),
+    ("01", "answer", example_for_answer),
     ("02", "predict_x0", alpha_along_the_columns),
+    ("02", "predict_x0", variance_for_deviation),
+    ("02", "predict_x0", signal_left_small),
+    ("02", "error_gain", gain_upside_down),
+    ("02", "error_gain", gain_of_the_variance),
     ("03", "branch_weights", text_alone),
     ("03", "branch_weights", a_branch_for_nothing),
+    ("03", "branch_weights", scales_exchanged),
+    ("03", "branch_weights", scales_as_weights),
+    ("03", "guide", predictions_unweighted),
     ("04", "cross_scan", rows_for_columns),
+    ("04", "cross_scan", twice_forth),
     ("04", "cross_merge", mean_for_sum),
+    ("04", "cross_merge", columns_as_rows),
     ("04", "steps", distance_for_steps),
     ("05", "scan", decay_by_euler),
     ("05", "scan", input_without_its_step),
+    ("05", "scan", no_memory),
+    ("05", "scan", no_direct_path),
+    ("05", "half_life", time_constant),
     ("06", "steered", middle_forgotten),
+    ("06", "steered", residuals_twice),
     ("06", "break_zero", every_zero_broken),
+    ("06", "break_zero", bias_broken_too),
     ("06", "learners", gradients_of_zero_too),
     ("07", "relative_loss", plain_distance),
     ("07", "relative_loss", lengths_ignored),
+    ("07", "relative_loss", no_eps),
+    ("07", "cosine_loss", similarity_for_loss),
+    ("07", "deceptive", the_shift_itself),
     ("08", "latent_area", nearest_pixel),
+    ("08", "latent_area", any_part_counts),
+    ("08", "selective_area_loss", sum_of_the_channels),
     ("08", "selective_area_loss", mean_over_the_panel),
     ("08", "selective_area_loss", mean_over_all_faces),
+    ("09", "consistency", groups_that_agree),
     ("09", "distinctness", forms_counted),
+    ("09", "stability", the_same_twice),
     ("09", "stability", wordings_that_stay),
     ("10", "scan_backward", direct_path_forgotten),
+    ("10", "scan_backward", b_and_c_exchanged),
+    ("10", "scan_backward", step_without_its_decay),
+    ("10", "scan_backward", no_future),
+    ("10", "scan_backward", mean_of_the_steps),
+    ("11", "family", one_way_alone),
+    ("11", "family", a_wording_twice),
+    ("11", "changed", from_eight_on),
     ("11", "changed", difference_that_wraps),
     ("11", "changed", mean_of_the_channels),
     ("11", "rule", colours_swapped),
     ("12", "survey", pair_turned_round),
     ("12", "survey", query_for_example),
+    ("12", "survey", steps_ignored),
+    ("12", "verdict", always_nothing),
     ("12", "verdict", one_edit_at_most),
     ("13", "step", root_of_anything),
     ("13", "step", black_where_it_fails),
@@ -242,6 +432,10 @@ WRONG = [
     ("13", "step", alphas_exchanged),
     ("13", "below_zero", never),
 ]
+
+
+def test_each_exercise_has_five_wrong_answers_at_least():
+    assert all([number for number, *_ in WRONG].count(number) >= 5 for number in NUMBERS)
 
 
 @pytest.mark.parametrize("number, function, wrong", WRONG)
