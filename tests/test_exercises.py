@@ -287,6 +287,11 @@ def groups_that_agree(m, unify, groups):
     return np.mean([len(set(unify(group))) == 1 for group in groups])
 
 
+def one_form_for_all(m, unify, groups):
+    forms = [form for group in groups for form in unify(group)]
+    return forms.count(m.commonest(forms)) / len(forms)
+
+
 def the_same_twice(m, unify, groups):
     return np.mean([unify(group) == unify(group) for group in groups])
 
@@ -406,6 +411,7 @@ WRONG = [
     ("08", "selective_area_loss", mean_over_the_panel),
     ("08", "selective_area_loss", mean_over_all_faces),
     ("09", "consistency", groups_that_agree),
+    ("09", "consistency", one_form_for_all),
     ("09", "distinctness", forms_counted),
     ("09", "stability", the_same_twice),
     ("09", "stability", wordings_that_stay),
