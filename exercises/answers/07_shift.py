@@ -3,7 +3,7 @@ edit costs 0.2, a tenth of it or ten times as much 0.8. The plain distance sees 
 their square: edits that are large for CLIP would drown the small ones.
 
 Between real pictures the cosine is less blind, since on the way from before to after the direction turns as
-well. But "make it night" made to a tenth costs 0.47 by the cosine and 0.88 by the relative distance.
+well. But "make it night" made to a tenth costs 0.49 by the cosine and 0.89 by the relative distance.
 
 At s = 0 a cosine is not defined. PyTorch keeps it finite by a tiny eps, and its gradient has a length of 1e8.
 The relative distance is 1 there and its gradient points straight at s*: a good start for a model that at
