@@ -309,8 +309,8 @@ class VisualPromptEncoder(nn.Module):
     [ours] Depth 4, the width of the U-Net's first level but 64 at least, MLP ratio 2, blocks at latent
     resolution, no gate (VMamba v2). The paper gives none of these.
     [ours] Each place is told where in its panel it lies, and in which panel: VMamba has an embedding of
-    position as an option. Corresponding places of the four panels then share
-    most of their code, so the scans and the copy's attention can match them.
+    position as an option. Corresponding places of the four panels then share most of their code, so the scans
+    and the copy's attention can match them.
     [ours] N = 4 numbers of state, where VMamba v2 classifies with one. A place reads another by the
     product C · B, its query and the other's key, both of length N, as in linear attention. A thing has to
     find its like in the example, and one number says little of what it is.

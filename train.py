@@ -52,7 +52,7 @@ from pictures import ImageError, tensor_to_image
 from rcldm import RCLDM
 from training.card import save_editor
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.draws import draw_order, draw_timesteps, keep_conditions
+from training.draws import draw_order, draw_timesteps, keep_conditions, step_generator
 from training.ema import new_ema
 from training.monitor import LossMonitor
 from training.muon import Muon, parameter_groups
@@ -288,7 +288,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
     stop.at_work = True
     for micro, batch in zip(steps, loader):
         step = micro // args.accumulate
-        g = torch.Generator().manual_seed((args.seed * 1_000_003 + micro) * processes + rank)
+        g = step_generator(args.seed, micro, rank, processes)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         with accelerator.accumulate(wrapped):

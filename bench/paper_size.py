@@ -34,7 +34,7 @@ from torch import nn
 
 import backbone
 from rcldm import RCLDM
-from training.draws import draw_timesteps, keep_conditions
+from training.draws import draw_timesteps, keep_conditions, step_generator
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -184,7 +184,7 @@ def check_start(sd: backbone.StableDiffusion, panel: int) -> torch.Size:
 def seed_of_weak_noise(shape: torch.Size) -> int:
     """Of a training whose first grid has so little noise that L_es and L_sam act, and their memory counts."""
     for seed in itertools.count():
-        g = torch.Generator().manual_seed(seed * 1_000_003)
+        g = step_generator(seed, 0)
         keep_conditions(1, (0.0, 0.0, 0.0), g)
         torch.randn(1, *shape, generator=g)
         if draw_timesteps(1, 1000, g) < 300:

@@ -6,9 +6,9 @@
 
 A step is forward, backward, clipping and Muon, on random pictures under the same frozen U-Net; each model
 runs in processes of its own, whose peak memory is its alone. Steps differ: L_es decodes no answer whose noise
-is too strong. So the time is a mean over steps. Each step counts
-as the fastest of those that decoded as many answers; how many a step decoded stands beside it. Operations are
-counted in one further step: matrix products, convolutions and attention. The rest, the scan too, is small.
+is too strong. So the time is a mean over steps. Each step counts as the fastest of those that decoded as many
+answers; how many a step decoded stands beside it. Operations are counted in one further step: products of
+matrices, convolutions and attention. The rest, the scan too, is small.
 
 ControlNet learns from the same grids, its condition the grid with the answer greyed out, its loss the plain
 mean of squares. All four contributions are RCLDM, the unified instruction (it costs nothing here: encoded

@@ -174,11 +174,8 @@ def write_replies(model: nn.Module, tokenizer: Any, captions: list[str], tempera
     if tokenizer.chat_template:
         chats = []
         for caption in captions:
-            said = [
-                f"{RULES}\n\n{shown[0]}",
-                *shown[1:],
-                as_prompt(caption),
-            ]  # some templates know no system role
+            # The rules stand in the first turn: some templates know no system role.
+            said = [f"{RULES}\n\n{shown[0]}", *shown[1:], as_prompt(caption)]
             roles = zip(cycle(("user", "assistant")), said)
             chats.append([{"role": role, "content": text} for role, text in roles])
         inputs = tokenizer.apply_chat_template(

@@ -41,7 +41,7 @@ import backbone
 from dataset import VisualPromptDataset, read_pairs
 from disk import atomic_folder
 from pictures import check_finite
-from training.draws import draw_order, draw_timesteps, keep_conditions
+from training.draws import draw_order, draw_timesteps, keep_conditions, step_generator
 from training.loop import fit
 from training.precompute import Frozen, gather_batch, load_batches, precompute, read_instructions
 
@@ -248,7 +248,7 @@ def train(args: argparse.Namespace) -> None:
     def losses_of(steps: range) -> Iterator[dict[str, Tensor]]:
         order = draw_order(len(data), args.batch, args.seed, steps, 0, 1)
         for step, batch in zip(steps, load_batches(data, precomputed, order, args.workers)):
-            g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+            g = step_generator(args.seed, step)
             panels, _, seen = gather_batch(batch, precomputed, device)
             query, answer = seen.latents.unbind(1)
             keep_text, keep_condition = keep_conditions(len(panels), learner.drop, g)

@@ -10,6 +10,11 @@ from torch import Tensor
 NOISE_POWER = 4
 
 
+def step_generator(seed: int, step: int, rank: int = 0, processes: int = 1) -> torch.Generator:
+    """The random numbers of one step: a resumed run draws what an uninterrupted one would have drawn."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * processes + rank)
+
+
 def draw_order(count: int, batch: int, seed: int, steps: range, rank: int, processes: int) -> Iterator[list]:
     """The items (epoch, index) of each batch, one permutation an epoch; every process takes its share.
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toy import world
-from toy.pretrain.loop import fit, generator, pictures, save, to_float
+from toy.pretrain.loop import fit, pictures, save, to_float
 from toy.pretrain.words import CONTEXT, new_tokenizer, tokenize
+from training.draws import step_generator
 
 
 def train_clip(args: argparse.Namespace, name: str = "clip", seed: int = 10) -> None:
@@ -51,7 +52,7 @@ def train_clip(args: argparse.Namespace, name: str = "clip", seed: int = 10) -> 
     batch = 96
 
     def loss(step: int) -> dict[str, Tensor]:
-        chosen = torch.randint(len(pool), (batch,), generator=generator(args.seed + seed, step))
+        chosen = torch.randint(len(pool), (batch,), generator=step_generator(args.seed + seed, step))
         images, texts, scale = clip(to_float(pool[chosen], args.device), captions[chosen])
         logits = scale * images @ texts.T
         truth = torch.arange(batch, device=args.device)

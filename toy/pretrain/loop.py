@@ -34,11 +34,6 @@ def to_float(pixels: Tensor, device: torch.device) -> Tensor:
     return from_bytes(pixels.to(device))
 
 
-def generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step: a resumed run draws what an uninterrupted one would have drawn."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
 def save(write: Callable[..., object], folder: Path) -> None:
     """Writes a model folder in one piece: a killed run leaves the old one or the new one."""
     with atomic_folder(folder) as new:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toy import world
-from toy.pretrain.loop import fit, generator, pictures, save, to_float
+from toy.pretrain.loop import fit, pictures, save, to_float
+from training.draws import step_generator
 
 LATENT_CHANNELS = 16
 
@@ -82,7 +83,7 @@ def train_vae(args: argparse.Namespace) -> None:
     batch = 8
 
     def loss(step: int) -> dict[str, Tensor]:
-        g = generator(args.seed, step)
+        g = step_generator(args.seed, step)
         x = to_float(pool[torch.randint(len(pool), (batch,), generator=g)], args.device)
         posterior = vae.encode(x).latent_dist
         # [ours] Noise of one fixed strength on the latents and a whisper of a penalty on their size, in
@@ -99,7 +100,7 @@ def train_vae(args: argparse.Namespace) -> None:
 
     # Last and longest, the decoder alone, for latents without noise: it is what every answer passes.
     def sharpness(step: int) -> dict[str, Tensor]:
-        g = generator(args.seed + 1, step)
+        g = step_generator(args.seed + 1, step)
         x = to_float(pool[torch.randint(len(pool), (batch,), generator=g)], args.device)
         with torch.no_grad():
             z = vae.encode(x).latent_dist.mean
