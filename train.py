@@ -96,14 +96,14 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--answer-weight", type=float, default=4.0, help="of the answer panel in L_dm; the others have 1")
     add("--es-weight", type=float, default=0.05, help="λ_es")
     add("--sam-weight", type=float, default=0.1, help="λ_sam")
-    # [ours] Conditioning dropout teaches edits by the example alone, the hardest to learn (so half of
-    # all samples lack the instruction), and by the instruction alone. It also makes guidance possible.
+    # [ours] Conditioning dropout teaches edits by the example alone and by the instruction alone (with both,
+    # a model need not look at either). It also makes guidance possible.
     add(
         "--drop",
         type=float,
         nargs=3,
         metavar=("TEXT", "EXAMPLE", "BOTH"),
-        default=(0.5, 0.2, 0.05),
+        default=(0.3, 0.4, 0.05),
         help="shares of samples without the instruction, without the example pair, without either",
     )
     add("--panel", type=int, help="P, pixels along a panel's side (default: the preset's)")

@@ -196,7 +196,7 @@ class Learner(nn.Module):
                 self.unet.conv_in.bias[:] = old.bias
             self.unet.requires_grad_(True)
         else:
-            self.drop = 0.5, 0.2, 0.05
+            self.drop = 0.3, 0.4, 0.05
             self.control = new_control(sd.unet).requires_grad_(True)
             # Its authors' script unlocks the decoder of the U-Net.
             for part in (self.unet.up_blocks, self.unet.conv_norm_out, self.unet.conv_out):

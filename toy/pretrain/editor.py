@@ -18,7 +18,7 @@ def train_editor(args: argparse.Namespace) -> None:
     count = 1 if args.device.type == "cuda" else 2  # of processes: on a CPU faster than as many threads
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count]
     command += ["train.py", "--output", run, "--batch", 64 // count]
-    command += ["--seed", args.seed, "--device", args.device, "--steps", args.scaled(6000)]
+    command += ["--seed", args.seed, "--device", args.device, "--steps", args.scaled(14000)]
     command += ["--precision", "bf16"] if args.device.type == "cuda" else []
     command += ["--resume"] if run.exists() else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
