@@ -126,36 +126,19 @@ class _PerDirection(nn.Linear):
 class SS2D(nn.Module):
     """VMamba's 2-D selective scan: (B, H, W, C) → (B, H, W, C), every pixel reading from every other.
 
-    Args:
-        d_model: channels C. The scan runs on D = `ssm_ratio`·C of them.
-        d_state: N. dt_rank: R ("auto": C/16, rounded up).
-        d_conv, conv_bias: size of the depthwise convolution before the scan (below 2: none), and its bias.
-        gate: multiply the result by SiLU of a second projection, as Mamba does. VMamba's weights have none.
+    d_model: channels C, of which the scan runs on D = `ssm_ratio`·C. d_state: N. R is C/16, rounded up.
 
+    As in VMamba's released weights: no gate, and a depthwise convolution without bias before the scan.
     Parameters have VMamba's names, the directions' weights one below the other: x_proj.weight (K·(R+2N), D),
     dt_projs.weight (K·D, R), dt_projs_bias (K, D), A_logs (K·D, N), Ds (K·D,).
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        d_state: int = 16,
-        ssm_ratio: float = 2.0,
-        dt_rank: int | str = "auto",
-        d_conv: int = 3,
-        conv_bias: bool = True,
-        gate: bool = True,
-    ):
+    def __init__(self, d_model: int, d_state: int = 1, ssm_ratio: float = 2.0):
         super().__init__()
-        inner, k = int(ssm_ratio * d_model), 4
-        rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
-        self.split, self.gate = [rank, d_state, d_state], gate
-        self.in_proj = nn.Linear(d_model, inner * (1 + gate), bias=False)
-        self.conv2d = None
-        if d_conv > 1:
-            self.conv2d = nn.Conv2d(
-                inner, inner, d_conv, padding=(d_conv - 1) // 2, groups=inner, bias=conv_bias
-            )
+        inner, rank, k = int(ssm_ratio * d_model), math.ceil(d_model / 16), 4
+        self.split = [rank, d_state, d_state]
+        self.in_proj = nn.Linear(d_model, inner, bias=False)
+        self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=False)
         self.x_proj = nn.Linear(inner, k * sum(self.split), bias=False)
         self.dt_projs = _PerDirection(rank, k * inner, bias=False)
         nn.init.uniform_(self.dt_projs.weight, -(rank**-0.5), rank**-0.5)
@@ -169,11 +152,8 @@ class SS2D(nn.Module):
         self.out_proj = nn.Linear(inner, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.in_proj(x)
-        if self.gate:
-            x, z = x.chunk(2, dim=-1)
-        x = x.permute(0, 3, 1, 2)  # channels first in shape, last in memory
-        x = F.silu(x if self.conv2d is None else self.conv2d(x))
+        x = self.in_proj(x).permute(0, 3, 1, 2)  # channels first in shape, last in memory
+        x = F.silu(self.conv2d(x))
 
         # Δ, B and C are read off each pixel, with weights for each direction: four images of them. Δ is first
         # read as R numbers.
@@ -185,10 +165,7 @@ class SS2D(nn.Module):
         delta, B, C = (w.unflatten(1, (len(x), -1)).permute(1, 0, 3, 2) for w in read)
         A = -self.A_logs.float().exp()
         y = four_scans(x, delta, A, B, C, self.Ds, self.dt_projs_bias.flatten())
-        y = self.out_norm(y.permute(0, 2, 3, 1))  # (B, H, W, D)
-        if self.gate:
-            y = y * F.silu(z)
-        return self.out_proj(y)
+        return self.out_proj(self.out_norm(y.permute(0, 2, 3, 1)))
 
 
 class _MLP(nn.Module):
@@ -206,31 +183,14 @@ class _MLP(nn.Module):
 class VSSBlock(nn.Module):
     """VMamba's block, channels last: x + SS2D(norm(x)), then x + MLP(norm(x)). (B, H, W, C) → (B, H, W, C).
 
-    Arguments, their defaults and the parameters are named as VMamba's, so the blocks of its ImageNet
-    checkpoints load with `strict=True`. The released v2 weights (tiny, small, base; s1l8 … s2l15) want
-    `ssm_d_state=1, ssm_ratio=1.0` (s1) or `2.0` (s2), `ssm_conv_bias=False, forward_type="v05_noz"`.
-
-    forward_type: VMamba's codes, "v2" with a gate (its default) or "v05_noz" without (its released weights).
-    Raises a ValueError for another.
+    Arguments and parameters are named as VMamba's. So the blocks of its released ImageNet weights (v2; tiny,
+    small, base) load with `strict=True`: ssm_ratio is 1 in those called s1, and 2 in s2. No MLP at ratio 0.
     """
 
-    def __init__(
-        self,
-        hidden_dim: int,
-        ssm_d_state: int = 16,
-        ssm_ratio: float = 2.0,
-        mlp_ratio: float = 4.0,
-        ssm_dt_rank: int | str = "auto",
-        ssm_conv: int = 3,
-        ssm_conv_bias: bool = True,
-        forward_type: str = "v2",
-    ):
+    def __init__(self, hidden_dim: int, ssm_d_state: int = 1, ssm_ratio: float = 2.0, mlp_ratio: float = 4.0):
         super().__init__()
-        if forward_type not in ("v2", "v05_noz"):
-            raise ValueError(f"forward_type {forward_type!r} is neither 'v2' nor 'v05_noz'")
-        gate = forward_type == "v2"
         self.norm = nn.LayerNorm(hidden_dim)
-        self.op = SS2D(hidden_dim, ssm_d_state, ssm_ratio, ssm_dt_rank, ssm_conv, ssm_conv_bias, gate)
+        self.op = SS2D(hidden_dim, ssm_d_state, ssm_ratio)
         self.norm2 = nn.LayerNorm(hidden_dim) if mlp_ratio > 0 else None
         self.mlp = _MLP(hidden_dim, int(hidden_dim * mlp_ratio)) if mlp_ratio > 0 else None
 
@@ -265,17 +225,14 @@ class ZeroVMamba(nn.Module):
 
     [figure] draws one block there. [ours] One for each of ControlNet's zero convolutions, in their place.
 
-    [ours] The zero is a linear projection behind the block, and no skip goes round both. So the residual is
-    exactly 0 at the start, and the projection gets a gradient from the first step. Where SS2D gives 0 the
-    link is ControlNet's zero convolution; SS2D adds what the other places hold.
-    [ours] N = 1, ratio 1, no gate and no MLP: in the 13 links of Stable Diffusion 1.5, MLPs would hold more
-    than twice the parameters of all else.
+    [ours] The zero is a linear projection behind the block, and no skip goes round both: the residual is
+    exactly 0 at the start. Where SS2D gives 0 the link is ControlNet's zero convolution.
+    [ours] N = 1, ratio 1, no MLP.
     """
 
-    def __init__(self, channels: int, ssm_d_state: int = 1, ssm_ratio: float = 1.0):
+    def __init__(self, channels: int):
         super().__init__()
-        kind = dict(mlp_ratio=0.0, ssm_conv_bias=False, forward_type="v05_noz")
-        self.block = VSSBlock(channels, ssm_d_state, ssm_ratio, **kind)
+        self.block = VSSBlock(channels, ssm_d_state=1, ssm_ratio=1.0, mlp_ratio=0.0)
         self.zero_proj = _zero(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -306,25 +263,15 @@ class VisualPromptEncoder(nn.Module):
     A patch embedding of log2(factor) convolutions of stride 2 (like VMamba v2's), `depth` VMamba blocks, and
     a linear projection that starts at zero. From the first block on, every place can read the whole grid.
 
-    [ours] Depth 4, the width of the U-Net's first level but 64 at least, MLP ratio 2, blocks at latent
-    resolution, no gate (VMamba v2). The paper gives none of these.
-    [ours] Each place is told where in its panel it lies, and in which panel: VMamba has an embedding of
-    position as an option. Corresponding places of the four panels then share most of their code, so the scans
-    and the copy's attention can match them.
-    [ours] N = 4 numbers of state, where VMamba v2 classifies with one. A place reads another by the
-    product C · B, its query and the other's key, both of length N, as in linear attention. A thing has to
-    find its like in the example, and one number says little of what it is.
+    [ours] Depth 4, blocks at latent resolution, the width of the U-Net's first level but 64 at least.
+    [ours] Each place is told where in its panel it lies, and in which panel: corresponding places of the four
+    panels then share most of their code.
+    [ours] N = 4 numbers of state, where VMamba v2 classifies with one. A place reads another by the product
+    C · B, its query and the other's key, both of length N, as in linear attention.
     """
 
     def __init__(
-        self,
-        out_channels: int,
-        depth: int = 4,
-        width: int | None = None,
-        ssm_d_state: int = 4,
-        ssm_ratio: float = 1.0,
-        mlp_ratio: float = 2.0,
-        factor: int = 8,
+        self, out_channels: int, depth: int = 4, width: int | None = None, d_state: int = 4, factor: int = 8
     ):
         super().__init__()
         width = width or max(64, out_channels)
@@ -334,8 +281,7 @@ class VisualPromptEncoder(nn.Module):
         self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride, padding=1) for a, b in pairwise(widths))
         self.stem_norms = nn.ModuleList(nn.LayerNorm(b) for b in widths[1:])
         self.place_proj = nn.Linear(27, width, bias=False)
-        kind = dict(ssm_conv_bias=False, forward_type="v05_noz")
-        blocks = (VSSBlock(width, ssm_d_state, ssm_ratio, mlp_ratio, **kind) for _ in range(depth))
+        blocks = (VSSBlock(width, d_state, ssm_ratio=1.0, mlp_ratio=2.0) for _ in range(depth))
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
         self.zero_proj = _zero(nn.Linear(width, out_channels))
@@ -362,16 +308,12 @@ class RCLDM(ModelMixin, ConfigMixin):
     It is called as `ControlNetModel` is.
 
     Args:
-        unet_encoder: configuration of the trainable copy, as `ControlNetModel` takes it; `from_unet` fills
-            it in.
+        unet_encoder: configuration of the trainable copy, as `ControlNetModel` takes it; `from_unet` has it.
         design: what stands in the two places. "vmamba": `VisualPromptEncoder` and `ZeroVMamba` links, the
             paper's; "conv": ControlNet's own convolutional encoder and zero convolutions (`--no-rcldm`).
-        factor: of the autoencoder, a power of two: the condition grid is so many times as high and wide as
-            the latents.
-        prompt_encoder_depth, prompt_encoder_width, prompt_encoder_d_state, mlp_ratio: of the
-            `VisualPromptEncoder`; no width means that of the U-Net's first level, 64 at least.
-        panel: P, pixels along the side of the panels that it is trained for; None where nobody has told it.
-        ssm_d_state: numbers of state per channel in the links. ssm_ratio: of all VMamba blocks.
+        factor: of the autoencoder, a power of two: latents per pixel, along a side.
+        prompt_encoder_depth, _width, _d_state: of the `VisualPromptEncoder`.
+        panel: P, pixels along the side of the panels that it is trained for, if known.
 
     Untrained, every design leaves the U-Net's output exactly as it is: the condition comes in through a
     projection that is zero and goes out through projections that are zero. The optimiser's first step moves
@@ -391,9 +333,6 @@ class RCLDM(ModelMixin, ConfigMixin):
         prompt_encoder_depth: int = 4,
         prompt_encoder_width: int | None = None,
         prompt_encoder_d_state: int = 4,
-        mlp_ratio: float = 2.0,
-        ssm_d_state: int = 1,
-        ssm_ratio: float = 1.0,
         panel: int | None = None,
     ):
         super().__init__()
@@ -405,23 +344,15 @@ class RCLDM(ModelMixin, ConfigMixin):
         self.prompt_encoder = self.new_prompt_encoder(copy.config.block_out_channels[0])
         if design == "vmamba":
             links = [*copy.controlnet_down_blocks, copy.controlnet_mid_block]  # zero convolutions until here
-            links = [ZeroVMamba(link.in_channels, ssm_d_state, ssm_ratio) for link in links]
-            *down, copy.controlnet_mid_block = links
+            *down, copy.controlnet_mid_block = [ZeroVMamba(link.in_channels) for link in links]
             copy.controlnet_down_blocks = nn.ModuleList(down)
 
     def new_prompt_encoder(self, channels: int) -> nn.Module:
         """By this config's design; evaluation/vit.py has another. channels: of the U-Net's first level."""
         config = self.config
         if config.design == "vmamba":
-            return VisualPromptEncoder(
-                channels,
-                config.prompt_encoder_depth,
-                config.prompt_encoder_width,
-                config.prompt_encoder_d_state,
-                config.ssm_ratio,
-                config.mlp_ratio,
-                config.factor,
-            )
+            size = config.prompt_encoder_depth, config.prompt_encoder_width, config.prompt_encoder_d_state
+            return VisualPromptEncoder(channels, *size, config.factor)
         if config.design == "conv":
             levels = config.factor.bit_length()  # ControlNet's own widths at factor 8
             widths = (16, 32, 96, *[256] * levels)[:levels]
@@ -464,22 +395,18 @@ class RCLDM(ModelMixin, ConfigMixin):
 
         sample: noisy latents of the whole grid (B, latent channels, h, w). timestep: one, or (B,).
         encoder_hidden_states: l' as embeddings (B, T, cross_attention_dim). controlnet_cond: condition grids
-        (B or 1, 3, factor·h, factor·w) in [-1, 1], or its encoding by `encode_condition` (B or 1, C0, h, w).
+        (B or 1, 3, factor·h, factor·w) in [-1, 1], or `encode_condition` of them (B or 1, C0, h, w).
         conditioning_scale: factor on all residuals. kwargs: for `ControlNetModel.forward`.
 
         Returns `ControlNetOutput`, or without `return_dict` (down_block_res_samples, mid_block_res_sample).
-        Raises ValueError for a condition of another shape.
+        Raises ValueError for a condition of another size.
         """
-        batch, _, h, w = sample.shape
-        f, c0 = self.config.factor, self.trainable_copy.config.block_out_channels[0]
-        shape = (*controlnet_cond.shape,)
-        if shape in ((1, c0, h, w), (batch, c0, h, w)):
-            features = controlnet_cond
-        elif shape in ((1, 3, f * h, f * w), (batch, 3, f * h, f * w)):
-            features = self.encode_condition(controlnet_cond)
-        else:
-            wanted = f"a grid ({batch}, 3, {f * h}, {f * w}) or its encoding ({batch}, {c0}, {h}, {w})"
-            raise ValueError(f"for latents {(*sample.shape,)} the condition must be {wanted}, got {shape}")
+        features = controlnet_cond
+        if features.shape[1] == 3:
+            features = self.encode_condition(features)
+        if features.shape[2:] != sample.shape[2:] or len(features) not in (1, len(sample)):
+            shapes = f"{(*controlnet_cond.shape,)} to latents {(*sample.shape,)}"
+            raise ValueError(f"the condition does not fit: {shapes}, factor {self.config.factor}")
         inputs = sample, timestep, encoder_hidden_states, features.to(sample.dtype)
         return self.trainable_copy(*inputs, conditioning_scale, return_dict=return_dict, **kwargs)
 
@@ -488,39 +415,26 @@ class RCLDM(ModelMixin, ConfigMixin):
 
 
 def main() -> None:
-    from scan_kernels import scan_backend
-
     torch.manual_seed(0)
-    u, delta = torch.randn(2, 1, 8, 100)
-    A, (B, C) = -torch.rand(8, 4), torch.randn(2, 1, 2, 4, 100)
-    backend, why = scan_backend(u)
-    y, z = (selective_scan(u, delta, A, B, C, None, None, True, name) for name in ("reference", backend))
-    print(f"1. The scan, D = 8 channels, N = 4, L = 100, by {backend!r}, because {why}")
-    print(f"   differs from the reference by {(z - y).abs().max():.1e} at most, of {y.abs().max():.1f}")
-
-    print("2. Four orders over the image [[0, 1, 2], [3, 4, 5]]")
+    print("1. Four orders over the image [[0, 1, 2], [3, 4, 5]]")
     image = torch.arange(6.0).view(1, 1, 2, 3)
     for name, sequence in zip(("rows", "columns", "rows, back", "columns, back"), cross_scan(image)[0, :, 0]):
         print(f"   {name:14}{sequence.int().tolist()}")
     print(f"   merged, each pixel four times: {cross_merge(cross_scan(image), 2, 3)[0, 0].tolist()}")
 
-    print("3. RCLDM on a small U-Net of random weights")
+    print("2. RCLDM on a small U-Net of random weights")
     levels = {"block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32}
-    levels |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
-    levels |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 4}
-    unet = UNet2DConditionModel(**levels)
+    levels |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "attention_head_dim": 4}
+    unet = UNet2DConditionModel(**levels, up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
     inputs, grid = (torch.randn(1, 4, 16, 16), 500, torch.randn(1, 5, 32)), torch.rand(1, 3, 128, 128) * 2 - 1
-    for design in ("vmamba", "conv"):
-        model = RCLDM.from_unet(unet, design)
-        with torch.no_grad():
-            down, mid = model(*inputs, grid, return_dict=False)
-            residuals = dict(down_block_additional_residuals=down, mid_block_additional_residual=mid)
-            same = torch.equal(unet(*inputs, **residuals).sample, unet(*inputs).sample)
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(
-            f"   {design:7}{millions:.2f} M parameters; residuals {[(*r.shape[1:],) for r in (*down, mid)]}"
-        )
-        print(f"          untrained, the U-Net's output is unchanged to the last bit: {same}")
+    model = RCLDM.from_unet(unet)
+    with torch.no_grad():
+        down, mid = model(*inputs, grid, return_dict=False)
+        residuals = dict(down_block_additional_residuals=down, mid_block_additional_residual=mid)
+        same = torch.equal(unet(*inputs, **residuals).sample, unet(*inputs).sample)
+    print(f"   {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    print(f"   residuals {[(*r.shape[1:],) for r in (*down, mid)]}")
+    print(f"   untrained, the U-Net's output is unchanged to the last bit: {same}")
 
 
 if __name__ == "__main__":

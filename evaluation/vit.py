@@ -21,15 +21,14 @@ from rcldm import RCLDM, VisualPromptEncoder
 class ViTBlock(nn.Module):
     """The pre-norm transformer block, channels last: (B, H, W, C) → (B, H, W, C)."""
 
-    def __init__(self, dim: int, mlp_ratio: float):
+    def __init__(self, dim: int):
         super().__init__()
         self.heads = dim // next(size for size in range(min(64, dim), 0, -1) if dim % size == 0)
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim)
-        hidden = int(dim * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(x).flatten(1, 2)).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, heads, ·)
@@ -41,17 +40,10 @@ class ViTBlock(nn.Module):
 class ViTPromptEncoder(VisualPromptEncoder):
     """`VisualPromptEncoder` with transformer blocks."""
 
-    def __init__(
-        self,
-        out_channels: int,
-        depth: int = 4,
-        width: int | None = None,
-        mlp_ratio: float = 2.0,
-        factor: int = 8,
-    ):
+    def __init__(self, out_channels: int, depth: int = 4, width: int | None = None, factor: int = 8):
         super().__init__(out_channels, depth=0, width=width, factor=factor)
         (dim,) = self.norm.normalized_shape
-        self.blocks = nn.ModuleList(ViTBlock(dim, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(ViTBlock(dim) for _ in range(depth))
 
 
 class ViTRCLDM(RCLDM):
@@ -59,8 +51,8 @@ class ViTRCLDM(RCLDM):
 
     def new_prompt_encoder(self, channels: int) -> nn.Module:
         config = self.config
-        depth, width = config.prompt_encoder_depth, config.prompt_encoder_width
-        return ViTPromptEncoder(channels, depth, width, config.mlp_ratio, config.factor)
+        size = config.prompt_encoder_depth, config.prompt_encoder_width
+        return ViTPromptEncoder(channels, *size, config.factor)
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel, design: str = "vit", **options) -> ViTRCLDM:

@@ -50,27 +50,24 @@ def test_cross_merge_is_the_adjoint_of_cross_scan(b, c, h, w, seed):
     assert torch.equal(gradient, cross_scan(x))
 
 
-@pytest.mark.parametrize("gate", [False, True])
-def test_ss2d_is_what_it_says(gate):
+def test_ss2d_is_what_it_says():
     """Against the plainest way to write it: one direction, one scan at a time."""
     torch.manual_seed(0)
-    m = SS2D(8, d_state=3, ssm_ratio=2.0, dt_rank=2, gate=gate)
-    x = torch.randn(2, 3, 5, 8)
-    h = F.linear(x, m.in_proj.weight)
-    h, z = h.chunk(2, dim=-1) if gate else (h, None)
-    image = F.silu(m.conv2d(h.permute(0, 3, 1, 2)))
+    m = SS2D(24, d_state=3, ssm_ratio=2.0)  # 48 channels, 2 numbers of Δ
+    x = torch.randn(2, 3, 5, 24)
+    image = F.silu(m.conv2d(F.linear(x, m.in_proj.weight).permute(0, 3, 1, 2)))
     merged = 0
     for k in range(4):
         along = image.transpose(2, 3) if k % 2 else image
         u = along.flatten(2) if k < 2 else along.flatten(2).flip(-1)
-        read = torch.einsum("bdl,cd->bcl", u, m.x_proj.weight.view(4, 8, 16)[k])
-        delta = torch.einsum("brl,dr->bdl", read[:, :2], m.dt_projs.weight.view(4, 16, 2)[k])
-        A, D, bias = -m.A_logs.view(4, 16, 3)[k].exp(), m.Ds.view(4, 16)[k], m.dt_projs_bias[k]
+        read = torch.einsum("bdl,cd->bcl", u, m.x_proj.weight.view(4, 8, 48)[k])
+        delta = torch.einsum("brl,dr->bdl", read[:, :2], m.dt_projs.weight.view(4, 48, 2)[k])
+        A, D, bias = -m.A_logs.view(4, 48, 3)[k].exp(), m.Ds.view(4, 48)[k], m.dt_projs_bias[k]
         y = selective_scan(u, delta, A, read[:, 2:5], read[:, 5:], D, bias, True, backend="reference")
         y = y if k < 2 else y.flip(-1)
         merged = merged + (y.unflatten(2, (5, 3)).transpose(2, 3) if k % 2 else y.unflatten(2, (3, 5)))
-    expected = m.out_norm(merged.permute(0, 2, 3, 1)) * (F.silu(z) if gate else 1)
-    torch.testing.assert_close(m(x), m.out_proj(expected), rtol=1e-4, atol=1e-5)
+    expected = m.out_proj(m.out_norm(merged.permute(0, 2, 3, 1)))
+    torch.testing.assert_close(m(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("state", [1, 4])
@@ -93,7 +90,7 @@ def test_ss2d_is_the_same_with_one_image_and_with_four_copies(monkeypatch, state
     assert low.dtype == torch.bfloat16 and (low - results[0][0]).norm() <= 2e-2 * results[0][0].norm()
 
 
-def vmamba_block(c, ratio, n, *, gate, conv_bias, mlp, spelling):
+def vmamba_block(c, ratio, n=1, *, mlp=True, spelling):
     """Names and shapes of one block in VMamba's checkpoints (its vmamba.py), filled with random numbers."""
     d, r, k = int(c * ratio), -(-c // 16), 4
     shapes = {
@@ -102,7 +99,7 @@ def vmamba_block(c, ratio, n, *, gate, conv_bias, mlp, spelling):
         "op.A_logs": (k * d, n),
         "op.Ds": (k * d,),
         "op.dt_projs_bias": (k, d),
-        "op.in_proj.weight": (d * (1 + gate), c),
+        "op.in_proj.weight": (d, c),
         "op.conv2d.weight": (d, 1, 3, 3),
         "op.out_norm.weight": (d,),
         "op.out_norm.bias": (d,),
@@ -112,8 +109,6 @@ def vmamba_block(c, ratio, n, *, gate, conv_bias, mlp, spelling):
         shapes |= {"op.x_proj.weight": (k * (r + 2 * n), d), "op.dt_projs.weight": (k * d, r)}
     else:
         shapes |= {"op.x_proj_weight": (k, r + 2 * n, d), "op.dt_projs_weight": (k, d, r)}
-    if conv_bias:
-        shapes["op.conv2d.bias"] = (d,)
     if mlp:
         shapes |= {
             "norm2.weight": (c,),
@@ -131,36 +126,26 @@ def vmamba_block(c, ratio, n, *, gate, conv_bias, mlp, spelling):
     return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
 
 
-V2 = dict(ssm_d_state=1, mlp_ratio=4.0, ssm_conv_bias=False, forward_type="v05_noz")
-RELEASES = {  # width of the first stage, settings
-    "vmamba tiny s1l8": (96, dict(ssm_ratio=1.0, **V2)),
-    "vmamba tiny s2l5": (96, dict(ssm_ratio=2.0, **V2)),
-    "vmamba base s2l15": (128, dict(ssm_ratio=2.0, **V2)),
-    "the code's defaults": (64, {}),
+RELEASES = {  # width of the first stage, ratio
+    "vmamba tiny s1l8": (96, 1.0),
+    "vmamba tiny s2l5": (96, 2.0),
+    "vmamba base s2l15": (128, 2.0),
 }
 
 
 @pytest.mark.parametrize("spelling", ["flat", "stacked", "convolutions"])
 @pytest.mark.parametrize("release", RELEASES)
 def test_vmamba_checkpoints_load(release, spelling):
-    width, settings = RELEASES[release]
+    width, ratio = RELEASES[release]
     for c in (width, 2 * width):
-        weights = vmamba_block(
-            c,
-            settings.get("ssm_ratio", 2.0),
-            settings.get("ssm_d_state", 16),
-            gate=not settings.get("forward_type", "v2").endswith("_noz"),
-            conv_bias=settings.get("ssm_conv_bias", True),
-            mlp=settings.get("mlp_ratio", 4.0) > 0,
-            spelling=spelling,
-        )
-        stage = torch.nn.Sequential(VSSBlock(c, **settings))  # nested, as blocks are in a checkpoint
+        weights = vmamba_block(c, ratio, spelling=spelling)
+        stage = torch.nn.Sequential(VSSBlock(c, ssm_ratio=ratio))  # nested, as blocks are in a checkpoint
         stage.load_state_dict({f"0.{name}": w for name, w in weights.items()}, strict=True)
         numbers = torch.cat([w.flatten() for w in weights.values()]).sort().values
         assert torch.equal(
             torch.cat([w.flatten() for w in stage.state_dict().values()]).sort().values, numbers
         )
-    stacked = vmamba_block(16, 1.0, 2, gate=True, conv_bias=True, mlp=False, spelling="stacked")
+    stacked = vmamba_block(16, 1.0, 2, mlp=False, spelling="stacked")
     block = VSSBlock(16, 2, 1.0, mlp_ratio=0.0)
     block.load_state_dict(dict(stacked))
     assert torch.equal(block.op.x_proj.weight[5:10], stacked["op.x_proj_weight"][1])
@@ -169,14 +154,13 @@ def test_vmamba_checkpoints_load(release, spelling):
 
 def test_foreign_weights_are_refused():
     block = VSSBlock(16, 2, 1.0, mlp_ratio=0.0)
-    weights = vmamba_block(16, 1.0, 2, gate=True, conv_bias=True, mlp=False, spelling="stacked")
-    for change in ({"op.x_proj_weight": torch.ones(4, 6, 16)}, {"op.in_proj.weight": torch.ones(16, 16)}):
+    weights = vmamba_block(16, 1.0, 2, mlp=False, spelling="stacked")
+    for change in ({"op.x_proj_weight": torch.ones(4, 6, 16)}, {"op.in_proj.weight": torch.ones(32, 16)}):
         with pytest.raises(RuntimeError, match="size mismatch"):
             block.load_state_dict(weights | change)
-    with pytest.raises(RuntimeError, match="Unexpected key"):
-        block.load_state_dict(weights | {"op.x_proj_bias": torch.ones(4)})
-    with pytest.raises(ValueError, match="forward_type 'v051d'"):
-        VSSBlock(16, forward_type="v051d")
+    for extra in ({"op.x_proj_bias": torch.ones(4)}, {"op.conv2d.bias": torch.ones(16)}):  # VMamba v1 has one
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            block.load_state_dict(weights | extra)
 
 
 # -------------------------------------------------------------------------------------------------- RCLDM
@@ -264,7 +248,7 @@ def test_everything_learns_from_the_third_step_on(unet, inputs, grid, design):
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_saved_and_loaded_it_is_the_same(unet, inputs, grid, design, tmp_path):
-    options = dict(prompt_encoder_depth=1, prompt_encoder_width=24, ssm_d_state=2, ssm_ratio=2.0)
+    options = dict(prompt_encoder_depth=1, prompt_encoder_width=24, prompt_encoder_d_state=2)
     model = awake(RCLDM.from_unet(unet, design, **options))
     model.save_pretrained(tmp_path)
     assert (tmp_path / "diffusion_pytorch_model.safetensors").exists()
@@ -308,9 +292,7 @@ def test_other_factors_and_shapes_of_the_grid(unet, inputs):
 def test_a_wrong_condition_is_one_clear_line(unet, inputs):
     model = RCLDM.from_unet(unet, prompt_encoder_depth=1)
     for shape in ((2, 3, 32, 32), (2, 3, 8, 8), (2, 4, 64, 64), (2, 16, 4, 4), (3, 3, 64, 64), (3, 64, 64)):
-        with pytest.raises(
-            ValueError, match=r"must be a grid \(2, 3, 64, 64\) or its encoding \(2, 16, 8, 8\)"
-        ):
+        with pytest.raises(ValueError, match=r"condition (does not fit|grid must be)"):
             model(*inputs, torch.zeros(shape))
     with pytest.raises(ValueError, match="multiples of 16"):
         model.encode_condition(torch.zeros(1, 3, 56, 64))
@@ -374,8 +356,7 @@ def test_it_fits_stable_diffusion_1_5():
 def test_the_worked_example_runs(capsys):
     rcldm.main()
     printed = capsys.readouterr().out
-    assert printed.count("unchanged to the last bit: True") == 2
-    assert "differs from the reference by" in printed
+    assert "unchanged to the last bit: True" in printed and "[5, 2, 4, 1, 3, 0]" in printed
 
 
 # -------------------------------------------------------------------- hooks of diffusers and accelerate
