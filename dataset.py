@@ -25,6 +25,8 @@ import json
 import logging
 import re
 import sys
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,25 +140,20 @@ class VisualPromptDataset(Dataset):
         if size < 1:
             raise ValueError(f"a panel of {size} pixels is no panel")
         self.size, self.seed = size, seed
-        number: dict[str, int] = {}  # instruction -> its group
-        group = np.array([number.setdefault(pair.instruction, len(number)) for pair in pairs], dtype=np.int64)
-        count = np.bincount(group, minlength=len(number))  # group -> its pairs
-        self.left_out = [instruction for instruction, n in zip(number, count) if n == 1]
-        if len(self.left_out) == len(number):
+        count = Counter(pair.instruction for pair in pairs)
+        self.left_out = [instruction for instruction, n in count.items() if n == 1]
+        if len(self.left_out) == len(count):
             raise DatasetError(
-                f"none of the {len(number)} instructions has a second edit pair to serve as the example; "
+                f"none of the {len(count)} instructions has a second edit pair to serve as the example; "
                 f"give at least two pairs with the same instruction"
             )
         if self.left_out:
             which = "; ".join(self.left_out[:3]) + ("; …" if len(self.left_out) > 3 else "")
             log.warning("instructions left out, of a single pair: %d (%s)", len(self.left_out), which)
-        self.pairs = [pair for pair, k in zip(pairs, group) if count[k] > 1]
-        group = group[count[group] > 1]
-        # In `_order` the pairs lie sorted by group, so a group is a slice.
-        self._order = np.argsort(group, kind="stable")  # place -> pair
-        self._place = np.argsort(self._order)  # pair -> place
-        self._first = np.searchsorted(group[self._order], group)  # pair -> its group's first place
-        self._count = count[group]  # pair -> its group's size
+        self.pairs = [pair for pair in pairs if count[pair.instruction] > 1]
+        self._group: dict[str, list[int]] = {}  # instruction -> its pairs, in their order
+        for i, pair in enumerate(self.pairs):
+            self._group.setdefault(pair.instruction, []).append(i)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -165,10 +162,9 @@ class VisualPromptDataset(Dataset):
         """The index of the pair that is item `i`'s example in this epoch: any other of its group, with equal
         chance. Raises IndexError."""
         i = range(len(self))[i]
-        rng = np.random.default_rng((self.seed, epoch, i))
-        first, count = self._first[i], self._count[i]
-        onward = rng.integers(1, count)  # 1 … count - 1 places further round the group's circle
-        return int(self._order[first + (self._place[i] - first + onward) % count])
+        group = self._group[self.pairs[i].instruction]
+        onward = np.random.default_rng((self.seed, epoch, i)).integers(1, len(group))
+        return group[(bisect_left(group, i) + onward) % len(group)]  # so many places on, round the group
 
     def load_pair(self, i: int) -> tuple[Tensor, Tensor]:
         """Before and after of pair `i`, each (3, P, P) in [-1, 1]. Raises ImageError, also for a `misfit`."""
@@ -256,8 +252,6 @@ def _read_metadata(metadata: Path, columns: Sequence[str]) -> Iterator[EditPair]
                 yield line
 
     try:
-        if not metadata.is_file():  # but a pipe, say, which keeps a reader waiting
-            raise ValueError("not a file")
         objects = (json.loads(line) for line in lines() if not line.isspace())
         for row in csv.DictReader(lines(), strict=True) if is_csv else objects:
             if not isinstance(row, dict) or None in row:
@@ -269,8 +263,8 @@ def _read_metadata(metadata: Path, columns: Sequence[str]) -> Iterator[EditPair]
             before, after, instruction = (row.pop(key) for key in columns)
             captions = [_caption(row.pop(key, None)) for key in ("input_caption", "output_caption")]
             files = path_inside(folder, before), path_inside(folder, after)
-            yield EditPair(*files, _instruction(instruction), *captions, row)
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+            yield EditPair(*files, clean_instruction(instruction), *captions, row)
+    except (OSError, ValueError, csv.Error) as error:
         reason = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
         raise DatasetError(f"{metadata}:{number}: {reason}") from None
 
@@ -278,8 +272,8 @@ def _read_metadata(metadata: Path, columns: Sequence[str]) -> Iterator[EditPair]
 def read_table(table: Any, columns: Sequence[str] | None = None) -> list[EditPair]:
     """The rows of a `datasets.Dataset`; pictures stay encoded until they are loaded.
 
-    Knows the columns of InstructPix2Pix, MagicBrush and our own; `columns` names others. Further columns of
-    texts and numbers go to `extra`. Raises DatasetError, which names the columns or the row.
+    Knows the columns of InstructPix2Pix, MagicBrush and our own; `columns` names others. Raises DatasetError,
+    which names the columns or the row.
     """
     import datasets  # here, because it takes a second to import and only tables need it
 
@@ -297,17 +291,13 @@ def read_table(table: Any, columns: Sequence[str] | None = None) -> list[EditPai
         images = [table.select_columns(name).cast_column(name, encoded) for name in (before, after)]
     except Exception as error:  # of pyarrow and datasets, by the column's type
         raise DatasetError(f"{before} and {after} are not columns of images ({_first_line(error)})") from None
-    kinds = {name: kind for name, kind in table.features.items() if isinstance(kind, datasets.Value)}
-    plain = [name for name, kind in kinds.items() if kind.dtype != "binary" and name not in (before, after)]
-    values = table.select_columns(plain)[:]  # column -> list, much faster than row by row
     texts = told, find("original_prompt", "input_caption"), find("edited_prompt", "output_caption")
-    texts = [values.pop(name, [None] * len(table)) for name in texts]
+    texts = [table[name][:] if name else [None] * len(table) for name in texts]
     pairs = []
     for row, (instruction, *captions) in enumerate(zip(*texts)):
         files = (TableImage(image, row) for image in images)
-        extra = {name: column[row] for name, column in values.items()}
         try:
-            pairs.append(EditPair(*files, _instruction(instruction), *map(_caption, captions), extra))
+            pairs.append(EditPair(*files, clean_instruction(instruction), *map(_caption, captions)))
         except ValueError as error:
             raise DatasetError(f"row {row}: {error}") from None
     return pairs
@@ -329,8 +319,11 @@ def _load_table(source: str | Path, split: str) -> Any:
         raise ValueError(f"cannot load it ({_first_line(error)})") from None
 
 
-def _instruction(text: object) -> str:
-    """[ours] Pairs share an instruction when its words are the same, whatever the blanks between them."""
+def clean_instruction(text: object) -> str:
+    """[ours] Pairs share an instruction when its words are the same, whatever the blanks between them.
+
+    Raises ValueError for what is no text, or too long.
+    """
     if len(_text(text, "the instruction")) > LONGEST_INSTRUCTION:
         raise ValueError(f"an instruction of more than {LONGEST_INSTRUCTION} letters")
     return sys.intern(" ".join(text.split()))  # all pairs of an instruction hold one and the same string

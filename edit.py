@@ -67,7 +67,7 @@ from torch import Tensor, nn
 
 import backbone
 import liu
-from dataset import LONGEST_INSTRUCTION, answer_panel, compose_grid, drop_example, mask_query
+from dataset import answer_panel, clean_instruction, compose_grid, drop_example, mask_query
 from pictures import check_finite, fit_panel, load_image, tensor_to_image, unfit
 from pictures.answers import grid_path, labelled_grid, plan_answers, save_png
 
@@ -217,10 +217,7 @@ def decode_answers(vae: nn.Module, latents: Tensor) -> Tensor:
 @backbone.one_line_errors("edit.py")
 def main() -> None:
     args = arguments()
-    instruction = " ".join(args.instruction.split())
-    instruction.encode()  # raises a ValueError for bytes that are no text
-    if len(instruction) > LONGEST_INSTRUCTION:
-        raise ValueError(f"--instruction must have at most {LONGEST_INSTRUCTION} letters")
+    instruction = clean_instruction(args.instruction) if args.instruction.strip() else ""
     if not args.prompt_pair and not instruction:
         raise ValueError("nothing says which edit to make: give --prompt-pair, --instruction or both")
     bounds = {(1, 10_000): "num_images", (1, math.inf): "steps", (0, 2**62): "seed"}
@@ -235,12 +232,10 @@ def main() -> None:
     sd, rcldm, llm, settings = backbone.load_parts(model, device, dtype, words=bool(instruction))
     scheduler = getattr(diffusers, SCHEDULERS[args.scheduler]).from_config(sd.scheduler.config)
     sd, panel = sd._replace(scheduler=scheduler), settings["panel"]
-    given = {name: getattr(args, name) for name in ("steps", "guidance_text", "guidance_visual")}
+    given = {name: getattr(args, name) for name in backbone.SAMPLING}
     used = {name: settings[name] if value is None else value for name, value in given.items()}
 
-    unified = instruction
-    if llm is not None:
-        (unified,) = liu.InstructionUnifier(*llm).unify([instruction])
+    (unified,) = liu.InstructionUnifier(*llm).unify([instruction]) if llm else [instruction]
     if instruction:
         print(f'instruction: "{instruction}" -> "{unified}"', flush=True)
     for line in backbone.cut_off(sd.tokenizer, [unified]).values():
@@ -264,10 +259,9 @@ def main() -> None:
             latents = sample(sd, rcldm, branches, noise.to(device), used["steps"], generators)
             (answer,) = decode_answers(sd.vae, latents)
             answer = tensor_to_image(unfit(answer, box))
-            record = {"instruction": instruction, "unified": unified, "input": str(source), "seed": seed}
-            record |= {"prompt_pair": [str(file) for file in args.prompt_pair or []], **used}
-            record |= {"scheduler": args.scheduler, "model": str(model), "dtype": args.dtype}
-            record |= {"device": str(device)}
+            record = {"instruction": instruction, "unified": unified, "input": source, "seed": seed, **used}
+            record |= {name: getattr(args, name) for name in ("prompt_pair", "scheduler", "dtype")}
+            record |= {"model": model, "device": device}
             save_png(answer, path, record)
             if args.grid:
                 save_png(labelled_grid(pair, query, answer, instruction, panel), grid_path(path), record)

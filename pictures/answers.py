@@ -114,6 +114,6 @@ def labelled_grid(
 def save_png(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
     """Writes the PNG whole or not at all, with `record` as JSON in its text chunk "instructgie"."""
     info = PngInfo()
-    info.add_text("instructgie", json.dumps(record))
+    info.add_text("instructgie", json.dumps(record, default=str))
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda file: image.save(file, format="PNG", pnginfo=info))

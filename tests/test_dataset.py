@@ -505,10 +505,7 @@ def make_table(before="original_image", instruction="edit_prompt", **more) -> da
 def test_table_reader(names):
     table = make_table(*names, original_prompt=["c", "d", "e", None], score=[4, 5, 6, 7])
     pairs = ds.read_table(table)
-    assert [(p.instruction, p.input_caption, p.extra) for p in pairs][1:4:2] == [
-        ("a", "d", {"score": 5}),
-        ("b", None, {"score": 7}),
-    ]
+    assert [(p.instruction, p.input_caption) for p in pairs][1:4:2] == [("a", "d"), ("b", None)]
     assert pictures.load_image(pairs[2].output).tobytes() == picture((16, 16), 6).tobytes()
     assert len(ds.VisualPromptDataset(pairs, 8)) == 4
 
@@ -518,7 +515,7 @@ def test_tables_of_magic_brush_and_of_any_names(tmp_path):
     table = make_table("original_image", "instruction", mask_img=["x"] * 4, turn_index=["1"] * 4)
     magic_brush = table.rename_columns({"original_image": "source_img", "edited_image": "target_img"})
     pairs = ds.read_table(magic_brush)
-    assert [p.instruction for p in pairs] == ["a", "a", "b", "b"] and pairs[0].extra["turn_index"] == "1"
+    assert [p.instruction for p in pairs] == ["a", "a", "b", "b"]
     for pair, known in zip(pairs, plain):
         assert pictures.load_image(pair.input).tobytes() == pictures.load_image(known.input).tobytes()
         assert pictures.load_image(pair.output).tobytes() == pictures.load_image(known.output).tobytes()
@@ -583,8 +580,8 @@ def test_table_refuses(tmp_path):
     save_pictures(tmp_path, ["secret.png"])
     data = (tmp_path / "secret.png").read_bytes()
     table = datasets.Dataset.from_dict({"input_image": [data], "instruction": ["a"], "edited_image": [data]})
-    pair = ds.read_table(table)[0]  # raw bytes are a picture too, but never metadata
-    assert pictures.load_image(pair.output).size == (16, 16) and pair.extra == {}
+    pair = ds.read_table(table)[0]  # raw bytes are a picture too
+    assert pictures.load_image(pair.output).size == (16, 16)
     path = str(tmp_path / "secret.png")
     table = datasets.Dataset.from_dict({"input_image": [path], "instruction": ["a"], "edited_image": [path]})
     with pytest.raises(pictures.ImageError, match="column input_image, row 0: the row holds no image bytes"):
