@@ -14,7 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def load(number: str, answers: bool) -> ModuleType:
-    """A new copy of the exercise of that number, "01" … "13", or of its answer."""
+    """A new copy of the exercise of that number, "01" … "14", or of its answer."""
     (path,) = (HERE / "answers" if answers else HERE).glob(f"{number}_*.py")
     spec = spec_from_file_location(f"exercise_{path.stem}", path)
     module = module_from_spec(spec)

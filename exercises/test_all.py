@@ -1,4 +1,4 @@
-"""The tests of the thirteen exercises; `pytest exercises -k 05 -s` prints what those of one measure.
+"""The tests of the fourteen exercises; `pytest exercises -k 05 -s` prints what those of one measure.
 
 Each takes the module that it tests as its argument, see conftest.py; with `--answers`, it is the answer.
 """
@@ -580,3 +580,58 @@ def test_13_how_often(exercise):
     print(f"below zero: {count} of {len(later)}")
     assert count == ((1 - later) < (1 - later).sqrt().square()).sum() and 0 < count < len(later)
     assert exercise.below_zero(torch.tensor([0.75])) == 0, "the root of a quarter is exact"
+
+
+# --- 14 The draft that hides a loss -------------------------------------------------------------------------
+
+
+def apart_by(distances):
+    """A draft of zeros, and what is drawn so far from it: (1, 2, 2, 2)."""
+    distances = torch.tensor(distances).view(1, 1, 2, 2)
+    return torch.zeros(1, 2, 2, 2), torch.cat([distances, -distances], 1)
+
+
+def test_14_close_places_are_the_drafts(exercise):
+    draft, drawn = apart_by([0.1, 0.5, 0.6, 2.0])
+    for close, kept in ((0.0, [1, 1, 1, 1]), (0.5, [0, 0, 1, 1]), (3.0, [0, 0, 0, 0])):
+        assert_close(exercise.settle(drawn, draft, close), drawn * torch.tensor(kept).view(1, 1, 2, 2))
+    drawn[0, 1] = 0  # one channel of two: the root of half the square
+    assert_close(exercise.settle(drawn, draft, 0.4)[0, 0].flatten(), torch.tensor([0, 0, 0.6, 2.0]))
+
+
+def test_14_a_loss_is_heard_where_the_drawing_stands(exercise):
+    draft, drawn = apart_by([0.1, 0.5, 0.6, 2.0])
+    for close, share in ((0.0, 1), (0.2, 0.75), (0.55, 0.5), (3.0, 0)):
+        assert exercise.heard(lambda x: (x - 9).square().sum(), drawn, draft, close) == share
+    assert exercise.heard(lambda x: x[:, :, 0, 0].sum(), drawn, draft, 0.05) == 0.25
+
+
+def test_14_what_an_ablation_still_sees(exercise):
+    draft, untaught = apart_by([0.1, 0.5, 0.6, 2.0])
+    taught, truth = 0.5 * untaught, draft
+    errors = torch.tensor([0.1, 0.5, 0.6, 2.0]).square()
+    for close in (0.0, 0.55, 1.5, 3.0):
+        left = (errors * (errors.sqrt() > close)).sum() - 0.25 * (errors * (errors.sqrt() > 2 * close)).sum()
+        expected = (left / (0.75 * errors.sum())).item()
+        assert exercise.seen(taught, untaught, truth, draft, close) == pytest.approx(expected, abs=1e-6)
+
+
+def test_14_wrong_mouths_under_a_draft(exercise):
+    smile, frown = world.Edit("smile", "face"), world.Edit("frown", "face")
+    found = scenes(2, 8, smile, frown)
+    right, wrong = (torch.cat([tensor(edit.apply(scene)) for scene in found]) for edit in (smile, frown))
+    classes = np.stack([world.render_classes(smile.apply(scene)) for scene in found])
+    area = torch.from_numpy(classes == world.CLASSES.index("face"))[:, None].float()
+    truth, frowning = (backbone.encode_images(stable_diffusion().vae, x) for x in (right, wrong))
+    noise = 0.1 * torch.randn(2, *truth.shape, generator=torch.Generator().manual_seed(0))
+    taught, draft = truth + noise[0], truth + noise[1]
+    untaught = frowning + noise[0]
+    shares = []
+    for close in (0.0, 0.25, 0.5, 1.0, 2.0, 4.0):
+        face = exercise.heard(
+            lambda x: sam_loss.selective_area_loss(x, truth, area), untaught, draft, close
+        ) / exercise.heard(lambda x: sam_loss.selective_area_loss(x, truth, area), untaught, draft, 0.0)
+        shares.append((face, exercise.seen(taught, untaught, truth, draft, close)))
+        print(f"c = {close:4.2f}: L_sam is heard at {face:4.0%} of the face; an ablation sees", end=" ")
+        print(f"{shares[-1][1]:4.0%} of the difference")
+    assert shares[0] == pytest.approx((1, 1)) and shares[-1] == pytest.approx((0, 0), abs=0.01)

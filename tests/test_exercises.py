@@ -18,7 +18,7 @@ from exercises.conftest import load
 from toy import world
 
 FOLDER = Path(__file__).resolve().parents[1] / "exercises"
-NUMBERS = [f"{k:02d}" for k in range(1, 14)]
+NUMBERS = [f"{k:02d}" for k in range(1, 15)]
 TESTS = {name: test for name, test in vars(test_all).items() if re.match(r"test_\d\d_", name)}
 
 
@@ -369,6 +369,40 @@ def never(m, alpha_bar_next):
     return 0
 
 
+def close_in_every_channel(m, drawn, draft, close):
+    return torch.where((drawn - draft).abs().amax(1, keepdim=True) <= close, draft, drawn)
+
+
+def close_in_the_mean(m, drawn, draft, close):
+    return draft if (drawn - draft).square().mean().sqrt() <= close else drawn
+
+
+def drawn_where_close(m, drawn, draft, close):
+    return m.settle(draft, drawn, close)
+
+
+def channel_by_channel(m, drawn, draft, close):
+    return torch.where((drawn - draft).abs() <= close, draft, drawn)
+
+
+def the_loss_unsettled(m, loss, drawn, draft, close):
+    return m.heard(loss, drawn, draft, -1.0)
+
+
+def places_that_stand(m, loss, drawn, draft, close):
+    return (m.settle(drawn, draft, close) == drawn).all(1).float().mean().item()
+
+
+def only_the_taught_settled(m, taught, untaught, truth, draft, close):
+    settled = m.settle(taught, draft, close)
+    return m.seen(settled, untaught, truth, draft, -1.0)
+
+
+def difference_unscaled(m, taught, untaught, truth, draft, close):
+    errors = [(m.settle(x, draft, close) - truth).square().mean() for x in (untaught, taught)]
+    return (errors[0] - errors[1]).item()
+
+
 WRONG = [
     ("01", "condition", black_for_grey),
     ("01", "condition", half_for_grey),
@@ -437,6 +471,14 @@ WRONG = [
     ("13", "step", as_much_noise_as_ddpm),
     ("13", "step", alphas_exchanged),
     ("13", "below_zero", never),
+    ("14", "settle", close_in_every_channel),
+    ("14", "settle", close_in_the_mean),
+    ("14", "settle", drawn_where_close),
+    ("14", "settle", channel_by_channel),
+    ("14", "heard", the_loss_unsettled),
+    ("14", "heard", places_that_stand),
+    ("14", "seen", only_the_taught_settled),
+    ("14", "seen", difference_unscaled),
 ]
 
 
