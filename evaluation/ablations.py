@@ -18,7 +18,6 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -27,37 +26,30 @@ import torch
 
 import backbone
 from disk import atomic_write, other_settings
-from evaluation import metrics
+from evaluation.metrics import interval, markdown
 
-HERE = Path(__file__).resolve().parents[1]
-PAGE = HERE / "docs" / "results.md"
+PAGE = backbone.HERE / "docs" / "results.md"
+NOT_YET = "Not measured yet.\n"
 
 
 # --- What is compared ---------------------------------------------------------------------------------------
 
 
 class Arm(NamedTuple):
-    """label: in the tables. options: of the program that trains it. method, sampling: of evaluate.py.
+    """label: in the tables. trainer: the command that trains it, once for each seed; an arm without one is
+    asked once. method, sampling: of evaluate.py.
 
-    trained: here, once for each seed; what is not is asked once.
     paper: the paper's FID and CLIP directional similarity, on photographs.
     times: the budget, this often. beside: the arm of the same budget that the differences are taken from.
     """
 
     label: str
-    options: tuple[str, ...] = ()
+    trainer: tuple[str, ...] = ("train.py",)
     method: str = "instructgie"
     sampling: tuple[str, ...] = ()
-    program: str = "train.py"
-    trained: bool = True
     paper: tuple[float | None, float | None] = (None, None)
     times: int = 1
     beside: str = "full"
-
-
-def three_times(arm: Arm) -> Arm:
-    label = f"{arm.label}, 3 × the budget"
-    return arm._replace(label=label, paper=(None, None), times=3, beside="full-3x")
 
 
 SETS = {
@@ -72,42 +64,51 @@ SETS = {
 # (docs/choices.md).
 ARMS = {
     "full": Arm("InstructGIE", paper=(7.57, 0.27)),
-    "no-rcldm": Arm("without RCLDM", ("--no-rcldm",), paper=(10.15, 0.13)),
-    "vit": Arm("ViT in place of VMamba", program="evaluation.vit"),
-    "no-esm": Arm("without ESM", ("--no-esm",), paper=(9.23, 0.15)),
-    "no-liu": Arm("without LIU", ("--no-liu",), paper=(10.37, None)),
-    "no-sam": Arm("without SAM", ("--no-sam",), paper=(11.31, None)),
-    "es-10x": Arm("ESM, ten times the weight", ("--es-weight", "0.5")),
-    "sam-10x": Arm("SAM, ten times the weight", ("--sam-weight", "1")),
-    "sdedit": Arm(
-        "SDEdit", method="sdedit", sampling=("--guidance-text", "4"), trained=False, paper=(21.67, 0.11)
-    ),
+    "no-rcldm": Arm("without RCLDM", ("train.py", "--no-rcldm"), paper=(10.15, 0.13)),
+    "vit": Arm("ViT in place of VMamba", ("evaluation.vit",)),
+    "no-esm": Arm("without ESM", ("train.py", "--no-esm"), paper=(9.23, 0.15)),
+    "no-liu": Arm("without LIU", ("train.py", "--no-liu"), paper=(10.37, None)),
+    "no-sam": Arm("without SAM", ("train.py", "--no-sam"), paper=(11.31, None)),
+    "es-10x": Arm("ESM, ten times the weight", ("train.py", "--es-weight", "0.5")),
+    "sam-10x": Arm("SAM, ten times the weight", ("train.py", "--sam-weight", "1")),
+    "sdedit": Arm("SDEdit", (), "sdedit", ("--guidance-text", "4"), paper=(21.67, 0.11)),
     "instruct-pix2pix": Arm(
         "InstructPix2Pix",
+        trainer=("evaluation.baselines", "instruct-pix2pix"),
         method="instruct-pix2pix",
         sampling=("--guidance-text", "3", "--guidance-visual", "1"),
         paper=(17.87, 0.17),
     ),
     "prompt-diffusion": Arm(
-        "Prompt Diffusion", method="prompt-diffusion", sampling=("--guidance-text", "1"), paper=(13.75, 0.21)
+        "Prompt Diffusion",
+        trainer=("evaluation.baselines", "prompt-diffusion"),
+        method="prompt-diffusion",
+        sampling=("--guidance-text", "1"),
+        paper=(13.75, 0.21),
     ),
-    "shipped": Arm("InstructGIE as shipped, trained longer", trained=False),
+    "shipped": Arm("InstructGIE as shipped, trained longer", trainer=()),
 }
 # What learns is set beside the baselines at two budgets: who leads might hang on when one stops.
-LONGER = {f"{name}-3x": three_times(ARMS[name]) for name in ("instruct-pix2pix", "prompt-diffusion", "full")}
+LONGER = {
+    f"{name}-3x": ARMS[name]._replace(
+        label=f"{ARMS[name].label}, 3 × the budget", paper=(None, None), times=3, beside="full-3x"
+    )
+    for name in ("instruct-pix2pix", "prompt-diffusion", "full")
+}
 ARMS |= LONGER
-# Which arms stand beside the full one on which answers.
-COMPARED = {
-    each: ("sdedit", "instruct-pix2pix", "prompt-diffusion", "full", *LONGER, "shipped")
-    for each in ("seen", "unseen_combination")
+
+# The tables, by their heading: which arms stand beside the full one on which answers.
+COMPARED = ("sdedit", "instruct-pix2pix", "prompt-diffusion", "full", *LONGER, "shipped")
+TABLES = {
+    "## Beside the baselines": {"seen": COMPARED, "unseen_combination": COMPARED},
+    "## Without each contribution": {
+        "example": ("full", "no-rcldm", "vit"),
+        "seen": ("full", "no-esm", "es-10x", "no-rcldm", "vit", "no-liu", "no-sam", "sam-10x"),
+        "paraphrase": ("full", "no-liu"),
+        "faces": ("full", "no-sam", "sam-10x"),
+    },
 }
-TAKEN_AWAY = {
-    "example": ("full", "no-rcldm", "vit"),
-    "seen": ("full", "no-esm", "es-10x", "no-rcldm", "vit", "no-liu", "no-sam", "sam-10x"),
-    "paraphrase": ("full", "no-liu"),
-    "faces": ("full", "no-sam", "sam-10x"),
-}
-TABLES = (*COMPARED.items(), *TAKEN_AWAY.items())
+ROWS = [(each, name) for sets in TABLES.values() for each, names in sets.items() for name in names]
 TITLES = {
     "seen": "New scenes, `seen`",
     "unseen_combination": "Combinations never trained, `unseen_combination`",
@@ -125,7 +126,7 @@ def call(*command: object) -> str:
     words = [str(word) for word in command]
     words = words if words[0].endswith(".py") else ["-m", *words]
     print("python", *words, flush=True)
-    ended = subprocess.run([sys.executable, *words], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    ended = subprocess.run([sys.executable, *words], cwd=backbone.HERE, stdout=subprocess.PIPE, text=True)
     if ended.returncode:
         raise ValueError(f"stopped: {command[0]} failed; mend what it says above and start again, it goes on")
     return ended.stdout
@@ -133,42 +134,34 @@ def call(*command: object) -> str:
 
 def check_budget(args: argparse.Namespace) -> None:
     """Notes the budget beside the runs; raises ValueError where runs of another lie there."""
-    names = ("steps", "batch", "precision", "data", "count")
-    budget = {name: getattr(args, name) for name in names}
+    budget = {name: getattr(args, name) for name in ("steps", "batch", "precision", "count")}
     for name, (there, now) in other_settings(args.runs / "budget.json", budget).items():
-        was = f"--{name.replace('_', '-')} {there}, not {now}"
+        was = f"--{name} {there}, not {now}"
         raise ValueError(f"{args.runs} holds runs of {was}; give other folders with --runs and --out")
 
 
 def train(name: str, seed: int, args: argparse.Namespace) -> str | None:
     """Trains an arm unless it is trained; returns what `evaluate.py` is to load, None for its default."""
     arm, folder = ARMS[name], args.runs / f"{name}-{seed}"
-    if not arm.trained:
+    if not arm.trainer:
         return None
     ours = arm.method == "instructgie"
-    result = folder / ("editor" if ours else "pipeline")
-    if result.exists() and (folder / "done").exists():
-        return str(result)
-    budget = ("--seed", seed, "--batch", args.batch, "--precision", args.precision, "--data", args.data)
-    budget += ("--steps", arm.times * args.steps)
-    if ours:
-        begun = ("--resume",) if folder.exists() else ()
-        call(arm.program, "--output", folder, *begun, *budget, *arm.options)
-    else:
-        call("evaluation.baselines", arm.method, "--output", folder, *budget)
-    (folder / "done").touch()
-    return str(result)
+    if not (folder / "done").exists():
+        begun = ("--resume",) if ours and folder.exists() else ()
+        budget = ("--steps", arm.times * args.steps, "--batch", args.batch, "--precision", args.precision)
+        call(*arm.trainer, "--output", folder, *begun, "--seed", seed, *budget)
+        (folder / "done").touch()
+    return str(folder / ("editor" if ours else "pipeline"))
 
 
 def measure(name: str, seed: int, model: str | None, args: argparse.Namespace) -> None:
     """Answers every set of the arm and measures the answers, unless that is done."""
     arm = ARMS[name]
-    for each in dict.fromkeys(each for each, names in TABLES if name in names):
+    for each in dict.fromkeys(each for each, other in ROWS if other == name):
         out = args.out / f"{name}-{seed}" / each
         if (out / "score.json").exists():
             continue
-        asked = ("--count", args.count, "--data", args.data, *SETS[each], "--sheet", 24)
-        asked += ("--method", arm.method, *arm.sampling)
+        asked = (*SETS[each], "--count", args.count, "--sheet", 24, "--method", arm.method, *arm.sampling)
         call("evaluation.evaluate", *([model] if model else []), "--output", out, *asked)
         (folder,) = (path.parent for path in out.rglob("answers.jsonl"))
         call("evaluation.metrics", folder, "--json", out / "metrics.json")
@@ -178,50 +171,30 @@ def measure(name: str, seed: int, model: str | None, args: argparse.Namespace) -
 # --- The tables ---------------------------------------------------------------------------------------------
 
 
-class Numbers(NamedTuple):
-    """One metric of one arm on one set over the seeds: mean, and the ends of the widest 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def text(self, digits: int) -> str:
-        """With the interval, unless that is the one number of one seed."""
-        interval = f" ({self.low:.{digits}f} … {self.high:.{digits}f})" if self.low < self.high else ""
-        return f"{self.mean:.{digits}f}{interval}"
-
-
 def gather(name: str, each: str, args: argparse.Namespace) -> dict[int, dict]:
     """What was measured of an arm's answers, by the seeds that are there."""
     rows = {}
     for seed in args.seeds:
         out = args.out / f"{name}-{seed}" / each
         if (out / "score.json").exists():
-            (measured,) = _read(out / "metrics.json")["results"]
-            (scored,) = _read(out / "score.json")
+            (measured,) = json.loads((out / "metrics.json").read_text())["results"]
+            (scored,) = json.loads((out / "score.json").read_text())
             rows[seed] = measured | scored
     return rows
 
 
-def _read(path: Path) -> dict | list:
-    """What was measured. Raises ValueError for NaN and infinity, of which no table is made."""
-
-    def refuse(number: str) -> None:
-        raise ValueError(f"{path}: holds {number}; remove its folder and measure anew")
-
-    return json.loads(path.read_text(), parse_constant=refuse)
-
-
-def numbers(rows: list[dict], key: str, interval: str | None = None, unit: float = 1) -> Numbers | None:
-    """A metric over the seeds; its ends are the least and the greatest seed where it has no interval."""
+def cell(rows: list[dict], key: str, digits: int, interval_key: str = "", unit: float = 1) -> str:
+    """A metric over the seeds: its mean, and in brackets the ends of the widest 95 % interval; the least and
+    the greatest seed where it has none."""
     values = [row[key] for row in rows]
     if None in values:
-        return None
-    ends = [end for row in rows for end in row[interval]] if interval else values
-    return Numbers(*(unit * x for x in (fmean(values), min(ends), max(ends))))
+        return "–"
+    ends = [end for row in rows for end in row[interval_key]] if interval_key else values
+    mean, low, high = (f"{unit * x:.{digits}f}" for x in (fmean(values), min(ends), max(ends)))
+    return f"{mean} ({low} … {high})" if min(ends) < max(ends) else mean
 
 
-def table(each: str, names: Iterable[str], args: argparse.Namespace) -> str:
+def table(each: str, names: tuple[str, ...], args: argparse.Namespace) -> str:
     """A row for every arm that was measured on this set, the paper's numbers last."""
     head = ["", "seeds × answers", "FID (clip)", "CLIP DirSim", "right, %", "MAE inside", "outside", "face"]
     head += ["paper: FID", "DirSim"]
@@ -231,22 +204,14 @@ def table(each: str, names: Iterable[str], args: argparse.Namespace) -> str:
         if not found:
             continue
         cells = [
-            numbers(found, "fid", "fid_interval").text(4),
-            numbers(found, "directional_similarity", "directional_similarity_interval").text(3),
-            numbers(found, "accuracy", "interval", unit=100).text(1),
+            cell(found, "fid", 4, "fid_interval"),
+            cell(found, "directional_similarity", 3, "directional_similarity_interval"),
+            cell(found, "accuracy", 1, "interval", unit=100),
         ]
-        errors = [numbers(found, f"mae_{region}") for region in ("inside", "outside", "face")]
-        cells += ["–" if error is None else error.text(1) for error in errors]
+        cells += [cell(found, f"mae_{region}", 1) for region in ("inside", "outside", "face")]
         cells += ["–" if number is None else f"{number:.2f}" for number in ARMS[name].paper]
         rows.append([ARMS[name].label, f"{len(found)} × {found[0]['n']}", *cells])
-    return markdown(head, rows)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    if not rows:
-        return "Not measured yet.\n"
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(head, rows) if rows else NOT_YET
 
 
 def difference(rows: dict[int, dict], full: dict[int, dict], key: str, digits: int) -> str:
@@ -260,32 +225,31 @@ def difference(rows: dict[int, dict], full: dict[int, dict], key: str, digits: i
     apart = [mine[key] - theirs[key] for mine, theirs in pairs]
     mean = fmean(apart)
     draws = torch.tensor([[row[f"{key}_draws"] for row in pair] for pair in pairs], dtype=torch.float64)
-    low, high = metrics.interval(mean, (draws[:, 0] - draws[:, 1]).mean(0))
+    low, high = interval(mean, (draws[:, 0] - draws[:, 1]).mean(0))
     alike = sum((value > 0) == (mean > 0) for value in apart)
     return f"{mean:+.{digits}f} ± {(high - low) / 2:.{digits}f} ({alike} of {len(apart)})"
 
 
 def differences(args: argparse.Namespace) -> str:
     """A row for each arm and set: FID and directional similarity less those of its budget's full arm."""
-    rows, fid, direction = [], *ARMS["full"].paper
-    for each, names in TABLES:
-        for name in names:
-            full, found = gather(ARMS[name].beside, each, args), gather(name, each, args)
-            paper = ARMS[name].paper
-            if name in ("full", "full-3x", "shipped") or not found or not full:
-                continue
-            cells = [difference(found, full, "fid", 4), difference(found, full, "directional_similarity", 3)]
-            cells += [f"{a - b:+.2f}" if a else "–" for a, b in zip(paper, (fid, direction))]
-            rows.append([ARMS[name].label, f"`{each}`", *cells])
     head = ["", "answers", "FID (clip)", "CLIP DirSim", "paper: FID", "DirSim"]
-    return markdown(head, rows)
+    rows = []
+    for each, name in ROWS:
+        arm = ARMS[name]
+        full, found = gather(arm.beside, each, args), gather(name, each, args)
+        if name in ("full", "full-3x", "shipped") or not found or not full:
+            continue
+        cells = [difference(found, full, "fid", 4), difference(found, full, "directional_similarity", 3)]
+        cells += [f"{a - b:+.2f}" if a else "–" for a, b in zip(arm.paper, ARMS["full"].paper)]
+        rows.append([arm.label, f"`{each}`", *cells])
+    return markdown(head, rows) if rows else NOT_YET
 
 
 def receptive_fields(args: argparse.Namespace) -> str:
     """The paper's figure, of the first seed's encoders: draws it beside the page, and returns its table."""
     editors = [args.runs / f"{name}-{args.seeds[0]}" / "editor" for name in ("no-rcldm", "vit", "full")]
     if not all(editor.exists() for editor in editors):
-        return "Not measured yet.\n"
+        return NOT_YET
     figure = PAGE.with_name("receptive_field.png")
     printed = call("evaluation.receptive_field", *editors, "--out", figure)
     return f"{printed}\n![the fields in the order of the rows]({figure.name})\n"
@@ -295,12 +259,9 @@ def write_page(args: argparse.Namespace) -> None:
     """Puts the tables into the page, between its two marks; what is written around them stays."""
     start, end = "<!-- measured: by evaluation.ablations -->\n", "<!-- end of what is measured -->\n"
     parts = [f"{args.steps} steps of {args.batch}. Seeds {', '.join(map(str, args.seeds))}.\n"]
-    for heading, tables in (
-        ("## Beside the baselines", COMPARED),
-        ("## Without each contribution", TAKEN_AWAY),
-    ):
+    for heading, sets in TABLES.items():
         parts.append(f"{heading}\n")
-        parts += [f"{TITLES[each]}:\n\n{table(each, names, args)}" for each, names in tables.items()]
+        parts += [f"{TITLES[each]}:\n\n{table(each, names, args)}" for each, names in sets.items()]
     parts.append(f"## How far each lies from the full method\n\n{differences(args)}")
     parts.append(f"## What each encoder looks at\n\n{receptive_fields(args)}")
     page = PAGE.read_text(encoding="utf-8")
@@ -325,7 +286,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--batch", type=int, default=16)
     add("--count", type=int, default=512, help="answers of each set")
     add("--precision", default="bf16", choices=("no", "bf16"))
-    add("--data", default=backbone.preset("toy").data)
     add("--runs", type=Path, default=Path("runs/ablations"), help="what is trained")
     add("--out", type=Path, default=Path("out/ablations"), help="answers and numbers")
     add("--table", action="store_true", help="only write the page")
@@ -334,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
         check_budget(args)
         for seed in args.seeds if not args.table else ():
             for name in args.only:
-                if ARMS[name].trained or seed == args.seeds[0]:
+                if ARMS[name].trainer or seed == args.seeds[0]:
                     measure(name, seed, train(name, seed, args), args)
         write_page(args)
 

@@ -17,7 +17,7 @@ Prompt Diffusion (Wang et al., 2023): a ControlNet whose condition is the sum of
 example pair, six channels, and of the query, three. The U-Net draws the answer alone, and its decoder
 learns too. [ours] It is told the instruction, as we are; its authors told it the caption of the output.
 
-Both of the latter keep the layout of a diffusers pipeline, as the published weights do.
+Both of the latter are saved as diffusers' pipelines.
 
 Symbols: B samples; P panel size in pixels, p in latent pixels; C latent channels. Images are in [-1, 1].
 """
@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import backbone
@@ -65,9 +65,9 @@ class Baseline:
         self.pipeline.set_progress_bar_config(disable=True)
 
     @classmethod
-    def load(cls, source: str, device: str | torch.device = "auto", panel: int = 256) -> Baseline:
+    def load(cls, source: str, device: str | torch.device, panel: int) -> Baseline:
         """Raises BackboneError for what is no pipeline."""
-        return cls(backbone.load_stable_diffusion(source, backbone.pick_device(str(device))), panel)
+        return cls(backbone.load_stable_diffusion(source, device), panel)
 
     def unify(self, texts: list[str]) -> list[str]:
         return list(texts)
@@ -128,13 +128,6 @@ def new_control(unet: nn.Module) -> diffusers.ControlNetModel:
     return control
 
 
-# The two embeddings' names here, and in diffusers' example of Prompt Diffusion.
-EMBEDDINGS = {
-    "controlnet_cond_embedding.pair.": "controlnet_cond_embedding.",
-    "controlnet_cond_embedding.query.": "controlnet_query_cond_embedding.",
-}
-
-
 class PromptDiffusion(Baseline):
     """Stable Diffusion under a ControlNet that reads an example pair and a query."""
 
@@ -142,18 +135,12 @@ class PromptDiffusion(Baseline):
     settings: ClassVar = {"steps": 20, "guidance_text": 7.5}
 
     @classmethod
-    def load(cls, source: str, device: str | torch.device = "auto", panel: int = 256) -> PromptDiffusion:
-        device = backbone.pick_device(str(device))
+    def load(cls, source: str, device: str | torch.device, panel: int) -> PromptDiffusion:
+        """Raises BackboneError for what is no pipeline, OSError for one without a ControlNet."""
         sd = backbone.load_stable_diffusion(source, device)
-        path = backbone.find_folder(source, ["controlnet/*"]) / "controlnet" / WEIGHTS
         control = new_control(sd.unet)
-        names = {theirs: ours for ours, theirs in EMBEDDINGS.items()}
-        try:
-            control.load_state_dict(renamed(load_file(path), names))
-        except (OSError, RuntimeError):
-            raise backbone.BackboneError(
-                f"{path}: no ControlNet of Prompt Diffusion for this U-Net"
-            ) from None
+        folder = backbone.find_folder(source, ["controlnet/*"]) / "controlnet"
+        control.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
         return cls(sd, panel, controlnet=control.to(device).eval().requires_grad_(False))
 
     def answer(self, examples, has_example, queries, texts, seeds, guidance_text, **sampling) -> Tensor:
@@ -161,15 +148,6 @@ class PromptDiffusion(Baseline):
         shown = torch.cat([*examples.unbind(1), queries], 1)
         shown[~torch.tensor(has_example), :6] = 0.0
         return self.draw(texts, seeds, **sampling, image=(shown + 1) / 2, guidance_scale=guidance_text)
-
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def renamed(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """Weights under other names, by their beginnings."""
-    old = {key: next((name for name in names if key.startswith(name)), "") for key in weights}
-    return {names.get(name, "") + key.removeprefix(name): weights[key] for key, name in old.items()}
 
 
 # --- Training -----------------------------------------------------------------------------------------------
@@ -220,12 +198,12 @@ class Learner(nn.Module):
     def save(self, sd: backbone.StableDiffusion, folder: Path) -> None:
         """As a pipeline's folder that `evaluate.py --method` takes, whole or not at all."""
         sd = sd._replace(unet=self.unet)
+        if self.method == "instruct-pix2pix":
+            learnt = InstructPix2Pix(sd, panel=0)
+        else:
+            learnt = PromptDiffusion(sd, panel=0, controlnet=self.control)
         with atomic_folder(folder) as new:
-            if self.method == "instruct-pix2pix":
-                InstructPix2Pix(sd, 0).pipeline.save_pretrained(new)
-            else:
-                PromptDiffusion(sd, 0, controlnet=self.control).pipeline.save_pretrained(new)
-                save_file(renamed(self.control.state_dict(), EMBEDDINGS), new / "controlnet" / WEIGHTS)
+            learnt.pipeline.save_pretrained(new)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -233,12 +211,12 @@ def train(args: argparse.Namespace) -> None:
     preset = backbone.preset(args.backbone)
     device = backbone.pick_device(args.device)
     backbone.choose_attention(device, args.precision)
-    if preset.data is None and args.data is None:
-        raise ValueError(f"--backbone {args.backbone} has no dataset of its own; give one with --data")
     args.data = args.data or preset.data
-    data = read_pairs(backbone.data_folder(args.data), args.split)
+    if args.data is None:
+        raise ValueError(f"--backbone {args.backbone} has no dataset of its own; give one with --data")
+    data = read_pairs(backbone.data_folder(args.data), "train")
     data = VisualPromptDataset(data, preset.panel, seed=args.seed)
-    sd = backbone.load_stable_diffusion(args.stable_diffusion or preset.stable_diffusion, device)
+    sd = backbone.load_stable_diffusion(preset.stable_diffusion, device)
     data, precomputed = precompute(data, Frozen(sd.vae, None, None), args, device)
     texts, rows = read_instructions(data, sd, unifier=None)
     torch.manual_seed(args.seed)
@@ -262,8 +240,9 @@ def train(args: argparse.Namespace) -> None:
             target = backbone.prediction_target(answer, noise, t, sd.scheduler)
             yield {"loss": (prediction - target).square().mean()}
 
-    options = {"steps": args.steps, "lr": args.lr, "weight_decay": 0.01, "ema_decay": args.ema, "warmup": 50}
-    fit(args.method, learner, losses_of, args.output, **options, muon=True)  # as ours learns
+    # As ours learns.
+    options = {"weight_decay": 0.01, "ema_decay": 0.998, "warmup": 50, "muon": True}
+    fit(args.method, learner, losses_of, args.output, steps=args.steps, lr=args.lr, **options)
     learner.save(sd, args.output / "pipeline")
     print(f"the baseline is in {args.output / 'pipeline'}")
 
@@ -277,14 +256,11 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("method", choices=("instruct-pix2pix", "prompt-diffusion"))
     add("--backbone", default="toy", help=f"preset of pretrained parts: {', '.join(backbone.PRESETS)}")
-    add("--stable-diffusion", help="hub id or folder instead of the preset's")
-    add("--data", help="dataset: a folder or a hub id (default: the preset's)")
-    add("--split", default="train", help="to train on")
+    add("--data", help="dataset with a split `train`: a folder or a hub id (default: the preset's)")
     add("--output", type=Path, required=True, help="checkpoints, and the pipeline")
     add("--steps", type=int, default=1500, help="optimiser steps")
     add("--batch", type=int, default=16, help="edits per step")
     add("--lr", type=float, default=1e-2, help="peak; warm-up, then down to a hundredth. 1e-5 at full size")
-    add("--ema", type=float, default=0.998, help="decay of the averaged weights, which are what is saved")
     add("--seed", type=int, default=0, help="of weights, data order and noise")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="no", choices=("no", "bf16"), help="of autocast")
@@ -292,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--cache", type=Path, default=Path("data/cache"), help="what the frozen parts computed")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("evaluation.baselines"):
-        bounds = {(1, math.inf): "steps", (1, 4096): "batch", (0, 1): "lr ema"}
+        bounds = {(1, math.inf): "steps", (1, 4096): "batch", (0, 1): "lr"}
         backbone.check_numbers(args, bounds | {(0, 256): "workers", (0, 2**32): "seed"})
         train(args)
 

@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -48,9 +47,9 @@ class Method(NamedTuple):
     modes: tuple[str, ...]
 
 
-def load_ours(model: str, device: str, panel: int) -> InstructGIEPipeline:
+def load_ours(model: str, device: torch.device, panel: int) -> InstructGIEPipeline:
     """Its panels are as large as it learnt, whatever the preset's."""
-    pipe = InstructGIEPipeline.from_pretrained(model).to(backbone.pick_device(device))
+    pipe = InstructGIEPipeline.from_pretrained(model).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -99,108 +98,75 @@ def draw_queries(
     return [Query(i, example, seed + k) for k, (i, example) in enumerate(zip(order, examples))]
 
 
-def place(picture: str | TableImage) -> str:
-    """What `answers.jsonl` calls a picture: its full path, or that of a table's from the folder of answers,
-    where `keep` lays a copy."""
-    if isinstance(picture, TableImage):
-        return f"pictures/{quote(picture.column.column_names[0], safe='')}_{picture.row:06d}.png"
-    return picture
+# --- The folder of answers ----------------------------------------------------------------------------------
 
 
-def keep(picture: str | TableImage, folder: Path) -> None:
-    """Copies a table's picture to the folder of answers, lossless: nothing else could open it by name."""
-    if isinstance(picture, TableImage):
-        path = folder / place(picture)
-        path.parent.mkdir(exist_ok=True)
-        atomic_write(path, lambda file: load_image(picture).save(file, format="PNG"))
+def place(picture: str | TableImage, folder: Path) -> str:
+    """What `answers.jsonl` calls a picture: its full path. Of a table's picture it is the path of a lossless
+    copy, seen from the folder of answers."""
+    if not isinstance(picture, TableImage):
+        return picture
+    name = f"pictures/{quote(picture.column.column_names[0], safe='')}_{picture.row:06d}.png"
+    (folder / "pictures").mkdir(exist_ok=True)
+    save_picture(load_image(picture), folder / name)
+    return name
 
 
-def describe(data: VisualPromptDataset, query: Query) -> dict[str, Any]:
-    """What a line of `answers.jsonl` says of the query; the metadata's further keys are kept, with null for
-    what is no finite number."""
+def save_picture(image: Image.Image, path: Path) -> None:
+    atomic_write(path, lambda file: image.save(file, format="PNG"))
+
+
+def describe(data: VisualPromptDataset, query: Query, folder: Path) -> dict[str, Any]:
+    """What a line of `answers.jsonl` says of the query; the metadata's further keys are kept."""
     pair, example = data.pairs[query.index], data.pairs[query.example]
-    extra, example_extra = map(_finite, (pair.extra, example.extra))
-    return {
-        **extra,
-        "input": place(pair.input),
-        "output": place(pair.output),
+    record = {
+        **pair.extra,
+        "input": place(pair.input, folder),
+        "output": place(pair.output, folder),
         "input_caption": pair.input_caption,
         "output_caption": pair.output_caption,
-        "example_input": place(example.input),
-        "example_output": place(example.output),
-        "example": example_extra,
+        "example_input": place(example.input, folder),
+        "example_output": place(example.output, folder),
+        "example": example.extra,
         "instruction": pair.instruction,
         "seed": query.seed,
     }
-
-
-def fingerprint_pictures(data: VisualPromptDataset, queries: list[Query]) -> str:
-    """Of the bytes of every picture that the queries and their examples show."""
-    shown = [data.pairs[index] for query in queries for index in (query.index, query.example)]
-    digests = [picture_digest(source) for pair in shown for source in (pair.input, pair.output)]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
-
-
-def _finite(extra: dict[str, Any]) -> dict[str, Any]:
-    """The same with None for NaN and infinity, which JSON does not have."""
-    return json.loads(json.dumps(extra), parse_constant=lambda name: None)
-
-
-# --- The file of answers ------------------------------------------------------------------------------------
-
-
-def finished(answers: Path) -> set[str]:
-    """Names of the answers that have a line; a last line cut by a killed run is taken off the file."""
-    names = set()
-    try:
-        for line in answers.read_bytes().splitlines(keepends=True) if answers.exists() else ():
-            if line.endswith(b"\n"):
-                names.add(json.loads(line)["answer"])
-            else:
-                os.truncate(answers, answers.stat().st_size - len(line))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{answers}: damaged; remove its folder and start again") from None
-    return names
+    # null for NaN and infinity, which JSON does not have: a table's number may be one.
+    return json.loads(json.dumps(record), parse_constant=lambda name: None)
 
 
 def read_answers(folder: Path, keys: set[str]) -> list[dict[str, Any]]:
-    """The lines of `answers.jsonl`, but for one that a running or killed evaluation has left half-written.
-
-    keys: that every line must have, or a ValueError tells which does not.
-    """
-    path = folder / "answers.jsonl"
-    records = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        where = f"{path}:{number}"
-        if line.endswith(b"\n"):
+    """The lines of `answers.jsonl`. keys: that every line must have, or a ValueError tells which does not."""
+    path, records = folder / "answers.jsonl", []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
             try:
                 records.append(json.loads(line))
                 missing = keys - records[-1].keys()
-            except (ValueError, AttributeError, RecursionError):
-                raise ValueError(f"{where}: not a JSON object") from None
+            except (ValueError, AttributeError):
+                raise ValueError(f"{path}:{number}: not a JSON object") from None
             if missing:
-                raise ValueError(f"{where}: has no {min(missing)!r}; answers need it for this metric")
-            name = records[-1].get("answer")
-            if not isinstance(name, str) or Path(name).name != name:
-                raise ValueError(f"{where}: {str(name)[:80]!r} is no file of the folder")
-    if not records:
-        raise ValueError(f"{path}: holds no answers")
+                raise ValueError(f"{path}:{number}: has no {min(missing)!r}; answers need it for this metric")
     return records
 
 
-def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Stores the settings beside the answers; raises ValueError where answers of other settings lie there."""
-    empty = not finished(folder / "answers.jsonl")
-    if other := other_settings(folder / "settings.json", settings, anew=empty):
-        now = ", ".join(f"{key} {there}, now {mine}" for key, (there, mine) in list(other.items())[:3])
-        raise ValueError(f"{folder} holds answers of other settings ({now}); give another --output")
-
-
-def fingerprint(sources: list[str]) -> str:
-    """Of the files of models, so that answers of one trained anew do not mix with the old one's."""
+def fingerprint_queries(data: VisualPromptDataset, queries: list[Query]) -> str:
+    """Of the texts and the pictures' bytes of all pairs that the queries ask for and show."""
     digest = hashlib.sha256()
-    folders = filter(None, map(backbone.local_folder, sources))  # a hub id has none
-    for file in (file for folder in folders for file in sorted(folder.rglob("*"))):
+    for pair in (data.pairs[index] for query in queries for index in (query.index, query.example)):
+        pictures = picture_digest(pair.input), picture_digest(pair.output)
+        texts = pair.instruction, pair.input_caption, pair.output_caption, pair.extra
+        digest.update(repr((pictures, texts)).encode())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_model(model: str) -> str:
+    """Of a local model's files, so that answers of one trained anew do not mix with the old one's.
+
+    An editor's Stable Diffusion and language model lie elsewhere: its settings have their fingerprints.
+    """
+    digest, folder = hashlib.sha256(), backbone.local_folder(model)  # a hub id has no such folder
+    for file in sorted(folder.rglob("*")) if folder else ():
         if file.suffix in (".json", ".safetensors"):
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
@@ -225,46 +191,36 @@ def answer_all(
     told: which text of a pair the editor is told, unless the mode withholds it: the instruction, a caption,
     or a further key of the metadata.
     """
-    names = [f"{k:05d}.png" for k in range(len(queries))]
-    done = finished(folder / "answers.jsonl")
-    to_do = [k for k, name in enumerate(names) if name not in done]
-    if not to_do:
+    path = folder / "answers.jsonl"
+    records = read_answers(folder, {"answer"}) if path.exists() else []
+    if len(records) == len(queries):
         return
     pairs = [data.pairs[query.index] for query in queries]
     texts = [pair.extra.get(told) or getattr(pair, told, None) for pair in pairs]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"the dataset has no {told!r} for some queries, and the editor is to be told it")
     unified = [""] * len(texts) if mode.endswith("pair") else editor.unify(texts)
-    progress = tqdm(total=len(queries), initial=len(queries) - len(to_do), desc=folder.name, unit="answer")
-    with progress, open(folder / "answers.jsonl", "a", encoding="utf-8") as lines:
-        for ks in (to_do[first : first + batch] for first in range(0, len(to_do), batch)):
-            shown = [data.load_panels(queries[k].example, queries[k].index) for k in ks]
-            panels = torch.stack(shown)  # (B, 4, 3, P, P)
-            answers = editor.answer(
-                panels[:, :2],
-                [mode != "instruction"] * len(ks),
-                panels[:, 2],
-                [unified[k] for k in ks],
-                seeds=[queries[k].seed for k in ks],
-                **sampling,
-            )
-            for k, answer in zip(ks, answers):
-                image = tensor_to_image(answer)
-                atomic_write(folder / names[k], lambda file, image=image: image.save(file, format="PNG"))
-            for pair in (data.pairs[i] for k in ks for i in (queries[k].index, queries[k].example)):
-                keep(pair.input, folder)
-                keep(pair.output, folder)
-            records = ({"answer": names[k], "mode": mode, "unified": unified[k]} for k in ks)
-            records = [record | describe(data, queries[k]) for k, record in zip(ks, records)]
-            lines.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
-            lines.flush()
-            progress.update(len(ks))
+    for start in tqdm(range(len(records), len(queries), batch), desc=folder.name, unit="batch"):
+        now, words = queries[start : start + batch], unified[start : start + batch]
+        panels = torch.stack([data.load_panels(query.example, query.index) for query in now])
+        answers = editor.answer(
+            panels[:, :2],  # (B, 2, 3, P, P)
+            [mode != "instruction"] * len(now),
+            panels[:, 2],  # (B, 3, P, P)
+            words,
+            seeds=[query.seed for query in now],
+            **sampling,
+        )
+        for query, text, answer in zip(now, words, answers):
+            name = f"{len(records):05d}.png"
+            save_picture(tensor_to_image(answer), folder / name)
+            records.append({"answer": name, "mode": mode, "unified": text} | describe(data, query, folder))
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        atomic_write(path, lambda file, lines=lines: file.write_text(lines, encoding="utf-8"))
 
 
-def contact_sheet(
-    data: VisualPromptDataset, queries: list[Query], folder: Path, mode: str, side: int = 96
-) -> Image.Image:
-    """A row of five panels, `side` pixels each, for each query: example pair, input, answer and truth.
+def contact_sheet(data: VisualPromptDataset, queries: list[Query], folder: Path, mode: str) -> Image.Image:
+    """A row of five panels for each query: example pair, input, answer and truth.
 
     Two queries stand side by side. An example that the editor was not given is left grey, and so is the
     truth where the pair is another's: the dataset does not hold it.
@@ -273,7 +229,7 @@ def contact_sheet(
     rows = []
     for k, query in enumerate(queries):
         panels = [tensor_to_image(panel) for panel in data.load_panels(query.example, query.index)]
-        grey = Image.new("RGB", (side, side), "grey")
+        grey = Image.new("RGB", panels[0].size, "grey")
         if mode == "instruction":
             panels[:2] = [grey, grey]
         if mode == "other-pair":
@@ -281,7 +237,7 @@ def contact_sheet(
         panels.insert(3, load_image(folder / f"{k:05d}.png"))
         withheld = "not told: " if mode.endswith("pair") else ""
         rows.append((withheld + data.pairs[query.index].instruction, panels))
-    return panel_rows(rows, names, side, min(2, len(queries)))
+    return panel_rows(rows, names, side=96, columns=min(2, len(queries)))
 
 
 def panel_rows(
@@ -307,7 +263,7 @@ def panel_rows(
 # --- The program --------------------------------------------------------------------------------------------
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m evaluation.evaluate",
         description="Edit a split of a dataset and keep every answer.",
@@ -334,21 +290,24 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--sheet", type=int, default=0, metavar="N", help="write sheet.png, with the first N queries")
     args = parser.parse_args(argv)
-    backbone.check_numbers(args, {(1, math.inf): "count batch", (0, math.inf): "sheet", (0, 2**62): "seed"})
-    return args
+    bounds = {(1, math.inf): "count batch", (0, math.inf): "sheet", (0, 2**62): "seed"}
+    with backbone.one_line_errors("evaluation.evaluate"):
+        backbone.check_numbers(args, bounds)
+        run(args)
 
 
 def run(args: argparse.Namespace) -> None:
+    """Answers the queries of every mode, each in a folder of its own."""
     method, preset = METHODS[args.method], backbone.preset(args.backbone)
     default = {"instructgie": preset.editor, "sdedit": preset.stable_diffusion}.get(args.method)
     model, source = args.model or default, args.data or preset.data
     for name, value in (("a MODEL of this method", model), ("--data", source)):
         if value is None:
             raise ValueError(f"--method {args.method}: give {name}, --backbone {args.backbone} has none")
-    modes = list(dict.fromkeys(args.mode or method.modes[:1]))
+    modes = args.mode or method.modes[:1]
     if strange := [mode for mode in modes if mode not in method.modes]:
         raise ValueError(f"--mode {strange[0]}: {args.method} can be given {', '.join(method.modes)} alone")
-    editor = method.load(model, device=args.device, panel=preset.panel)
+    editor = method.load(model, backbone.pick_device(args.device), preset.panel)
     data = read_pairs(backbone.data_folder(source), args.split, args.columns)
     data = VisualPromptDataset(data, size=editor.panel, seed=args.seed)
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
@@ -356,14 +315,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--{strange[0].replace('_', '-')}: {args.method} samples without it")
     sampling = {name: editor.settings[name] for name in SAMPLING if name in editor.settings} | given
     told = args.told or method.told
-    folder, parts = backbone.local_folder(model), []
-    if folder and (folder / "instructgie.json").is_file():  # an editor, whose other parts lie elsewhere
-        parts = [name for name in ("stable_diffusion", "llm") if editor.settings[name]]
-        parts = [str(backbone.find_part(folder, editor.settings, name)) for name in parts]
     settings = {
         "method": args.method,
         "model": str(model),
-        "model_fingerprint": fingerprint([model, *parts]),
+        "model_fingerprint": fingerprint_model(model),
         "data": str(source),
         "split": args.split,
         "count": min(args.count, len(data)),
@@ -376,21 +331,16 @@ def run(args: argparse.Namespace) -> None:
     for mode in modes:
         folder = args.output / args.split / mode
         queries = draw_queries(data, args.count, args.seed, mode, args.caption)
-        asked = json.dumps([describe(data, query) for query in queries], sort_keys=True)
-        asked = hashlib.sha256(asked.encode()).hexdigest()[:16]
-        known = {"queries_fingerprint": asked, "pictures_fingerprint": fingerprint_pictures(data, queries)}
+        now = {**settings, "mode": mode, "queries_fingerprint": fingerprint_queries(data, queries)}
         with locked(folder):
-            check_settings(folder, {**settings, **known, "mode": mode})
+            begun = (folder / "answers.jsonl").exists()
+            if other := other_settings(folder / "settings.json", now, anew=not begun):
+                said = ", ".join(f"{name} {there}, now {mine}" for name, (there, mine) in other.items())
+                raise ValueError(f"{folder} holds answers of other settings ({said}); give another --output")
             answer_all(editor, data, queries, folder, mode, told, sampling, args.batch)
             if args.sheet > 0:
-                sheet = contact_sheet(data, queries[: args.sheet], folder, mode)
-                atomic_write(folder / "sheet.png", lambda file, sheet=sheet: sheet.save(file, format="PNG"))
+                save_picture(contact_sheet(data, queries[: args.sheet], folder, mode), folder / "sheet.png")
         print(f"{len(queries)} answers in {folder}", flush=True)
-
-
-def main(argv: list[str] | None = None) -> None:
-    with backbone.one_line_errors("evaluation.evaluate"):
-        run(arguments(argv))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The paper's metrics of saved answers: FID, CLIP directional similarity, CLIP image similarity.
+"""The paper's metrics of saved answers: FID and CLIP directional similarity.
 
     python -m evaluation.evaluate --split seen --mode both pair instruction
-    python -m evaluation.metrics out/eval/seen/* --json out/metrics.json --markdown out/metrics.md
+    python -m evaluation.metrics out/eval/seen/* --json out/metrics.json
     python -m evaluation.metrics FOLDER … --clip laion/CLIP-ViT-L-14-laion2B-s32B-b82K --features inception
 
 FID (Heusel et al., 2017): how far apart two clouds of pictures lie in the space of a network's features, each
@@ -13,16 +13,13 @@ happened to the picture and what happened to its caption, in a CLIP that no trai
 
     cos(E(answer) - E(input), T(output caption) - T(input caption))
 
-Image similarity: cos(E(answer), E(input)). A copy of the input has 1, and no direction.
-
-Beside each of the two stands that of the true output. Intervals hold 95 %, by a bootstrap over the queries.
+Beside it stands that of the true output. Intervals hold 95 %, by a bootstrap over the queries.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,10 +33,9 @@ import backbone
 import esm
 from disk import atomic_write
 from evaluation.evaluate import read_answers
-from pictures import check_finite, image_to_tensor, load_image
+from pictures import check_finite, load_image, to_bytes, to_panel
 
-FEATURES = ("clip", "inception")
-TEXTS = ("input", "output", "input_caption", "output_caption")  # of a line of answers.jsonl
+BATCH = 64  # pictures at a time
 
 
 # --- The metrics --------------------------------------------------------------------------------------------
@@ -68,13 +64,13 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
     return distance.clamp(min=0).item()
 
 
-def bootstrap(statistic: Callable[[Tensor], float], count: int, draws: int = 500, seed: int = 0) -> Tensor:
+def bootstrap(statistic: Callable[[Tensor], float], count: int, draws: int = 500) -> Tensor:
     """The statistic of so many draws of the queries with repetition, (draws,); it takes their indices.
 
     Those of two methods' answers to the same queries are of the same draws: subtract them for the spread of
     a difference.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(0)
     drawn = [statistic(torch.randint(count, (count,), generator=g)) for _ in range(draws)]
     return torch.tensor(drawn, dtype=torch.float64)
 
@@ -92,15 +88,6 @@ def interval(whole: float, draws: Tensor) -> tuple[float, float]:
 # --- Features of saved pictures -----------------------------------------------------------------------------
 
 
-def load_pictures(paths: list[Path]) -> Tensor:
-    """(B, 3, H, W) in [-1, 1]. Raises ValueError for pictures of different sizes."""
-    pictures = [image_to_tensor(load_image(path)) for path in paths]
-    for path, picture in zip(paths, pictures):
-        if picture.shape != pictures[0].shape:
-            raise ValueError(f"{path}: not of the size of {paths[0]}; pictures must be of one size")
-    return torch.stack(pictures)
-
-
 def inception(device: torch.device) -> Callable[[Tensor], Tensor]:
     """torch-fidelity's Inception: images (B, 3, H, W) in [-1, 1] → features (B, 2048)."""
     try:
@@ -110,60 +97,54 @@ def inception(device: torch.device) -> Callable[[Tensor], Tensor]:
     except (ImportError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--features inception: {reason}; pip install -r requirements-dev.txt") from None
-    return lambda images: network(((images + 1) * 127.5).round().to(torch.uint8))
+    return lambda images: network(to_bytes(images))
 
 
-def embed_all(records: list[dict], folder: Path, clip, tokenizer, features, device, batch: int) -> dict:
-    """Embeddings of inputs, truths, answers and captions, (N, E) each, and features for the FID, (N, d).
+def embed_all(records: list[dict], folder: Path, clip, tokenizer, features, device) -> dict[str, Tensor]:
+    """Embeddings of inputs, outputs, answers and captions, (N, E) each, and features for the FID, (N, d).
 
-    Raises ValueError where one is not finite.
+    Inputs and outputs are cropped to the answers' panel. Raises ValueError where an embedding is not finite.
     """
     found: dict[str, list[Tensor]] = {}
-    for start in tqdm(range(0, len(records), batch), desc=str(folder), unit="batch", mininterval=1):
-        rows = records[start : start + batch]
-        paths = {
-            "input": [folder / row["input"] for row in rows],
-            "truth": [folder / row["output"] for row in rows],
-        }
-        for name, files in (paths | {"answer": [folder / row["answer"] for row in rows]}).items():
-            pictures = load_pictures(files).to(device)
-            found.setdefault(name, []).append(esm.embed(clip, pictures).cpu())
-            if features and name != "input":
-                found.setdefault(f"{name} features", []).append(features(pictures).cpu())
+    panel = load_image(folder / records[0]["answer"]).width
+    for start in tqdm(range(0, len(records), BATCH), desc=str(folder), unit="batch", mininterval=1):
+        rows = records[start : start + BATCH]
+        for key in ("input", "output", "answer"):
+            pictures = torch.stack([to_panel(load_image(folder / row[key]), panel) for row in rows])
+            pictures = pictures.to(device)  # (B, 3, P, P)
+            found.setdefault(key, []).append(esm.embed(clip, pictures).cpu())
+            if features and key != "input":
+                found.setdefault(f"{key} features", []).append(features(pictures).cpu())
         for key in ("input_caption", "output_caption"):
             tokens = tokenizer([row[key] for row in rows]).to(device)
             found.setdefault(key, []).append(clip.encode_text(tokens, normalize=True).float().cpu())
     of = f"{folder}: the embeddings of"
-    return {name: check_finite(torch.cat(parts), f"{of} {name}") for name, parts in found.items()}
+    return {key: check_finite(torch.cat(parts), f"{of} {key}") for key, parts in found.items()}
 
 
 # --- Folders of answers -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def measure(folder: Path, clip, tokenizer, features, device: torch.device, batch: int) -> dict[str, Any]:
-    """The metrics of one folder of answers, each with its interval, and those of the truth."""
-    records = read_answers(folder, {"answer", *TEXTS})
+def measure(folder: Path, clip, tokenizer, features, device: torch.device) -> dict[str, Any]:
+    """The metrics of one folder of answers, each with its interval and its bootstrap, and the truth's."""
+    records = read_answers(folder, {"answer", "input", "output", "input_caption", "output_caption"})
     if any(not row["input_caption"] or not row["output_caption"] for row in records):
         raise ValueError(f"{folder}: directional similarity needs both captions of every query")
-    if any(not isinstance(row[name], str) for row in records for name in TEXTS):
-        raise ValueError(f"{folder}: {', '.join(TEXTS)} must be texts")
     if any(row.get("mode") == "other-pair" for row in records):
         raise ValueError(f"{folder}: mode other-pair has no true outputs to measure against")
-    found = embed_all(records, folder, clip, tokenizer, features, device, batch)
-    answers, truths = (found.get(f"{name} features", found[name]) for name in ("answer", "truth"))
+    found = embed_all(records, folder, clip, tokenizer, features, device)
+    answers, outputs = (found.get(f"{key} features", found[key]) for key in ("answer", "output"))
     n, d = answers.shape
     if n <= d:
         raise ValueError(f"{folder}: {n} answers are too few for an FID on {d} features; give more than {d}")
     said = found["input_caption"], found["output_caption"]
     direction, true_direction = (
-        directional_similarity(found["input"], found[name], *said) for name in ("answer", "truth")
+        directional_similarity(found["input"], found[key], *said) for key in ("answer", "output")
     )
-    image, true_image = (F.cosine_similarity(found["input"], found[name]) for name in ("answer", "truth"))
     statistics = {
-        "fid": lambda i: frechet_distance(answers[i], truths[i]),
+        "fid": lambda i: frechet_distance(answers[i], outputs[i]),
         "directional_similarity": lambda i: direction[i].mean().item(),
-        "image_similarity": lambda i: image[i].mean().item(),
     }
     result: dict[str, Any] = {"folder": str(folder), "n": n}
     result |= {"split": folder.resolve().parent.name, "mode": records[0].get("mode") or folder.resolve().name}
@@ -173,23 +154,26 @@ def measure(folder: Path, clip, tokenizer, features, device: torch.device, batch
         result[f"{name}_interval"] = interval(result[name], draws)
         result[f"{name}_draws"] = draws.tolist()
     result["true_directional_similarity"] = true_direction.mean().item()
-    result["true_image_similarity"] = true_image.mean().item()
     return result
 
 
-def markdown(results: list[dict], features: str) -> str:
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table, of which all columns but the first hold numbers."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def table(results: list[dict], features: str) -> str:
     """A row for each folder."""
-    head = ("split", "mode", "n", f"FID ({features})", "CLIP DirSim", "CLIP image similarity")
-    rows = [head, ("---", "---", *["---:"] * 4)]
+    rows = []
     for result in results:
         cells = []
-        for name in ("fid", "directional_similarity", "image_similarity"):
+        for name in ("fid", "directional_similarity"):
             low, high = result[f"{name}_interval"]
             cells.append(f"{result[name]:.3f} ({low:.3f} … {high:.3f})")
-            if f"true_{name}" in result:
-                cells[-1] += f" (truth {result[f'true_{name}']:.3f})"
-        rows.append((result["split"], result["mode"], str(result["n"]), *cells))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        truth = f"{result['true_directional_similarity']:.3f}"
+        rows.append([f"{result['split']}, {result['mode']}", str(result["n"]), *cells, truth])
+    return markdown(["", "n", f"FID ({features})", "CLIP DirSim", "the truth's"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -201,30 +185,21 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="with answers.jsonl")
     add("--clip", default=backbone.preset("toy").clip_eval, help="folder or hub id of an open_clip model")
-    add("--features", default="clip", choices=FEATURES, help="of the FID: that CLIP's, or Inception's")
+    add("--features", default="clip", choices=("clip", "inception"), help="of the FID")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--batch", type=int, default=64, help="pictures at a time")
     add("--json", type=Path, metavar="OUT", help="all numbers, those of the bootstrap among them")
-    add("--markdown", type=Path, metavar="OUT", help="the table that is printed")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("evaluation.metrics"):
-        backbone.check_numbers(args, {(1, math.inf): "batch"})
-        for path in filter(None, (args.json, args.markdown)):
-            if path.is_dir() or path.name == "answers.jsonl":  # before the time is spent
-                raise ValueError(f"{path}: no place for a table")
         device = backbone.pick_device(args.device)
         clip, tokenizer = backbone.load_clip(args.clip, device), backbone.load_clip_tokenizer(args.clip)
         features = inception(device) if args.features == "inception" else None
-        common = clip, tokenizer, features, device, args.batch
-        results = [measure(folder, *common) for folder in args.folders]
-        settings = {"clip": args.clip, "features": args.features}
-        table = markdown(results, args.features)
-        text = json.dumps({**settings, "results": results}, indent=1, allow_nan=False) + "\n"
-        for path, content in ((args.json, text), (args.markdown, table)):
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                atomic_write(path, lambda file, content=content: file.write_text(content, encoding="utf-8"))
-        print(table, end="")
+        results = [measure(folder, clip, tokenizer, features, device) for folder in args.folders]
+        if args.json:
+            found = {"clip": args.clip, "features": args.features, "results": results}
+            text = json.dumps(found, indent=1, allow_nan=False) + "\n"
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(args.json, lambda file: file.write_text(text, encoding="utf-8"))
+        print(table(results, args.features), end="")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from torch import Tensor
 
 import backbone
 from dataset import VisualPromptDataset, compose_grid, mask_query, read_pairs
-from disk import atomic_write
-from evaluation.evaluate import draw_queries, panel_rows
+from evaluation.evaluate import draw_queries, panel_rows, save_picture
+from evaluation.metrics import markdown
 from evaluation.vit import ViTRCLDM
 from rcldm import RCLDM
 
@@ -34,14 +34,13 @@ SHARES = (0.5, 0.9, 0.99)
 
 def receptive_field(model: RCLDM, grids: Tensor) -> Tensor:
     """The field (H, W) of the place in the middle, its sum 1. grids: (B, 3, H, W) in [-1, 1]."""
-    encoder, features = model.prompt_encoder, []
-    last = encoder.conv_out if model.config.design == "conv" else encoder.zero_proj
+    encoder, is_conv, features = model.prompt_encoder, model.config.design == "conv", []
+    last = encoder.conv_out if is_conv else encoder.zero_proj
     last_input = last.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     grids = grids.clone().requires_grad_()
     model.encode_condition(grids)
     last_input.remove()
-    (x,) = features
-    x = x if model.config.design == "conv" else x.movedim(-1, 1)
+    x = features[0] if is_conv else features[0].movedim(-1, 1)  # (B, C, h, w)
     middle = x[:, :, x.shape[2] // 2, x.shape[3] // 2]
     weights = torch.randn(middle.shape[1], generator=torch.Generator().manual_seed(0)).to(middle)
     (gradient,) = torch.autograd.grad((middle @ weights).sum(), grids)
@@ -85,24 +84,21 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m evaluation.receptive_field",
         description="Effective receptive fields of the condition's encoders.",
     )
-    parser.add_argument(
-        "editors", nargs="*", metavar="EDITOR", help="folders of editors, as train.py saves them"
-    )
-    parser.add_argument("--count", type=int, default=64, help="grids to average over")
-    parser.add_argument("--out", type=Path, help="a .png of the fields")
+    add = parser.add_argument
+    add("editors", nargs="*", metavar="EDITOR", help="folders of editors, as train.py saves them")
+    add("--count", type=int, default=64, help="grids to average over")
+    add("--out", type=Path, help="a .png of the fields")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("evaluation.receptive_field"):
         backbone.check_numbers(args, {(1, math.inf): "count"})
         found = fields(args)
-        print("| encoder | " + " | ".join(f"{100 * share:g} % of it in" for share in SHARES) + " |")
-        print("| --- |" + " ---: |" * len(SHARES))
-        for name, field in found.items():
-            print(f"| {name} | " + " | ".join(f"{100 * area(field, s):.2f} %" for s in SHARES) + " |")
+        head = ["encoder", *(f"{100 * share:g} % of it in" for share in SHARES)]
+        rows = [[name, *(f"{100 * area(field, s):.2f} %" for s in SHARES)] for name, field in found.items()]
+        print(markdown(head, rows), end="")
         if args.out:
-            rows = [(name, [picture(field)]) for name, field in found.items()]
-            sheet = panel_rows(rows, (), 192, len(rows))
+            panels = [(name, [picture(field)]) for name, field in found.items()]
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(args.out, lambda file: sheet.save(file, format="PNG"))
+            save_picture(panel_rows(panels, (), side=192, columns=len(panels)), args.out)
 
 
 if __name__ == "__main__":

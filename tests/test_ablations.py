@@ -72,7 +72,7 @@ def test_every_arm_is_trained_once_a_seed_on_one_budget(programs):
     for words in trained(calls):
         given = dict(pairwise(words))
         assert given["--steps"] == ("60" if "3x" in given["--output"] else "20") and given["--batch"] == "4"
-    switches = {words[-1] for words in trained(calls) if words[-1].startswith("--no")}
+    switches = {word for words in trained(calls) for word in words if word.startswith("--no")}
     assert switches == {"--no-rcldm", "--no-esm", "--no-liu", "--no-sam"}
     asked = [words for words in calls if words[0] == "evaluation.evaluate"]
     assert sum("sdedit" in words for words in asked) == 2  # not trained: once on each split
@@ -134,7 +134,6 @@ def test_a_page_without_marks_is_left_alone(programs, tmp_path, capsys):
     assert (tmp_path / "results.md").read_text() == "Mine.\n"
 
 
-def test_a_program_that_fails_stops_it(monkeypatch):
-    monkeypatch.setattr(ablations, "HERE", Path(ablations.__file__).parents[1])
+def test_a_program_that_fails_stops_it():
     with pytest.raises(ValueError, match=r"evaluation\.evaluate failed"):
         ablations.call("evaluation.evaluate", "--count", "0")

@@ -13,6 +13,7 @@ import backbone
 from evaluation import baselines, evaluate
 from evaluation.baselines import InstructPix2Pix, Learner, PromptDiffusion, SDEdit
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 METHODS = {"instruct-pix2pix": InstructPix2Pix, "prompt-diffusion": PromptDiffusion}
 
 
@@ -71,7 +72,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, tmp_path, metho
         stop_after(2, patch)
         run(method, "--steps", "3", output=tmp_path / "stopped")
     stopped = run(method, "--steps", "3", output=tmp_path / "stopped")
-    one, other = (load_file(folder / "unet" / baselines.WEIGHTS) for folder in (whole, stopped))
+    one, other = (load_file(folder / "unet" / WEIGHTS) for folder in (whole, stopped))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -88,11 +89,11 @@ def test_untrained_instruct_pix2pix_draws_as_stable_diffusion(parts):
     assert not torch.allclose(read[0], drawn[0]) and torch.allclose(read[1], drawn[1], atol=1e-5)
 
 
-def test_prompt_diffusion_adds_two_embeddings_and_names_them_as_diffusers_does(run):
+def test_prompt_diffusion_adds_two_embeddings_of_the_pair_and_of_the_query(run):
     folder = run("prompt-diffusion", "--steps", "2")
-    names = load_file(folder / "controlnet" / baselines.WEIGHTS)
-    assert names["controlnet_cond_embedding.conv_in.weight"].shape[1] == 6
-    assert names["controlnet_query_cond_embedding.conv_in.weight"].shape[1] == 3
+    weights = load_file(folder / "controlnet" / WEIGHTS)
+    assert weights["controlnet_cond_embedding.pair.conv_in.weight"].shape[1] == 6
+    assert weights["controlnet_cond_embedding.query.conv_in.weight"].shape[1] == 3
     editor = PromptDiffusion.load(str(folder), "cpu", P)
     embedding = editor.pipeline.controlnet.controlnet_cond_embedding
     condition = torch.rand(2, 9, P, P)
@@ -161,5 +162,5 @@ def test_a_folder_of_another_kind_is_one_line(run, parts, capsys):
         with pytest.raises(SystemExit) as stopped:
             run("prompt-diffusion", *options)
         assert stopped.value.code == 2 and "evaluation.baselines: error: " in capsys.readouterr().err
-    with pytest.raises(backbone.BackboneError, match="no ControlNet of Prompt Diffusion"):
+    with pytest.raises(OSError, match="controlnet/diffusion_pytorch_model"):
         PromptDiffusion.load(str(parts / "sd"), "cpu", P)

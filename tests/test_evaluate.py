@@ -176,10 +176,10 @@ def test_a_stopped_run_goes_on_where_it_stood(data, tmp_path, editor):
         run(data, stopped)
     file = stopped / "seen" / "both" / "answers.jsonl"
     assert len(lines(file.parent)) == 6
-    file.write_bytes(file.read_bytes()[:-20])  # and the last line is cut
+    (file.parent / "00006.png").write_bytes(b"cut")  # as where it was killed between a picture and its line
     editor.calls.clear()
     run(data, stopped)
-    assert [call[2] for call in editor.calls] == [[5, 6, 7]]
+    assert [call[2] for call in editor.calls] == [[6, 7]]
     assert file.read_bytes() == (whole / "seen" / "both" / "answers.jsonl").read_bytes()
     names = [sorted(path.name for path in folder.rglob("*")) for folder in (whole, stopped)]
     assert names[0] == names[1]
@@ -211,7 +211,7 @@ def test_answers_to_other_pictures_are_refused(data, tmp_path, editor, capsys, s
     with pytest.raises(SystemExit) as stopped:
         run(again, tmp_path / "out", "--count", "2")
     message = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and "pictures_fingerprint" in message and "another --output" in message
+    assert stopped.value.code == 2 and "queries_fingerprint" in message and "another --output" in message
     picture.write_bytes(before)  # with another time, but it is the picture that counts
     run(again, tmp_path / "out", "--count", "2")
     assert len(editor.calls) == 1
@@ -245,18 +245,18 @@ def test_settings_without_an_answer_bind_nobody(data, tmp_path, editor):
 def test_a_model_trained_anew_has_another_fingerprint(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"old")
-    old = evaluate.fingerprint([str(tmp_path)])
-    assert evaluate.fingerprint([str(tmp_path)]) == old
+    old = evaluate.fingerprint_model(str(tmp_path))
+    assert evaluate.fingerprint_model(str(tmp_path)) == old
     weights.write_bytes(b"new")
-    assert evaluate.fingerprint([str(tmp_path)]) != old
+    assert evaluate.fingerprint_model(str(tmp_path)) != old
 
 
 def test_a_fingerprint_is_the_same_from_everywhere(tmp_path, monkeypatch):
     clip = "toy/weights/clip"
     monkeypatch.chdir(evaluate.backbone.HERE)
-    here = evaluate.fingerprint([clip])
+    here = evaluate.fingerprint_model(clip)
     monkeypatch.chdir(tmp_path)
-    assert evaluate.fingerprint([clip]) == here != evaluate.fingerprint([])
+    assert evaluate.fingerprint_model(clip) == here != evaluate.fingerprint_model("nowhere/at-all")
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_wilson_interval():
 NO_EXAMPLE = '{"answer": "0.png", "scene": "{}", "edit": "{}", "mode": "other-pair"}\n'
 
 
-@pytest.mark.parametrize("content", [None, "", "[]\n", '{"answer": "0.png"}\n', NO_EXAMPLE, "{\n", "cut"])
+@pytest.mark.parametrize("content", [None, "[]\n", '{"answer": "0.png"}\n', NO_EXAMPLE, "{\n", "cut"])
 def test_what_are_no_toy_answers_is_one_line(tmp_path, capsys, content):
     if content is not None:
         (tmp_path / "answers.jsonl").write_text(content)

@@ -35,7 +35,7 @@ from apps.pipeline import InstructGIEPipeline
 from data_making import check, texts
 from data_making import pictures as making
 from disk import other_settings
-from evaluation import baselines, evaluate, metrics
+from evaluation import baselines, evaluate
 from pictures import ImageError, load_image
 from rcldm import cross_merge, cross_scan
 from sam_loss import selective_area_loss
@@ -103,7 +103,6 @@ def make_run(root):
     optimizer.step()
     for step in (1, 2):
         save_checkpoint(root, step, {"layer": layer}, optimizer, keep=2)
-    (root / "answers.jsonl").write_text('{"answer": "0.png"}\n')
     (root / "replies").mkdir()
     (root / "replies/00000.jsonl").write_text('{"caption": "a cup", "reply": "Caption: a hat"}\n' * 2)
 
@@ -400,28 +399,6 @@ def test_an_autoencoder_whose_halves_do_not_agree(copy):
 # --- What the programs write and read again, and what they are told -----------------------------------------
 
 
-@pytest.mark.parametrize(
-    "line, reason",
-    [
-        ('{"answer": "../../secret.png"}', "no file of the folder"),
-        ('{"answer": "/etc/passwd"}', "no file of the folder"),
-        ('{"answer": 7}', "no file of the folder"),
-        ("[" * 100_000, "not a JSON object"),
-        ("[]", "not a JSON object"),
-    ],
-)
-def test_answers_lie_in_their_folder(tmp_path, line, reason):
-    (tmp_path / "answers.jsonl").write_text(f"{line}\n")
-    with pytest.raises(ValueError, match=reason):
-        evaluate.read_answers(tmp_path, {"answer"})
-
-
-def test_a_cut_line_of_answers_is_taken_off(tmp_path):
-    file = tmp_path / "answers.jsonl"
-    file.write_text('{"answer": "0.png"}\n{"answer": "1.p')
-    assert evaluate.finished(file) == {"0.png"} and file.read_text() == '{"answer": "0.png"}\n'
-
-
 @pytest.mark.parametrize("text", ["[1]", "7", "null", "{"])
 def test_settings_that_are_none(tmp_path, text):
     (tmp_path / "settings.json").write_text(text)
@@ -476,7 +453,6 @@ def test_replies_of_another_form_are_left_out(copy):
             "--min-caption must be a finite number",
         ),
         (making, "--out run --split ../../x --device cpu", "--split ../../x"),
-        (metrics, "run --json run/answers.jsonl", "no place for a table"),
         (train, "--data folder --panel 4194304", "--panel must be 8 … 1024, not 4194304"),
         (train, "--data folder --panel 36 --device cpu", "--panel 36: give a multiple of 8"),
         (train, "--data folder --batch 100000000", "--batch must be 1 … 4096"),
