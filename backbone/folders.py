@@ -20,9 +20,6 @@ HERE = Path(__file__).resolve().parents[1]
 class BackboneError(ValueError):
     """A part that cannot be loaded. The message is one line: which, why, and what to do."""
 
-    def __init__(self, line: str) -> None:
-        super().__init__(" ".join(line.split()))
-
 
 # What a model folder may consist of: weights as safetensors, and texts.
 _FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja")
@@ -41,12 +38,11 @@ def find_folder(source: str | Path, patterns: list[str] | None = None) -> Path:
     if str(source).count("/") != 1 or str(source).startswith((".", "/")):
         raise BackboneError(f"{source}: no such folder; give a model's folder or a hub id, owner/name")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     wanted = [p.replace("*", "") + f for p in patterns or [""] for f in _FILES]
     try:
         return Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=list(_VARIANTS)))
-    except (OSError, HfHubHTTPError, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = f"the hub cannot be reached or has no such model ({type(error).__name__})"
         raise BackboneError(f"{source}: {reason}; check the id and the network, or give a folder") from None
 
@@ -86,17 +82,16 @@ def fingerprint(source: str | Path, part: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def find_part(editor: Path, settings: dict[str, Any], part: str) -> Path:
+def find_part(settings: dict[str, Any], part: str) -> Path:
     """The folder of a part that an editor needs, "stable_diffusion" or "llm".
 
-    It is looked for by its name, from here and from this repository; then beside the editor, as when both
-    were moved; then on the hub. Raises BackboneError where there is none, or only one of another fingerprint
-    than the editor's settings have. Settings without a fingerprint take the first.
+    It is looked for by its name, from here and from this repository; then on the hub. Raises BackboneError
+    where there is none, or only one of another fingerprint than the editor's settings have. Settings without
+    a fingerprint take the first.
     """
     source, wanted = settings[part], settings.get("fingerprints", {}).get(part)
-    beside = settings.get("relative", {}).get(part)
-    names = [Path(source), HERE / source, *([editor / beside] if beside else [])]
-    folders = [name for name in names if name.is_dir()] or [find_folder(source, FOLDERS[part])]
+    folders = [name for name in (Path(source), HERE / source) if name.is_dir()]
+    folders = folders or [find_folder(source, FOLDERS[part])]
     for folder in folders:
         if wanted in (None, fingerprint(folder, part)):
             return folder.resolve()

@@ -359,7 +359,7 @@ def run(args: argparse.Namespace) -> None:
     folder, parts = backbone.local_folder(model), []
     if folder and (folder / "instructgie.json").is_file():  # an editor, whose other parts lie elsewhere
         parts = [name for name in ("stable_diffusion", "llm") if editor.settings[name]]
-        parts = [str(backbone.find_part(folder, editor.settings, name)) for name in parts]
+        parts = [str(backbone.find_part(editor.settings, name)) for name in parts]
     settings = {
         "method": args.method,
         "model": str(model),

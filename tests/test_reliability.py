@@ -90,8 +90,8 @@ def test_asked_to_end_it_finishes_the_step_and_saves(run, tmp_path, monkeypatch,
         patch.setattr(train.Losses, "compose", ask)
         run(*steps)
     assert stopped.value.code == code
-    out = capsys.readouterr().out
-    assert f"{number.name}: ends after this step" in out and "--resume goes on after step 2" in out
+    said = capsys.readouterr().err
+    assert f"{number.name}: ends after this step" in said and "--resume goes on after step 2" in said
     assert [path.name for path in (tmp_path / "run").glob("*-*")] == ["checkpoint-0000002"]
     run(*steps, "--resume")
     assert equal(state(tmp_path / "run"), state(tmp_path / "whole"))

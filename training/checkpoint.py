@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,31 +16,18 @@ from torch import Tensor
 from disk import atomic_folder
 
 
-class Stateful(Protocol):
-    """A module, or anything else that tells its state in tensors and takes it back."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
-
-
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    modules: dict[str, Stateful],
-    *optimizers: torch.optim.Optimizer,
-    keep: int,
+    folder: Path, step: int, modules: dict[str, Any], optimizer: torch.optim.Optimizer, keep: int
 ) -> None:
     """Writes `folder/checkpoint-STEP` whole or not at all, then deletes all but the newest `keep`.
 
-    Safetensors only: weights under their module's name, the n-th optimiser's state under
-    `optimizer/<n>/<index>/<name>`. Raises OSError where the disk takes no more, and ValueError for what is
-    not finite; older checkpoints are then all there.
+    modules: by name, all that has a `state_dict` of tensors. Safetensors only: weights under their module's
+    name, the optimiser's state under `optimizer/0/<index>/<name>`. Raises OSError where the disk takes no
+    more, and ValueError for what is not finite; older checkpoints are then all there.
     """
     tensors = {f"{name}/{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
-    for n, optimizer in enumerate(optimizers):
-        for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{n}/{i}/{name}": value for name, value in state.items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/0/{i}/{name}": value for name, value in state.items()}
     for k, v in tensors.items():
         tensors[k] = v.detach().cpu().clone(memory_format=torch.contiguous_format)
     with atomic_folder(folder / f"checkpoint-{step:07d}") as new:
@@ -66,7 +53,7 @@ def verified(checkpoint: Path) -> tuple[int, dict[str, Tensor]] | None:
         return None
 
 
-def load_checkpoint(folder: Path, modules: dict[str, Stateful], *optimizers: torch.optim.Optimizer) -> int:
+def load_checkpoint(folder: Path, modules: dict[str, Any], optimizer: torch.optim.Optimizer) -> int:
     """Loads the newest checkpoint of `folder` that verifies, in place; returns its step, 0 if there is none.
 
     One that does not verify is named, and the one before it taken. Raises ValueError where none does, and
@@ -82,18 +69,19 @@ def load_checkpoint(folder: Path, modules: dict[str, Stateful], *optimizers: tor
             raise ValueError(f"{folder}: every checkpoint is damaged; start anew in another folder")
         return 0
     step, tensors = found
-    states: dict[int, dict[int, dict]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, n, i, name = key.split("/")
-            states.setdefault(int(n), {}).setdefault(int(i), {})[name] = value
+
+    def below(prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
+
     try:
         for name, module in modules.items():
-            prefix = f"{name}/"
-            module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
-        for n, optimizer in enumerate(optimizers):
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": states.get(n, {}), "param_groups": groups})
+            module.load_state_dict(below(f"{name}/"))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in below("optimizer/0/").items():
+            i, name = key.split("/")
+            moments.setdefault(int(i), {})[name] = value
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
     except (RuntimeError, ValueError, KeyError):
         raise ValueError(
             f"{checkpoint}: of another architecture; resume with the settings it began with"
