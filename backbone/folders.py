@@ -72,7 +72,7 @@ def fingerprint(source: str | Path, part: str) -> str:
     """
     folder, digest = find_folder(source, FOLDERS[part]), hashlib.sha256()
     files = sorted(file for pattern in FOLDERS[part] for file in folder.glob(f"{pattern}.safetensors"))
-    for file in (file for file in files if not any(map(file.match, _VARIANTS))):
+    for file in files:
         size, block = file.stat().st_size, 1 << 18
         digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
         with file.open("rb") as weights:
@@ -85,20 +85,18 @@ def fingerprint(source: str | Path, part: str) -> str:
 def find_part(settings: dict[str, Any], part: str) -> Path:
     """The folder of a part that an editor needs, "stable_diffusion" or "llm".
 
-    It is looked for by its name, from here and from this repository; then on the hub. Raises BackboneError
-    where there is none, or only one of another fingerprint than the editor's settings have. Settings without
-    a fingerprint take the first.
+    It is looked for by its `lasting_name`. Raises BackboneError where there is none, or one of another
+    fingerprint than the editor's settings have.
     """
     source, wanted = settings[part], settings.get("fingerprints", {}).get(part)
-    folders = [name for name in (Path(source), HERE / source) if name.is_dir()]
-    folders = folders or [find_folder(source, FOLDERS[part])]
-    for folder in folders:
-        if wanted in (None, fingerprint(folder, part)):
-            return folder.resolve()
-    raise BackboneError(
-        f"{folders[0]}: not the weights that the editor was trained with; put those there, "
-        'or remove "fingerprints" from its instructgie.json'
-    )
+    folder = HERE / source  # a full path stays as it is
+    folder = folder if folder.is_dir() else find_folder(source, FOLDERS[part])
+    if wanted not in (None, fingerprint(folder, part)):
+        raise BackboneError(
+            f"{folder}: not the weights that the editor was trained with; put those there, "
+            'or remove "fingerprints" from its instructgie.json'
+        )
+    return folder
 
 
 @contextlib.contextmanager

@@ -45,9 +45,7 @@ def load_stable_diffusion(
     return StableDiffusion(*models, tokenizer, scheduler)
 
 
-def load_clip(
-    source: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> nn.Module:
+def load_clip(source: str, device: torch.device | str = "cpu") -> nn.Module:
     """An open_clip model (a folder with `open_clip_config.json`, or a hub id of one), frozen."""
     import open_clip
 
@@ -55,7 +53,7 @@ def load_clip(
     with clear_errors(source, "an open_clip folder", folder):
         if not (folder / "open_clip_model.safetensors").is_file():
             raise FileNotFoundError("open_clip_model.safetensors is missing")
-        return freeze(open_clip.create_model(f"local-dir:{folder}").to(dtype), device)
+        return freeze(open_clip.create_model(f"local-dir:{folder}"), device)
 
 
 def load_clip_tokenizer(source: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -32,43 +31,25 @@ def save_checkpoint(
         tensors[k] = v.detach().cpu().clone(memory_format=torch.contiguous_format)
     with atomic_folder(folder / f"checkpoint-{step:07d}") as new:
         save_file(tensors, new / "state.safetensors")
-        record = {"step": step, "sha256": _digest(new / "state.safetensors")}
-        (new / "step.json").write_text(json.dumps(record))
+        (new / "step.json").write_text(json.dumps({"step": step}))
     for old in sorted(folder.glob("checkpoint-*"))[:-keep]:
         shutil.rmtree(old)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def verified(checkpoint: Path) -> tuple[int, dict[str, Tensor]] | None:
-    """The step and the tensors of a checkpoint; None for one that is cut, damaged or empty."""
-    try:
-        record = json.loads((checkpoint / "step.json").read_text())
-        path = checkpoint / "state.safetensors"
-        return (record["step"], load_file(path)) if record["sha256"] == _digest(path) else None
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError):
-        return None
-
-
 def load_checkpoint(folder: Path, modules: dict[str, Any], optimizer: torch.optim.Optimizer) -> int:
-    """Loads the newest checkpoint of `folder` that verifies, in place; returns its step, 0 if there is none.
+    """Loads the newest checkpoint of `folder`, in place; returns its step, 0 if there is none.
 
-    One that does not verify is named, and the one before it taken. Raises ValueError where none does, and
-    where what it holds is of other modules.
+    Raises ValueError where it cannot be read, and where what it holds is of other modules.
     """
-    checkpoints = sorted(folder.glob("checkpoint-*"), reverse=True)
-    for checkpoint in checkpoints:
-        if found := verified(checkpoint):
-            break
-        print(f"{checkpoint} is damaged; the one before it is taken", flush=True)
-    else:
-        if checkpoints:
-            raise ValueError(f"{folder}: every checkpoint is damaged; start anew in another folder")
+    checkpoint = max(folder.glob("checkpoint-*"), default=None)
+    if checkpoint is None:
         return 0
-    step, tensors = found
+    try:
+        step = json.loads((checkpoint / "step.json").read_text())["step"]
+        tensors = load_file(checkpoint / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        way = "remove it, and the one before it is taken"
+        raise ValueError(f"{checkpoint}: damaged ({error}); {way}") from None
 
     def below(prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}

@@ -10,11 +10,12 @@ class LossMonitor:
     """Moving averages of the losses, and whether a step is sound.
 
     [ours] A step whose gradient is no number, or whose loss is above 100 times its average, is not learnt
-    from; `limit` of them in a row are the end.
+    from; `LIMIT` of them in a row are the end.
     """
 
-    def __init__(self, limit: int = 20) -> None:
-        self.limit = limit
+    LIMIT = 20
+
+    def __init__(self) -> None:
         self.averages: dict[str, Tensor] = {}
         self.skipped, self.in_a_row = 0, 0
         self.pending: list[dict[str, Tensor]] = []
@@ -46,7 +47,7 @@ class LossMonitor:
 
     @property
     def is_over(self) -> bool:
-        return self.in_a_row >= self.limit
+        return self.in_a_row >= self.LIMIT
 
     def check(self) -> None:
         """Raises ValueError where too many steps in a row were not sound."""

@@ -10,13 +10,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -154,17 +153,6 @@ class Pairs(Dataset):
         return {"panels": panels, "broken": broken}
 
 
-class Draws(Dataset):
-    """The items of `data`, numbers of pairs alone, where their pictures are at hand."""
-
-    def __init__(self, data: VisualPromptDataset) -> None:
-        self.data = data
-
-    def __getitem__(self, item: tuple[int, int]) -> dict[str, int]:
-        epoch, i = item
-        return {"index": i, "example_index": self.data.draw(i, epoch)}
-
-
 IN_MEMORY = 4 << 30  # bytes of pictures that are kept, on the device; more are decoded at every step
 
 
@@ -178,8 +166,7 @@ def precompute(
     key = [fingerprint_pictures(data), side, frozen.key(), Precomputed._fields]
     path = args.cache / f"precomputed-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
     in_memory = len(data) * 2 * 3 * side**2 <= IN_MEMORY
-    cached = load_tensors(path)
-    if cached is None:
+    if not path.exists():
         columns: dict[str, list[Tensor]] = {name: [] for name in Precomputed._fields}
         broken: dict[int, str] = {}
         for batch in read_all(data, args, broken):
@@ -190,9 +177,12 @@ def precompute(
                 if column is not None:
                     column = column.half() if column.is_floating_point() else column
                     columns[name].append(check_finite(column, f"{args.data}: the {name}").cpu())
-        cached = {name: torch.cat(column) for name, column in columns.items() if column}, broken
-        save_tensors(path, *cached)
-    tensors, broken = cached
+        tensors = {name: torch.cat(column) for name, column in columns.items() if column}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, lambda file: save_file(tensors, file, {"broken": json.dumps(broken)}))
+    with safe_open(path, "pt") as file:
+        broken = {int(k): reason for k, reason in json.loads(file.metadata()["broken"]).items()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     if broken:
         data, rows = without(data, broken)
         tensors = {name: column[rows] for name, column in tensors.items()}
@@ -231,27 +221,19 @@ def without(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[VisualPr
     return whole, torch.tensor([row[id(pair)] for pair in whole.pairs])
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], broken: dict[int, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda file: save_file(tensors, file, {"broken": json.dumps(broken)}))
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[int, str]] | None:
-    """What `save_tensors` has written; None where there is nothing, or it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            broken = json.loads(file.metadata()["broken"])
-        return load_file(path), {int(k): reason for k, reason in broken.items()}
-    except (OSError, ValueError, SafetensorError):
-        return None
-
-
 def load_batches(
     data: VisualPromptDataset, precomputed: Precomputed, order: Iterable[list], workers: int
-) -> DataLoader:
+) -> Iterable[dict]:
     """The items of each step in `order`, their pictures among them where they are not at hand already."""
-    source = data if precomputed.pictures is None else Draws(data)
-    return DataLoader(source, batch_sampler=order, num_workers=workers, worker_init_fn=begin_worker)
+    if precomputed.pictures is None:
+        return DataLoader(data, batch_sampler=order, num_workers=workers, worker_init_fn=begin_worker)
+    return (
+        {
+            "index": torch.tensor([i for _, i in items]),
+            "example_index": torch.tensor([data.draw(i, epoch) for epoch, i in items]),
+        }
+        for items in order
+    )
 
 
 def gather_batch(
