@@ -217,7 +217,7 @@ def without(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[VisualPr
     print(said, flush=True)
     row = {id(pair): k for k, pair in enumerate(data.pairs)}
     whole = [pair for k, pair in enumerate(data.pairs) if k not in broken]
-    whole = VisualPromptDataset(whole, data.size, data.seed)  # nor an instruction's only pair that is left
+    whole = VisualPromptDataset(whole, data.size, data.seed)  # leaves out single pairs, too
     return whole, torch.tensor([row[id(pair)] for pair in whole.pairs])
 
 
