@@ -290,7 +290,7 @@ def test_no_pickle_is_read_from_a_checkpoint(copy, trap):
     assert load_checkpoint(root, {"layer": layer}, optimizer) == 2
     for file in root.rglob("state.safetensors"):
         file.unlink()
-    with pytest.raises(ValueError, match="every checkpoint is damaged"):
+    with pytest.raises(ValueError, match="damaged"):
         load_checkpoint(root, {"layer": layer}, optimizer)
 
 
