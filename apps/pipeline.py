@@ -107,14 +107,9 @@ class InstructGIEPipeline(DiffusionPipeline, StableDiffusionMixin):
             with backbone.clear_errors(source, "an InstructGIE pipeline's folder", folder):
                 backbone.check_parts(folder)
                 pipe = super().from_pretrained(folder, **{"use_safetensors": True, **options})
-                backbone.check_tokenizer(pipe.tokenizer, pipe.text_encoder)
-                if pipe.llm is not None:
-                    backbone.check_llm(pipe.llm, pipe.llm_tokenizer)
                 for name, part in pipe.components.items():
                     if isinstance(part, nn.Module) and name not in options:
                         backbone.check_model(part)
-                        backbone.check_weights(part, folder / name)
-            backbone.check_settings(f"{source}: model_index.json", {**pipe.settings, "panel": pipe.panel})
             return pipe
         dtype = options.pop("torch_dtype", None) or options.pop("dtype", None) or torch.float32
         sd, rcldm, llm, settings = backbone.load_parts(folder, dtype=dtype, words="llm" not in options)

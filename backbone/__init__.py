@@ -7,7 +7,7 @@ Every part is a preset's, a Hugging Face hub id or a local folder, and all three
 """
 
 from backbone.command import COLUMNS, PATIENCE, check_numbers, choose_attention, one_line_errors, pick_device
-from backbone.editor import SAMPLING, Parts, check_fit, check_settings, load_editor, load_parts
+from backbone.editor import SAMPLING, Parts, check_fit, load_editor, load_parts
 from backbone.folders import (
     FOLDERS,
     HERE,
@@ -31,15 +31,11 @@ from backbone.latents import (
 )
 from backbone.loading import (
     StableDiffusion,
-    check_llm,
     check_model,
-    check_tokenizer,
-    check_weights,
     load_clip,
     load_clip_tokenizer,
     load_llm,
     load_segmenter,
     load_stable_diffusion,
-    words_of,
 )
 from backbone.presets import PRESETS, Preset, data_folder, preset

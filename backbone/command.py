@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -29,12 +28,11 @@ COLUMNS: dict[str, Any] = {
 
 def pick_device(name: str = "auto") -> torch.device:
     """`auto`: CUDA, else MPS, else the CPU. Raises BackboneError for a device that is not there."""
-    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if name == "auto":
-        return torch.device(next(device for device, count in there.items() if count))
-    kind = name.split(":")[0]
-    count = there.get(kind, 0)
-    if not count or name not in (kind, *(f"{kind}:{k}" for k in range(count))):
+    there = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    if torch.cuda.is_available():
+        there = ["cuda", *(f"cuda:{k}" for k in range(torch.cuda.device_count())), *there]
+    name = there[0] if name == "auto" else name
+    if name not in there:
         raise BackboneError(f"--device {name[:80]}: no such device here; use --device auto or cpu")
     return torch.device(name)
 
@@ -81,4 +79,4 @@ def one_line_errors(program: str) -> Iterator[None]:
         elif isinstance(error, RuntimeError):
             raise
         print(f"{program}: error: {line}", file=sys.stderr)
-        raise SystemExit(2) from (error if os.environ.get("DEBUG") else None)
+        raise SystemExit(2) from None

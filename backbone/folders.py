@@ -20,9 +20,6 @@ HERE = Path(__file__).resolve().parents[1]
 class BackboneError(ValueError):
     """A part that cannot be loaded. The message is one line: which, why, and what to do."""
 
-    def __init__(self, line: str) -> None:
-        super().__init__(" ".join(line.split()))
-
 
 # What a model folder may consist of: weights as safetensors, and texts.
 _FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja")
@@ -41,12 +38,11 @@ def find_folder(source: str | Path, patterns: list[str] | None = None) -> Path:
     if str(source).count("/") != 1 or str(source).startswith((".", "/")):
         raise BackboneError(f"{source}: no such folder; give a model's folder or a hub id, owner/name")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     wanted = [p.replace("*", "") + f for p in patterns or [""] for f in _FILES]
     try:
         return Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=list(_VARIANTS)))
-    except (OSError, HfHubHTTPError, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = f"the hub cannot be reached or has no such model ({type(error).__name__})"
         raise BackboneError(f"{source}: {reason}; check the id and the network, or give a folder") from None
 
@@ -76,7 +72,7 @@ def fingerprint(source: str | Path, part: str) -> str:
     """
     folder, digest = find_folder(source, FOLDERS[part]), hashlib.sha256()
     files = sorted(file for pattern in FOLDERS[part] for file in folder.glob(f"{pattern}.safetensors"))
-    for file in (file for file in files if not any(map(file.match, _VARIANTS))):
+    for file in files:
         size, block = file.stat().st_size, 1 << 18
         digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
         with file.open("rb") as weights:
@@ -86,24 +82,21 @@ def fingerprint(source: str | Path, part: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def find_part(editor: Path, settings: dict[str, Any], part: str) -> Path:
+def find_part(settings: dict[str, Any], part: str) -> Path:
     """The folder of a part that an editor needs, "stable_diffusion" or "llm".
 
-    It is looked for by its name, from here and from this repository; then beside the editor, as when both
-    were moved; then on the hub. Raises BackboneError where there is none, or only one of another fingerprint
-    than the editor's settings have. Settings without a fingerprint take the first.
+    It is looked for by its `lasting_name`. Raises BackboneError where there is none, or one of another
+    fingerprint than the editor's settings have.
     """
     source, wanted = settings[part], settings.get("fingerprints", {}).get(part)
-    beside = settings.get("relative", {}).get(part)
-    names = [Path(source), HERE / source, *([editor / beside] if beside else [])]
-    folders = [name for name in names if name.is_dir()] or [find_folder(source, FOLDERS[part])]
-    for folder in folders:
-        if wanted in (None, fingerprint(folder, part)):
-            return folder.resolve()
-    raise BackboneError(
-        f"{folders[0]}: not the weights that the editor was trained with; put those there, "
-        'or remove "fingerprints" from its instructgie.json'
-    )
+    folder = HERE / source  # a full path stays as it is
+    folder = folder if folder.is_dir() else find_folder(source, FOLDERS[part])
+    if wanted not in (None, fingerprint(folder, part)):
+        raise BackboneError(
+            f"{folder}: not the weights that the editor was trained with; put those there, "
+            'or remove "fingerprints" from its instructgie.json'
+        )
+    return folder
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from backbone.folders import BackboneError
 from backbone.loading import StableDiffusion
 
 
@@ -42,8 +41,7 @@ def cut_off(tokenizer: Any, texts: Iterable[str]) -> dict[str, str]:
 
 def encode_images(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Images (B, 3, H, W) in [-1, 1] → latents (B, C, h, w) of about unit variance, float32."""
-    latents = vae.encode(images.to(vae.dtype)).latent_dist.mean.float()
-    return (latents - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+    return vae.encode(images.to(vae.dtype)).latent_dist.mean.float() * vae.config.scaling_factor
 
 
 def decode_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
@@ -51,8 +49,7 @@ def decode_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
 
     Where they are not finite they are NaN, also for infinity, of which the clip would make a picture.
     """
-    z = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
-    images = vae.decode(z).sample.float()
+    images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float()
     return images.clamp(-1, 1).where(images.isfinite(), math.nan)
 
 
@@ -74,27 +71,13 @@ def set_timesteps(scheduler: Any, steps: int, device: str | torch.device | None 
         if sigmas is not None:
             scheduler.sigmas = sigmas = torch.cat([sigmas[:-1][inside.cpu()], sigmas[-1:]])
     is_twice = sigmas is not None and scheduler.order == 1 and (sigmas.diff() == 0).any()
-    if timesteps.max() >= scheduler.config.num_train_timesteps or is_twice:
+    if timesteps.max() >= most or is_twice:
         raise ValueError(f"{steps} steps are more than this sampler has timesteps for: take fewer")
 
 
 def vae_factor(vae: nn.Module) -> int:
-    """Pixels along the side of a latent pixel.
-
-    Raises BackboneError where its two halves do not agree, and for an autoencoder of another class.
-    """
-    try:
-        down = sum(block.downsamplers is not None for block in vae.encoder.down_blocks)
-        up = sum(block.upsamplers is not None for block in vae.decoder.up_blocks)
-    except AttributeError:
-        raise BackboneError(
-            f"the autoencoder is of class {type(vae).__name__}: give one of class AutoencoderKL"
-        ) from None
-    if down != up:
-        raise BackboneError(
-            f"the autoencoder makes pictures {2**down} times smaller and {2**up} times larger"
-        )
-    return 2**down
+    """Pixels along the side of a latent pixel: every block of an AutoencoderKL but the last halves a side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def prediction_target(x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, scheduler) -> torch.Tensor:

@@ -215,21 +215,6 @@ def test_an_error_is_one_line_and_leaves_nothing(command, here, folders, capsys,
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
 
 
-def test_settings_that_lack_something(folders, command, here, capsys):
-    (here / "editor").mkdir()
-    for path in (folders / "editor").iterdir():
-        (here / "editor" / path.name).write_bytes(path.read_bytes())
-    (here / "editor" / "instructgie.json").write_text('{"panel": 32}')
-    with pytest.raises(SystemExit):
-        command(*PAIR, *INPUT, *OUTPUT, "--model", str(here / "editor"))
-    assert "instructgie.json lacks llm, stable_diffusion" in capsys.readouterr().err
-    wrong = {"panel": "32", "llm": None, "stable_diffusion": str(folders / "sd")}
-    (here / "editor" / "instructgie.json").write_text(json.dumps(wrong))
-    with pytest.raises(SystemExit):
-        command(*PAIR, *INPUT, *OUTPUT, "--model", str(here / "editor"))
-    assert "instructgie.json has panel '32'" in capsys.readouterr().err
-
-
 def test_an_interrupted_write_leaves_no_file(here, monkeypatch):
     def stumble(self, file, **options):
         Path(file).write_bytes(b"half")

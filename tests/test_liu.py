@@ -135,10 +135,10 @@ def test_the_cache_knows_the_model_and_the_prompt(tmp_path, monkeypatch):
 
 
 def test_the_cache_knows_every_weight_the_configs_and_the_tokenizer(tmp_path):
-    def file(change=lambda model, tokenizer: None, **more):
+    def file(change=lambda model, tokenizer: None):
         model, tokenizer = tiny_llama(), byte_tokenizer(LAST_TURN)
         change(model, tokenizer)
-        return ReplyCache(tmp_path, model, tokenizer, **more).path
+        return ReplyCache(tmp_path, model, tokenizer).path
 
     changes = [
         lambda model, tokenizer: model.get_input_embeddings().weight.data[3, 5].add_(1),
@@ -147,7 +147,7 @@ def test_the_cache_knows_every_weight_the_configs_and_the_tokenizer(tmp_path):
         lambda model, tokenizer: tokenizer.add_tokens(["Wish"]),
         lambda model, tokenizer: setattr(tokenizer, "chat_template", ALL_TURNS),
     ]
-    assert len({file(), *map(file, changes), file(max_new_tokens=3)}) == 7
+    assert len({file(), *map(file, changes)}) == 6
 
 
 def test_a_cached_fallback_warns_again(tmp_path):
@@ -163,9 +163,9 @@ def test_a_corrupt_cache_costs_its_broken_lines_alone(tmp_path):
     file.write_bytes(
         b'\x89PNG\n[1, 2]\n{"reply": 1}\n' + whole[:-5]
     )  # the last entry is cut short, as by a crash
-    with pytest.warns(UserWarning, match="4 broken lines") as caught:
+    with pytest.warns(UserWarning, match="jsonl:1: broken, and left out") as caught:
         unifier = Scripted(NIGHT, tmp_path)
-    assert len(caught) == 1
+    assert len(caught) == 4
     assert unifier.unify(NIGHT) == ["make it night", "make it night", "add a hat"]
     assert unifier.asked == [["Maybe night view looks better"]]  # the longest, hence the last in the file
     with pytest.warns(UserWarning, match="broken"):

@@ -12,13 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderTiny,
-    DDIMScheduler,
-    DiffusionPipeline,
-    PNDMScheduler,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, UNet2DConditionModel
 from diffusers.utils import hub_utils
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
@@ -382,12 +376,6 @@ def test_an_eta_of_an_older_editor_is_passed_over(folders, pictures, tmp_path):
     settings = json.loads((folder / "instructgie.json").read_text()) | {"eta": 1.0}
     (folder / "instructgie.json").write_text(json.dumps(settings))
     assert torch.equal(answers(load(folder), pictures), answers(load(folders / "editor"), pictures))
-
-
-def test_an_autoencoder_of_another_class_is_told(pipe):
-    tiny = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
-    with pytest.raises(backbone.BackboneError, match="of class AutoencoderTiny: give one of class Auto"):
-        InstructGIEPipeline(**pipe.components | {"vae": tiny}, panel=P)
 
 
 def test_batches_of_every_size(pipe, pictures):
@@ -822,13 +810,13 @@ def test_a_broken_folder_is_one_error(pipe, tmp_path):
         load(tmp_path)
 
 
-def test_the_card_tells_licence_settings_and_numbers():
+def test_the_card_tells_licence_and_numbers():
     settings = {"stable_diffusion": backbone.preset("sd15").stable_diffusion, "no_esm": True, "panel": 256}
     card = model_card(settings, {"dm": 0.12345})
     assert "license: creativeml-openrail-m" in card and "base_model: stable-diffusion-v1-5/" in card
-    assert "without ESM" in card and "| dm | 0.1235 |" in card and "| `no_esm` | true |" in card
+    assert "without ESM" in card and "| dm | 0.1235 |" in card and "long side of 256 pixels" in card
     toy = model_card({"stable_diffusion": backbone.preset("toy").stable_diffusion})
-    assert "license: mit" in toy and "base_model" not in toy and "Nothing." in toy
+    assert "license: mit" in toy and "base_model" not in toy and "| nothing | |" in toy
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ import train
 import training.precompute as cache_module
 from dataset import VisualPromptDataset, read_pairs
 from disk import atomic_folder, atomic_write
-from training.checkpoint import load_checkpoint, save_checkpoint, verified
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.monitor import LossMonitor
 from training.precompute import Frozen, precompute
 from training.stopping import Stop
@@ -90,8 +90,8 @@ def test_asked_to_end_it_finishes_the_step_and_saves(run, tmp_path, monkeypatch,
         patch.setattr(train.Losses, "compose", ask)
         run(*steps)
     assert stopped.value.code == code
-    out = capsys.readouterr().out
-    assert f"{number.name}: ends after this step" in out and "--resume goes on after step 2" in out
+    said = capsys.readouterr().err
+    assert f"{number.name}: ends after this step" in said and "--resume goes on after step 2" in said
     assert [path.name for path in (tmp_path / "run").glob("*-*")] == ["checkpoint-0000002"]
     run(*steps, "--resume")
     assert equal(state(tmp_path / "run"), state(tmp_path / "whole"))
@@ -116,14 +116,19 @@ def test_signals_are_as_before_when_all_is_done():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+# train.py with pictures that are decoded at every step, as those of a large dataset are.
+ON_DISK = "import training.precompute as p; p.IN_MEMORY = 0; import train; train.main()"
+WITH_A_WORKER = [sys.executable, "-c", ON_DISK]
+
+
 def test_ctrl_c_at_a_terminal_reaches_the_workers_too_and_does_no_harm(parts, tmp_path):
     """As a program in a process group of its own, with a worker that decodes pictures; all get the signal."""
-    steps = (*QUICK, "--steps", "100000")
-    command = [sys.executable, str(TESTS.parent / "train.py"), *options(parts, tmp_path / "run"), *steps]
+    command = [*WITH_A_WORKER, *options(parts, tmp_path / "run"), *QUICK, "--steps", "100000"]
+    command += ["--workers", "1", "--cache", str(tmp_path / "cache")]
     log = tmp_path / "log"
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [*command, "--workers", "1"], stdout=file, stderr=file, start_new_session=True
+            command, stdout=file, stderr=file, start_new_session=True, cwd=TESTS.parent
         )
         deadline = time.monotonic() + 120
         while "train:" not in log.read_text() and time.monotonic() < deadline:
@@ -156,19 +161,13 @@ def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 8
-    path.write_bytes(data)
-
-
 def empty(path):
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, os.remove])
+@pytest.mark.parametrize("damage", [truncate, empty, os.remove])
 @pytest.mark.parametrize("name", ["state.safetensors", "step.json"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, capsys, damage, name):
+def test_a_damaged_checkpoint_is_named_and_removed_the_one_before_it_is_taken(tmp_path, damage, name):
     layer = nn.Linear(4, 4)
     optimizer = torch.optim.AdamW(layer.parameters())
     for step in (1, 2, 3):
@@ -176,25 +175,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, cap
         save_checkpoint(tmp_path, step, {"layer": layer}, optimizer, keep=2)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-0000002", "checkpoint-0000003"]
     damage(tmp_path / "checkpoint-0000003" / name)
-    if damage is flip_a_bit and name == "step.json":  # a flipped bit of it may still be JSON: of the digest
-        assert verified(tmp_path / "checkpoint-0000003") is None
-    assert load_checkpoint(tmp_path, {"layer": layer}, optimizer) == 2 and (layer.weight == 2).all()
-    assert "checkpoint-0000003 is damaged; the one before it is taken" in capsys.readouterr().out
-    damage(tmp_path / "checkpoint-0000002" / name)
-    with pytest.raises(ValueError, match="every checkpoint is damaged"):
+    with pytest.raises(ValueError, match=r"checkpoint-0000003: damaged \(.*\); remove it"):
         load_checkpoint(tmp_path, {"layer": layer}, optimizer)
-
-
-def test_resumed_after_damage_it_ends_in_the_same_bits(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "CHECKPOINTS", 9)
-    steps = (*QUICK, "--steps", "4", "--save-every", "1")
-    run(*steps, output=tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "run")
-    flip_a_bit(tmp_path / "run" / "checkpoint-0000004" / "state.safetensors")
-    truncate(tmp_path / "run" / "checkpoint-0000003" / "state.safetensors")
-    run(*steps, "--resume")
-    assert capsys.readouterr().out.count("is damaged") == 2
-    assert equal(state(tmp_path / "run"), state(tmp_path / "whole"))
+    shutil.rmtree(tmp_path / "checkpoint-0000003")
+    assert load_checkpoint(tmp_path, {"layer": layer}, optimizer) == 2 and (layer.weight == 2).all()
 
 
 def test_changed_settings_are_said(run, tmp_path, capsys):
@@ -236,18 +220,18 @@ def end_of(process):
     return process.returncode, out, err
 
 
-def start(parts, output, *more, limit=None):
+def start(parts, output, *more, limit=None, program=(sys.executable, str(TESTS.parent / "train.py"))):
     """train.py as a program; limit: bytes that a file may have."""
 
     def little():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    command = [sys.executable, str(TESTS.parent / "train.py"), *options(parts, output), *QUICK, *more]
+    command = [*program, *options(parts, output), *QUICK, *more]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # As from a shell: Python then keeps what it prints to a pipe until it is told to flush it.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    return subprocess.Popen(command, preexec_fn=little if limit else None, env=env, **pipes)
+    return subprocess.Popen(command, preexec_fn=little if limit else None, env=env, cwd=TESTS.parent, **pipes)
 
 
 def test_on_a_full_disk_it_ends_in_a_line_and_the_last_checkpoint_stays(run, parts, tmp_path, monkeypatch):
@@ -262,7 +246,7 @@ def test_on_a_full_disk_it_ends_in_a_line_and_the_last_checkpoint_stays(run, par
     last = err.splitlines()[-1]
     assert code == 2 and last.startswith("train.py: error: ") and "File too large" in last
     assert f"{output}/" in last
-    assert verified(output / "checkpoint-0000002") is not None
+    assert all(value.isfinite().all() for value in state(output).values())
     assert (output / "editor" / "config.json").read_bytes()  # the one of before
     assert not [path for path in output.rglob("*") if path.name.startswith(".")]
     run(*QUICK, *steps, "--resume")
@@ -312,7 +296,7 @@ def test_a_step_that_is_no_number_is_not_learnt_from(run, tmp_path, monkeypatch,
 
 
 def test_too_many_in_a_row_are_the_end_and_the_last_good_state_is_saved(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "LossMonitor", lambda: LossMonitor(limit=3))
+    monkeypatch.setattr(LossMonitor, "LIMIT", 3)
     loss, calls = sam_loss.selective_area_loss, []
 
     def nan_from_now_on(*inputs):
@@ -495,22 +479,13 @@ def test_the_cache_knows_every_picture_row_and_weight(parts, tmp_path, monkeypat
     assert len(columns) == 4 and all(torch.equal(one, other) for one, other in columns)
 
 
-def test_a_damaged_cache_is_made_anew(parts, tmp_path):
-    data = VisualPromptDataset(read_pairs(parts / "data"), P)
-    args = SimpleNamespace(data="data", cache=tmp_path, workers=0)
-    frozen = Frozen(backbone.load_stable_diffusion(str(parts / "sd")).vae, None, None)
-    _, first = precompute(data, frozen, args, torch.device("cpu"))
-    truncate(*tmp_path.iterdir())
-    _, again = precompute(data, frozen, args, torch.device("cpu"))
-    assert torch.equal(first.latents, again.latents)
-
-
 # --- Two at once, and nothing there -------------------------------------------------------------------------
 
 
 def test_a_second_training_into_one_folder_is_refused_until_the_first_is_gone(run, parts, tmp_path, capsys):
     endless = ("--steps", "100000", "--save-every", "100000")
-    first = start(parts, tmp_path / "run", *endless, "--workers", "1")
+    worker = ("--workers", "1", "--cache", str(tmp_path / "cache"))
+    first = start(parts, tmp_path / "run", *endless, *worker, program=WITH_A_WORKER)
     assert any("parameters to train" in line for line in iter(first.stdout.readline, ""))
     try:
         for more in ((), ("--resume",)):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
@@ -18,15 +16,10 @@ from disk import atomic_folder
 
 def save_editor(model: ModelMixin, args: argparse.Namespace, step: int, measured: dict[str, float]) -> None:
     """The EMA weights, the settings and a model card, in the folder that `edit.py --model` takes."""
-    folders = {part: backbone.local_folder(getattr(args, part)) for part in args.fingerprints}
-    beside = (args.output / "editor").resolve()
-    relative = {part: os.path.relpath(folder, beside) for part, folder in folders.items() if folder}
-    record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    record |= {"llm": None if args.no_liu else args.llm, "trained_steps": step} | SAMPLING
-    record["relative"] = relative  # where the parts lie, seen from the editor
+    record = vars(args) | {"llm": None if args.no_liu else args.llm, "trained_steps": step} | SAMPLING
     with atomic_folder(args.output / "editor") as folder:
         model.save_pretrained(folder)
-        (folder / "instructgie.json").write_text(json.dumps(record, indent=2) + "\n")
+        (folder / "instructgie.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
         (folder / "README.md").write_text(model_card(record, measured), encoding="utf-8")
 
 
@@ -35,20 +28,22 @@ def model_card(settings: dict[str, Any], measured: dict[str, float] | None = Non
 
     settings: what `train.py` records. measured: numbers by name, of the training's end.
     """
-    source, data = str(settings.get("stable_diffusion", "unknown")), str(settings.get("data", "unknown"))
+    source = settings.get("stable_diffusion", "unknown")
     licences = {preset.stable_diffusion: preset.licence for preset in backbone.PRESETS.values()}
-    head = {"license": licences.get(source, "other"), "library_name": "diffusers"}
-    head |= {"pipeline_tag": "image-to-image", "tags": ["instructgie", "image-editing", "in-context"]}
-    if backbone.local_folder(source) is None and source.count("/") == 1:
-        head["base_model"] = source
+    on_the_hub = backbone.local_folder(source) is None and source.count("/") == 1
+    head = ModelCardData(
+        license=licences.get(source, "other"),
+        library_name="diffusers",
+        pipeline_tag="image-to-image",
+        tags=["instructgie", "image-editing", "in-context"],
+        base_model=source if on_the_hub else None,
+    )
     off = [name for name in ("rcldm", "esm", "liu", "sam") if settings.get(f"no_{name}")]
     left_out = f"without {' and '.join(off).upper()}" if off else "with all four contributions"
-    learnt = f"{settings.get('trained_steps', 'an unknown number of')} steps of {settings.get('batch', '?')}"
-    numbers = "".join(f"| {name} | {value:.4g} |\n" for name, value in (measured or {}).items())
-    numbers = f"| | |\n|---|---:|\n{numbers}" if numbers else "Nothing.\n"
-    rows = "".join(f"| `{name}` | {json.dumps(value)} |\n" for name, value in sorted(settings.items()))
+    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in (measured or {}).items())
+    rows = rows or "| nothing | |\n"
     return f"""---
-{ModelCardData(**head).to_yaml()}
+{head.to_yaml()}
 ---
 
 # InstructGIE editor
@@ -64,16 +59,17 @@ pipe = InstructGIEPipeline.from_pretrained("this folder")
 edited = pipe("make it night", image, prompt_pair=(before, after)).images[0]
 ```
 
-## Data
-
-`{data}`, split `{settings.get("split", "unknown")}`: {learnt} grids.
+It learnt in {settings.get("trained_steps", "?")} steps of {settings.get("batch", "?")} grids of
+`{settings.get("data", "unknown")}`.
 
 ## Measured
 
 At the end of training, moving averages of the losses and, on a few queries of the validation split, the mean
-absolute error of the answers in levels of 0 … 255. `evaluate.py` and `metrics.py` measure more.
+absolute error of the answers in levels of 0 … 255.
 
-{numbers}
+| | |
+|---|---:|
+{rows}
 ## Limits
 
 - Answers have a long side of {settings.get("panel", "P")} pixels, whatever the input's.
@@ -83,10 +79,5 @@ absolute error of the answers in levels of 0 … 255. `evaluate.py` and `metrics
 
 ## Licence
 
-That of the weights this was trained on, `{source}`: {head["license"]}.
-
-## Settings
-
-| | |
-|---|---|
-{rows}"""
+That of the weights this was trained on, `{source}`: {head.license}.
+"""

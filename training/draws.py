@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-
-NOISE_POWER = 4
 
 
 def step_generator(seed: int, step: int, rank: int = 0, processes: int = 1) -> torch.Generator:
@@ -21,18 +20,16 @@ def draw_order(count: int, batch: int, seed: int, steps: range, rank: int, proce
     steps: numbers of batches. A function of these alone, so that a resumed run goes on with the pictures it
     would have seen.
     """
-    permutations: dict[int, list[int]] = {}
+
+    @lru_cache(maxsize=2)  # a batch may lie across an epoch's end
+    def permutation(epoch: int) -> list[int]:
+        g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        return torch.randperm(count, generator=g).tolist()
+
     for step in steps:
         first = (step * processes + rank) * batch
-        items = []
-        for position in range(first, first + batch):
-            epoch, place = divmod(position, count)
-            if epoch not in permutations:
-                g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                latest = dict(list(permutations.items())[-1:])  # a batch may lie across an epoch's end
-                permutations = latest | {epoch: torch.randperm(count, generator=g).tolist()}
-            items.append((epoch, permutations[epoch][place]))
-        yield items
+        places = (divmod(position, count) for position in range(first, first + batch))
+        yield [(epoch, permutation(epoch)[place]) for epoch, place in places]
 
 
 def keep_conditions(
@@ -54,4 +51,4 @@ def draw_timesteps(batch: int, timesteps: int, g: torch.Generator) -> Tensor:
 
     [ours] There the answer is not yet seen in x_t, so there the edit is decided.
     """
-    return (timesteps * torch.rand(batch, generator=g) ** (1 / NOISE_POWER)).long().clamp(max=timesteps - 1)
+    return (timesteps * torch.rand(batch, generator=g) ** (1 / 4)).long().clamp(max=timesteps - 1)

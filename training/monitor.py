@@ -9,12 +9,13 @@ from torch import Tensor
 class LossMonitor:
     """Moving averages of the losses, and whether a step is sound.
 
-    [ours] A step whose gradient is no number, or whose loss is above `explosion` times its average, is not
-    learnt from; `limit` of them in a row are the end.
+    [ours] A step whose gradient is no number, or whose loss is above 100 times its average, is not learnt
+    from; `LIMIT` of them in a row are the end.
     """
 
-    def __init__(self, limit: int = 20, explosion: float = 100.0) -> None:
-        self.limit, self.explosion = limit, explosion
+    LIMIT = 20
+
+    def __init__(self) -> None:
         self.averages: dict[str, Tensor] = {}
         self.skipped, self.in_a_row = 0, 0
         self.pending: list[dict[str, Tensor]] = []
@@ -33,19 +34,20 @@ class LossMonitor:
         for losses in seen:
             name, loss = next(iter(losses.items()))
             usual = self.averages.get(name, loss).to(loss).abs()
-            sound = sound & loss.isfinite() & (loss <= self.explosion * usual)
-        if not (is_sound := bool(sound)):
-            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            sound = sound & loss.isfinite() & (loss <= 100 * usual)
+        if not sound:
+            self.skipped += 1
+            self.in_a_row += 1
             return False
         self.in_a_row = 0
         for losses in seen:
             for name, value in losses.items():
                 self.averages[name] = torch.lerp(self.averages.get(name, value).to(value), value, 0.05)
-        return is_sound
+        return True
 
     @property
     def is_over(self) -> bool:
-        return self.in_a_row >= self.limit
+        return self.in_a_row >= self.LIMIT
 
     def check(self) -> None:
         """Raises ValueError where too many steps in a row were not sound."""
@@ -62,5 +64,5 @@ class LossMonitor:
         return {f"average/{name}": value for name, value in self.averages.items()} | counts
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.skipped = int(state.get("skipped", 0))
+        self.skipped = int(state["skipped"])
         self.averages = {k.removeprefix("average/"): v for k, v in state.items() if k != "skipped"}

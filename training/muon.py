@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of Jordan's quintic, which takes singular values into 0.7 … 1.2
+MOMENTUM = 0.95  # Muon's
+BETAS = 0.9, 0.99  # Adam's
+EPSILON = 1e-8  # Adam's
 
 
 def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -35,17 +38,8 @@ class Muon(torch.optim.Optimizer):
     learning rate serves both.
     """
 
-    def __init__(
-        self,
-        params: Iterable[dict],
-        lr: float,
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        eps: float = 1e-8,
-    ):
-        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay, "eps": eps}
-        super().__init__(params, defaults | {"matrices": False})
+    def __init__(self, params: Iterable[dict], lr: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
@@ -61,34 +55,33 @@ class Muon(torch.optim.Optimizer):
         by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         for p in parameters:
             by_shape[(p.shape[0], p[0].numel())].append(p)
-        momentum = group["momentum"]
         for (m, n), alike in by_shape.items():
             averages = [self._state(p, "momentum") for p in alike]
             gradients = [p.grad for p in alike]
-            torch._foreach_lerp_(averages, gradients, 1 - momentum)
-            ahead = torch._foreach_lerp(gradients, averages, momentum)  # Nesterov's look ahead
+            torch._foreach_lerp_(averages, gradients, 1 - MOMENTUM)
+            ahead = torch._foreach_lerp(gradients, averages, MOMENTUM)  # Nesterov's look ahead
             updates = orthogonalised(torch.stack([x.reshape(m, n).float() for x in ahead]))
             scale = -group["lr"] * 0.2 * max(m, n) ** 0.5
             for p, update in zip(alike, updates):
                 p.add_(update.view(p.shape), alpha=scale)
 
     def _step_adam(self, parameters: list[Tensor], group: dict) -> None:
-        (first, second), gradients = group["betas"], [p.grad for p in parameters]
+        (first, second), gradients = BETAS, [p.grad for p in parameters]
         means, squares = ([self._state(p, name) for p in parameters] for name in ("mean", "square"))
-        counts = [self._state(p, "count", ()) for p in parameters]
+        counts = [self._state(p, "count") for p in parameters]
         torch._foreach_add_(counts, 1)
         torch._foreach_lerp_(means, gradients, 1 - first)
         torch._foreach_mul_(squares, second)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - second)
         for p, mean, square, count in zip(parameters, means, squares, counts):
-            spread = (square / (1 - second**count)).sqrt_().add_(group["eps"])
+            spread = (square / (1 - second**count)).sqrt_().add_(EPSILON)
             p.sub_(group["lr"] * mean / (1 - first**count) / spread)
 
-    def _state(self, p: Tensor, name: str, shape: tuple | None = None) -> Tensor:
-        """The parameter's running value of that name, of its own shape unless told; zero at first."""
+    def _state(self, p: Tensor, name: str) -> Tensor:
+        """The parameter's running value of that name, of its shape but for "count"; zero at first."""
         state = self.state[p]
         if name not in state:
-            state[name] = torch.zeros_like(p) if shape is None else p.new_zeros(shape)
+            state[name] = p.new_zeros(()) if name == "count" else torch.zeros_like(p)
         return state[name]
 
 

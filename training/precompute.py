@@ -10,13 +10,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -74,9 +73,7 @@ class Frozen(NamedTuple):
         if self.clip is not None:
             embeddings = esm.embed(self.clip, flat).unflatten(0, panels.shape[:2])
         if self.areas is not None:
-            after = panels[:, 1]
-            areas = self.areas(after)
-            areas = F.interpolate(areas, latents.shape[-2:], mode="area")
+            areas = F.interpolate(self.areas(panels[:, 1]), latents.shape[-2:], mode="area")
         return Precomputed(latents.unflatten(0, panels.shape[:2]), embeddings, areas)
 
     def key(self) -> list[str]:
@@ -121,28 +118,20 @@ def fingerprint_pictures(data: VisualPromptDataset) -> str:
     [ours] Not of the pixels, for which a large dataset would have to be read whole. A file that is written
     again has another time of change, even where its size and its time of modification are set to the old.
     """
-    digest, tables = hashlib.sha256(), {}
+    digest = hashlib.sha256()
     for pair in data.pairs:
-        for source in (pair.input, pair.output):
-            if isinstance(source, TableImage):
-                table = source.column
-                if id(table) not in tables:
-                    files = [_file_state(file["filename"]) for file in table.cache_files]
-                    tables[id(table)] = f"{table._fingerprint} {table.column_names} {files}"
-                state = f"{tables[id(table)]} {source.row}"
-            else:
-                state = _file_state(source)
-            digest.update(f"{state}\n".encode())
-        digest.update(b"\n")
+        digest.update(f"{_picture_state(pair.input)}\n{_picture_state(pair.output)}\n\n".encode())
     return digest.hexdigest()
 
 
-def _file_state(path: str) -> str:
+def _picture_state(source: str | TableImage) -> str:
+    if isinstance(source, TableImage):  # the library's fingerprint of a table has its files' times
+        return f"{source.column._fingerprint} {source.column.column_names} {source.row}"
     try:
-        state = os.stat(path)
-    except (OSError, ValueError):
-        return f"{path!r} is missing"
-    return f"{path!r} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
+        state = os.stat(source)
+    except OSError:
+        return f"{source!r} is missing"
+    return f"{source!r} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
 
 
 class Pairs(Dataset):
@@ -164,17 +153,6 @@ class Pairs(Dataset):
         return {"panels": panels, "broken": broken}
 
 
-class Draws(Dataset):
-    """The items of `data`, numbers of pairs alone, where their pictures are at hand."""
-
-    def __init__(self, data: VisualPromptDataset) -> None:
-        self.data = data
-
-    def __getitem__(self, item: tuple[int, int]) -> dict[str, int]:
-        epoch, i = item
-        return {"index": i, "example_index": self.data.draw(i, epoch)}
-
-
 IN_MEMORY = 4 << 30  # bytes of pictures that are kept, on the device; more are decoded at every step
 
 
@@ -188,7 +166,7 @@ def precompute(
     key = [fingerprint_pictures(data), side, frozen.key(), Precomputed._fields]
     path = args.cache / f"precomputed-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
     in_memory = len(data) * 2 * 3 * side**2 <= IN_MEMORY
-    if (cached := load_tensors(path)) is None:
+    if not path.exists():
         columns: dict[str, list[Tensor]] = {name: [] for name in Precomputed._fields}
         broken: dict[int, str] = {}
         for batch in read_all(data, args, broken):
@@ -200,17 +178,17 @@ def precompute(
                     column = column.half() if column.is_floating_point() else column
                     columns[name].append(check_finite(column, f"{args.data}: the {name}").cpu())
         tensors = {name: torch.cat(column) for name, column in columns.items() if column}
-        save_tensors(tensors, path, broken)
-    else:
-        tensors, broken = cached
-    tensors = {name: column.to(device) if in_memory else column for name, column in tensors.items()}
-    precomputed = Precomputed(*(tensors.get(name) for name in Precomputed._fields))
-    if not broken:
-        return data, precomputed
-    whole, rows = without(data, broken)
-    return whole, Precomputed(
-        *(None if column is None else column[rows.to(column.device)] for column in precomputed)
-    )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, lambda file: save_file(tensors, file, {"broken": json.dumps(broken)}))
+    with safe_open(path, "pt") as file:
+        broken = {int(k): reason for k, reason in json.loads(file.metadata()["broken"]).items()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    if broken:
+        data, rows = without(data, broken)
+        tensors = {name: column[rows] for name, column in tensors.items()}
+    if in_memory:
+        tensors = {name: column.to(device) for name, column in tensors.items()}
+    return data, Precomputed(**tensors)
 
 
 def read_all(
@@ -239,31 +217,23 @@ def without(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[VisualPr
     print(said, flush=True)
     row = {id(pair): k for k, pair in enumerate(data.pairs)}
     whole = [pair for k, pair in enumerate(data.pairs) if k not in broken]
-    whole = VisualPromptDataset(whole, data.size, data.seed)
+    whole = VisualPromptDataset(whole, data.size, data.seed)  # leaves out single pairs, too
     return whole, torch.tensor([row[id(pair)] for pair in whole.pairs])
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path, broken: dict[int, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda file: save_file(tensors, file, {"broken": json.dumps(broken)}))
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[int, str]] | None:
-    """What `save_tensors` has written; None where there is nothing, or it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            broken = json.loads((file.metadata() or {}).get("broken", "{}"))
-        return load_file(path), {int(k): reason for k, reason in broken.items()}
-    except (OSError, ValueError, SafetensorError):
-        return None
 
 
 def load_batches(
     data: VisualPromptDataset, precomputed: Precomputed, order: Iterable[list], workers: int
-) -> DataLoader:
+) -> Iterable[dict]:
     """The items of each step in `order`, their pictures among them where they are not at hand already."""
-    source = data if precomputed.pictures is None else Draws(data)
-    return DataLoader(source, batch_sampler=order, num_workers=workers, worker_init_fn=begin_worker)
+    if precomputed.pictures is None:
+        return DataLoader(data, batch_sampler=order, num_workers=workers, worker_init_fn=begin_worker)
+    return (
+        {
+            "index": torch.tensor([i for _, i in items]),
+            "example_index": torch.tensor([data.draw(i, epoch) for epoch, i in items]),
+        }
+        for items in order
+    )
 
 
 def gather_batch(

@@ -21,28 +21,21 @@ class ReplyCache:
     most. Raw, because `fault` may change, and a greedy model would only repeat itself.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-    ):
+    def __init__(self, folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         name = re.sub(r"[^\w.-]+", "_", Path(model.config._name_or_path or "model").name)
-        self.path = folder / f"{name}-{_fingerprint(model, tokenizer, max_new_tokens)}.jsonl"
+        self.path = folder / f"{name}-{_fingerprint(model, tokenizer)}.jsonl"
 
     def load(self) -> dict[str, str]:
-        """Every whole entry of the file; broken lines are left out, with one warning for all of them."""
-        replies, broken = {}, 0
+        """Every whole entry of the file; a broken line is left out, with a warning, and asked for again."""
+        replies = {}
         lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
-        for line in filter(None, lines):
+        for number, line in enumerate(lines, start=1):
             try:
-                entry = json.loads(line)
-                replies[str(entry["instruction"])] = str(entry["reply"])
+                if line:
+                    entry = json.loads(line)
+                    replies[str(entry["instruction"])] = str(entry["reply"])
             except (ValueError, TypeError, KeyError):
-                broken += 1
-        if broken:
-            warnings.warn(f"{self.path}: {broken} broken lines left out, to be asked for again", stacklevel=3)
+                warnings.warn(f"{self.path}:{number}: broken, and left out", stacklevel=3)
         return replies
 
     def append(self, replies: dict[str, str]) -> None:
@@ -53,10 +46,10 @@ class ReplyCache:
             file.write(f"\n{lines}".encode())  # the first newline ends a line that a crash has cut short
 
 
-def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int) -> str:
+def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Differs where a weight, a config, the tokenizer, the prompt or the longest reply does."""
     generation = {**model.generation_config.to_dict(), "transformers_version": None}
     prompt = few_shot_prompt("")
     words = sorted(tokenizer.get_vocab().items()), tokenizer(prompt)["input_ids"], tokenizer.chat_template
-    key = fingerprint(model), generation, words, prompt, longest, GREEDY
+    key = fingerprint(model), generation, words, prompt, MAX_NEW_TOKENS, GREEDY
     return hashlib.sha256(repr(key).encode()).hexdigest()[:16]

@@ -32,7 +32,9 @@ class Stop:
         if self.asked or not self.at_work:
             os._exit(128 + number)  # an exception may get lost: it is raised wherever the program just is
         self.asked = number
-        _say(f"\n{signal.Signals(number).name}: ends after this step; again, and it ends at once")
+        # Not to stdout: Ctrl-C at a terminal ends its `tee` first.
+        line = f"\n{signal.Signals(number).name}: ends after this step; again, and it ends at once"
+        print(line, file=sys.stderr, flush=True)
 
     def agree(self, accelerator: Any) -> None:
         """When one of several processes is asked to stop, all stop; else the others would wait for it."""
@@ -42,17 +44,8 @@ class Stop:
 
     def end(self, saved: str) -> None:
         """saved: what was saved last, for the message: "step 120"."""
-        _say(f"stopped; --resume goes on after {saved}")
+        print(f"stopped; --resume goes on after {saved}", file=sys.stderr, flush=True)
         raise SystemExit(128 + self.asked)
-
-
-def _say(line: str) -> None:
-    try:
-        print(line, flush=True)
-    except OSError:
-        # Ctrl-C at a terminal ends a `tee` first. Python would print again at its end, and exit with 120.
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def begin_worker(worker: int) -> None:
