@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
-import os
 import sys
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean, median
 
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 import backbone
 from dataset import EditPair, read_pairs
@@ -30,12 +27,7 @@ from pictures import ImageError, load_image, misfit
 def check(args: argparse.Namespace) -> None:
     """Prints what a split holds; exits with 1 where something should be mended."""
     pairs = read_pairs(args.data, args.split, args.columns)
-    read = {str(file) for pair in pairs for file in (pair.input, pair.output)}
-    if args.sheet and os.path.realpath(args.sheet) in read:
-        raise ValueError(f"--sheet {args.sheet}: would overwrite a picture that is read")
-    with ThreadPoolExecutor() as pool:
-        looks = pool.map(_look, pairs)
-        looks = list(tqdm(looks, total=len(pairs), desc="check", unit="pair", mininterval=1))
+    looks = thread_map(_look, pairs, desc="check", unit="pair", mininterval=1)
     groups, seen, sizes = defaultdict(list), {}, Counter()
     broken, misfits, unchanged, twice = [], [], [], []
     for pair, look in zip(pairs, looks):
@@ -53,11 +45,10 @@ def check(args: argparse.Namespace) -> None:
         else:
             seen[before, after] = pair.input
             groups[pair.instruction].append(pair)
+    instructions = dict.fromkeys(pair.instruction for pair in pairs)
     counts = [len(group) for group in groups.values()]
-    thin = [text for text, group in groups.items() if len(group) < args.thin]
-    thin += [text for text in dict.fromkeys(pair.instruction for pair in pairs) if text not in groups]
     print(f"pairs                  {len(pairs):8}")
-    print(f"instructions           {len({pair.instruction for pair in pairs}):8}")
+    print(f"instructions           {len(instructions):8}")
     if counts:
         print(f"good pairs of each     {min(counts):8} to {max(counts)}, median {median(counts):g}")
     print("sizes                  " + ", ".join(f"{w} × {h} ({n})" for (w, h), n in sizes.most_common(5)))
@@ -65,9 +56,15 @@ def check(args: argparse.Namespace) -> None:
         values = [pair.extra[key] for pair in pairs if isinstance(pair.extra.get(key), float)]
         if values:
             print(f"{key:22} {fmean(values):8.3f} in the mean, {min(values):.3f} to {max(values):.3f}")
-    faults = {"broken files": broken, "pairs of two frames": misfits}
-    faults |= {"pairs without a change": unchanged, "pairs there twice": twice}
-    faults[f"instructions of fewer than {args.thin} good pairs"] = thin
+    faults = {
+        "broken files": broken,
+        "pairs of two frames": misfits,
+        "pairs without a change": unchanged,
+        "pairs there twice": twice,
+        "instructions of fewer than 2 good pairs": [
+            text for text in instructions if len(groups.get(text, ())) < 2
+        ],
+    }
     for name, which in faults.items():
         print(f"{name}: {len(which)}")
         for line in which[:20]:
@@ -90,11 +87,11 @@ def _look(pair: EditPair) -> tuple[tuple[int, int], str, str, str] | ImageError:
     return pictures[0].size, before, after, misfit(*pictures)
 
 
-def draw_sheet(groups: dict[str, list[EditPair]], path: Path, side: int = 96, most: int = 60) -> None:
-    """Writes a PNG with the first two good pairs of each of the first instructions, a row of four panels of
-    `side` pixels under its words; three rows side by side."""
-    line, gap, font = 16, 12, ImageFont.load_default(size=11)
-    shown = list(groups.items())[:most]
+def draw_sheet(groups: dict[str, list[EditPair]], path: Path) -> None:
+    """Writes a picture with the first two good pairs of each of the first 60 instructions, a row of four
+    panels under its words; three rows side by side."""
+    side, line, gap, font = 96, 16, 12, ImageFont.load_default(size=11)
+    shown = list(groups.items())[:60]
     width, height, columns = 4 * side + gap, side + line, min(3, len(shown))
     sheet = Image.new("RGB", (columns * width + gap, -(-len(shown) // columns) * height + gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -105,11 +102,11 @@ def draw_sheet(groups: dict[str, list[EditPair]], path: Path, side: int = 96, mo
             panel = load_image(file).resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(panel, (x + j * side, y + line))
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda file: sheet.save(file, format="PNG"))
+    atomic_write(path, sheet.save)
     print(f"contact sheet: {path}")
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m data_making.check",
         description="What a dataset holds, and what to mend.",
@@ -119,18 +116,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("data", help="a dataset's folder")
     add("--split", default="train")
     add("--columns", **backbone.COLUMNS)
-    add("--thin", type=int, default=2, help="an instruction of fewer good pairs is too thin")
-    add("--sheet", type=Path, help="write a contact sheet, PNG")
-    args = parser.parse_args(argv)
-    backbone.check_numbers(args, {(1, math.inf): "thin"})
-    if args.sheet and args.sheet.suffix.lower() != ".png":
-        raise ValueError(f"--sheet {args.sheet}: give a name that ends in .png")
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
+    add("--sheet", type=Path, help="write a contact sheet, a picture, there")
     with backbone.one_line_errors("data_making.check"):
-        check(arguments(argv))
+        check(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

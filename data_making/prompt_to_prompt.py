@@ -7,8 +7,7 @@ attention maps M of the first, and fills them with the values V' of its own prom
     M'' = M A  for tokens that the first prompt has too, by the alignment A;   M'  for those that are new
     out = M'' V'
 
-`pictures.py` draws the pairs of the Visual Prompt Dataset with it. `python -m data_making.prompt_to_prompt`
-prints some alignments.
+`pictures.py` draws the pairs of the Visual Prompt Dataset with it.
 
 Symbols: B pairs of pictures; R = 4B rows of a U-Net batch; L latent pixels; T tokens of a prompt.
 """
@@ -16,7 +15,6 @@ Symbols: B pairs of pictures; R = 4B rows of a U-Net batch; L latent pixels; T t
 from __future__ import annotations
 
 from itertools import chain
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,7 +33,8 @@ def align(source: str, target: str, tokenizer: Any) -> tuple[Tensor, Tensor]:
 
     Words as in `seq_aligner.py` of google/prompt-to-prompt. Prompts of as many words: the k-th word stands
     for the k-th; where the tokens are not as many, each gets its share of all. Otherwise the longest common
-    subsequence of tokens: what is removed has no heir, what is added keeps to itself.
+    subsequence of tokens: what is removed has no heir, what is added keeps to itself. In "a cat on a sofa" →
+    "a fox on a sofa" the fox takes the cat's attention over; in → "a cat asleep on a sofa", `asleep` is new.
     [ours] What follows the words, and in a prompt of as many words what follows the last replaced one, stays
     with them, padding with padding. Theirs goes by position there: words that were removed hand their
     attention on to padding, and behind a longer word each stands for its neighbour.
@@ -48,12 +47,9 @@ def align(source: str, target: str, tokenizer: Any) -> tuple[Tensor, Tensor]:
     size = length + max(ends)  # what is beyond the length is cut off last
     matrix, known = torch.zeros(size, size), torch.ones(size, dtype=torch.bool)
     if len(old) == len(new):
-        row = column = 0
-        for one, other in zip(old, new):
-            m, n = len(one), len(other)
-            block = torch.eye(m) if m == n else torch.full((m, n), 1 / n)
-            matrix[row : row + m, column : column + n] = block
-            row, column = row + m, column + n
+        sizes = [(len(one), len(other)) for one, other in zip(old, new)]
+        blocks = [torch.eye(m) if m == n else torch.full((m, n), 1 / n) for m, n in sizes]
+        matrix[: ends[0], : ends[1]] = torch.block_diag(*blocks)
     else:
         partners = common_subsequence(list(chain(*old)), list(chain(*new)))
         known[: ends[1]] = torch.tensor([partner is not None for partner in partners])
@@ -91,8 +87,8 @@ class PromptToPrompt:
     """An attention processor of diffusers for batches of rows in the order (2 guidance, 2 prompts, B pairs):
     without text before with text, the source's picture before the target's.
 
-    matrix (B, T, T), known (B, T): of `align`. To be set before each step: `cross`, whether the target
-    attends to the text as the source does; `own` (B,) bool, for which pairs it attends to itself so.
+    matrix (T, T), known (T,): of `align`, for all pairs. To be set before each step: `cross`, whether the
+    target attends to the text as the source does; `own` (B,) bool, for which pairs it attends to itself so.
     Source: Prompt-to-Prompt, section 3, which has both for the rows with text alone. [ours] As in
     InstructPix2Pix, self-attention is taken over in those without text too.
     """
@@ -102,8 +98,8 @@ class PromptToPrompt:
     FINEST = 32 * 32
 
     def __init__(self, matrix: Tensor, known: Tensor) -> None:
-        self.matrix, self.known = matrix[:, None], known[:, None, None]  # for all heads, for all places
-        self.cross, self.own = False, torch.zeros(len(matrix), dtype=torch.bool)
+        self.matrix, self.known = matrix[None, None], known  # (1, 1, T, T): for all pairs and heads
+        self.cross, self.own = False, torch.tensor(False)
         self.plain = AttnProcessor2_0()
 
     def __call__(
@@ -135,31 +131,3 @@ class PromptToPrompt:
                 target.copy_(torch.where(self.own[:, None, None, None], source, target))
             out = F.scaled_dot_product_attention(q, k, v)
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2))) / attn.rescale_output_factor
-
-
-# --- A worked example ---------------------------------------------------------------------------------------
-
-
-class _Words:
-    """A tokenizer for the example: a token is a word, or half of a long one."""
-
-    bos_token_id, eos_token_id, model_max_length = "<", ">", 12
-
-    def __call__(self, text: str, **_: Any) -> Any:
-        halves = [[word[:5], word[5:]] if len(word) > 8 else [word] for word in text.split()]
-        return SimpleNamespace(input_ids=list(chain(*halves)))
-
-
-def _demo() -> None:
-    source, words = "a cat on a red sofa", _Words()
-    rows = ["<", *words(source).input_ids, ">"]
-    for target in ("a labradoodle on a red sofa", "a cat on a sofa", "a cat asleep on a red sofa"):
-        matrix, known = align(source, target, words)
-        print(f"{source!r} → {target!r}")
-        for column, token in enumerate(["<", *words(target).input_ids, ">"]):
-            taken = [f"{matrix[i, column]:g} × {row}" for i, row in enumerate(rows) if matrix[i, column]]
-            print(f"    {token:8} attends as {' + '.join(taken) if known[column] else 'it likes'}")
-
-
-if __name__ == "__main__":
-    _demo()

@@ -20,19 +20,19 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import hashlib
 import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from itertools import chain, cycle
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import backbone
@@ -83,6 +83,11 @@ EXAMPLES = (
 )
 # The chat template of a model that was trained for this one task: it needs neither rules nor examples.
 OWN_TASK = "{{ messages[-1]['content'] }}"
+# That of a base model, which goes on with one text; a blank line ends each example.
+ONE_TEXT = (
+    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '\n' }}{% endif %}{% endfor %}"
+)
 
 
 def as_prompt(caption: str) -> str:
@@ -101,27 +106,27 @@ class Refusal(ValueError):
     """A reply that is no use. The message says why, in the same words for all of its kind."""
 
 
+FURTHER = 4  # [figure] pairs of captions beside the seed's
 LONGEST = 30, 60  # words of an instruction, of a caption
 LONGEST_REPLY = 448  # tokens
 
 
-def parse_reply(caption: str, reply: str, further: int = 4) -> dict:
+def parse_reply(caption: str, reply: str) -> dict:
     """The record that a reply writes for its caption; of too many further pairs the first. Raises Refusal."""
-    lines = reply.split("\n")[:-1]  # each line ends with a newline: behind the last is what was cut off
-    labels = chain(("Instruction: ", "Edited: "), cycle(("Caption: ", "Edited: ")))
+    labels = ["Instruction", "Edited"] + ["Caption", "Edited"] * FURTHER
     texts = []
-    for line, label in zip(lines[: 2 + 2 * further], labels):
-        if not line.startswith(label):
+    for label, line in zip(labels, reply.splitlines()):
+        if not line.startswith(f"{label}: "):
             raise Refusal("it is not in the form of the examples")
-        texts.append(" ".join(line.removeprefix(label).split()))
-    if len(texts) < 2 + 2 * further:
-        raise Refusal(f"it has fewer than {further} further pairs")
-    instruction, *captions = texts[0], caption, *texts[1:]
-    pairs = [list(pair) for pair in zip(captions[::2], captions[1::2])]
+        texts.append(" ".join(line.removeprefix(f"{label}: ").split()))
+    if len(texts) < len(labels):
+        raise Refusal(f"it has fewer than {FURTHER} further pairs")
     if not all(texts):
         raise Refusal("a text of it is empty")
+    instruction, *captions = texts[0], caption, *texts[1:]
     if len(instruction.split()) > LONGEST[0] or any(len(text.split()) > LONGEST[1] for text in captions):
         raise Refusal("a text of it is too long")
+    pairs = [list(pair) for pair in zip(captions[::2], captions[1::2])]
     if any(_plain(before) == _plain(after) for before, after in pairs):
         raise Refusal("an edited caption says what the caption says")
     if len({_plain(before) for before, _ in pairs}) < len(pairs):
@@ -133,32 +138,19 @@ def _plain(text: str) -> str:
     return text.strip(" .!?").lower()
 
 
-def lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Where each line of a file is, `path:number`, and its bytes, but for blank ones. Raises OSError, and
-    ValueError for a device or a pipe, which may have no end."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: not a file")
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.isspace():
-                yield f"{path}:{number}", line
-
-
 def read_texts(path: Path) -> list[dict]:
     """The lines of texts.jsonl, or of a file of examples. Raises ValueError, which names the line."""
     records = []
-    for where, line in lines_of(path):
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            match json.loads(line):
-                case {"instruction": str(instruction), "pairs": [[str(_), str(_)], *_] as pairs}:
-                    if not all(isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in pairs):
-                        raise ValueError
-                    records.append({"instruction": instruction, "pairs": pairs})
-                case _:
-                    raise ValueError
-        except (ValueError, RecursionError):
+            record = json.loads(line)
+            pairs = [[str(before), str(after)] for before, after in record["pairs"]]
+            records.append({"instruction": str(record["instruction"]), "pairs": pairs})
+        except (ValueError, TypeError, KeyError):
             form = '{"instruction": "…", "pairs": [["caption", "edited caption"], …]}'
-            raise ValueError(f"{where}: not an object of the form {form}") from None
+            raise ValueError(f"{path}:{number}: not an object of the form {form}") from None
     if not records:
         raise ValueError(f"{path}: is empty")
     return records
@@ -168,70 +160,63 @@ def read_texts(path: Path) -> list[dict]:
 
 
 @torch.no_grad()
-def write_replies(model: nn.Module, tokenizer: Any, captions: list[str], temperature: float) -> list[str]:
+def write_replies(model: nn.Module, tokenizer: Any, captions: list[str]) -> list[str]:
     """A reply to each caption, sampled by the global random numbers."""
     shown = [text for record in EXAMPLES for text in (as_prompt(record["pairs"][0][0]), as_reply(record))]
-    if tokenizer.chat_template:
-        chats = []
-        for caption in captions:
-            # The rules stand in the first turn: some templates know no system role.
-            said = [f"{RULES}\n\n{shown[0]}", *shown[1:], as_prompt(caption)]
-            roles = zip(cycle(("user", "assistant")), said)
-            chats.append([{"role": role, "content": text} for role, text in roles])
-        inputs = tokenizer.apply_chat_template(
-            chats,
-            add_generation_prompt=True,
-            enable_thinking=False,  # for the templates of reasoning models; the others ignore it
-            padding=True,
-            return_dict=True,
-            return_tensors="pt",
-            tokenizer_kwargs={"padding_side": "left"},
-        )
-    else:
-        before = f"{RULES}\n\n" + "".join(
-            f"{prompt}{reply}\n" for prompt, reply in zip(shown[::2], shown[1::2])
-        )
-        prompts = [before + as_prompt(caption) for caption in captions]
-        inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+    chats = []
+    for caption in captions:
+        # The rules stand in the first turn: some templates know no system role.
+        said = [f"{RULES}\n\n{shown[0]}", *shown[1:], as_prompt(caption)]
+        roles = zip(cycle(("user", "assistant")), said)
+        chats.append([{"role": role, "content": text} for role, text in roles])
+    inputs = tokenizer.apply_chat_template(
+        chats,
+        chat_template=tokenizer.chat_template or ONE_TEXT,
+        add_generation_prompt=True,
+        enable_thinking=False,  # for the templates of reasoning models; the others ignore it
+        padding=True,
+        return_dict=True,
+        return_tensors="pt",
+        tokenizer_kwargs={"padding_side": "left"},
+    )
     ids, mask = (inputs[key].to(model.device) for key in ("input_ids", "attention_mask"))
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "num_beams": 1}
+    # InstructPix2Pix's temperature; the rest undoes what a model's own generation_config.json may say.
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "num_beams": 1}
     sampling |= {"repetition_penalty": 1.0, "max_new_tokens": LONGEST_REPLY}
     pad = tokenizer.pad_token_id
-    output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **sampling)[
-        :, ids.shape[1] :
-    ]
-    ends = torch.tensor([pad, *_list(model.generation_config.eos_token_id)], device=output.device)
-    cut = ~torch.isin(output[:, -1], ends) & (len(output[0]) == LONGEST_REPLY)
+    output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **sampling)
+    output = output[:, ids.shape[1] :]
+    ended = torch.isin(output[:, -1], torch.tensor(tokenizer.all_special_ids, device=output.device))
     replies = []
-    for text, is_cut in zip(tokenizer.batch_decode(output, skip_special_tokens=True), cut):
+    for text, is_whole in zip(tokenizer.batch_decode(output, skip_special_tokens=True), ended):
         reply, *more = text.lstrip().split("\n\n")  # behind a blank line a base model begins another
-        replies.append(reply if is_cut and not more else f"{reply.rstrip()}\n")
+        # A reply of the greatest length was cut anywhere in its last line.
+        replies.append(reply.rstrip() if is_whole or more else reply.rpartition("\n")[0])
     return replies
-
-
-def _list(value: int | list[int] | None) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def writing_loss(model: nn.Module, tokenizer: Any, records: list[dict]) -> Tensor:
     """Cross-entropy of the tokens of the replies, and of their end, to prompts without rules and examples."""
-    rows = []
+    ids, labels = [], []
     for record in records:
         texts = as_prompt(record["pairs"][0][0]), as_reply(record)
         prompt, reply = (tokenizer(text, add_special_tokens=False).input_ids for text in texts)
-        rows.append((prompt, [*reply, tokenizer.eos_token_id]))
-    length = max(len(prompt) + len(reply) for prompt, reply in rows)
-    ids, labels = torch.full((2, len(rows), length), -100)
-    ids.fill_(tokenizer.eos_token_id)
-    for i, (prompt, reply) in enumerate(rows):
-        end = len(prompt) + len(reply)
-        ids[i, :end] = torch.tensor(prompt + reply)
-        labels[i, len(prompt) : end] = torch.tensor(reply)
-    return model(input_ids=ids.to(model.device), labels=labels.to(model.device)).loss
+        reply = [*reply, tokenizer.eos_token_id]
+        ids.append(torch.tensor(prompt + reply))
+        labels.append(torch.tensor([-100] * len(prompt) + reply))
+    ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.eos_token_id).to(model.device)
+    labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(model.device)
+    return model(input_ids=ids, labels=labels).loss
 
 
 def finetune(
-    model: nn.Module, tokenizer: Any, records: list[dict], folder: Path, epochs: int, lr: float, batch: int
+    model: nn.Module,
+    tokenizer: Any,
+    records: list[dict],
+    folder: Path,
+    epochs: int = 4,
+    lr: float = 1e-5,
+    batch: int = 8,
 ) -> None:
     """Teaches all weights on the records, in an order of its own for each epoch, and saves `folder`.
 
@@ -239,12 +224,14 @@ def finetune(
     that InstructPix2Pix taught GPT-3. Checkpoints lie beside `folder`.
     """
     model.float().requires_grad_(True)
-    each = -(-len(records) // batch)  # steps of an epoch
+    each = math.ceil(len(records) / batch)  # steps of an epoch
 
-    def losses_of(steps: range) -> Iterator[dict[str, torch.Tensor]]:
-        for epoch, k in (divmod(step, each) for step in steps):
+    def losses_of(steps: range) -> Iterator[dict[str, Tensor]]:
+        for step in steps:
+            epoch, k = divmod(step, each)
             order = torch.randperm(len(records), generator=torch.Generator().manual_seed(epoch)).tolist()
             chosen = [records[i] for i in order[k * batch : (k + 1) * batch]]
+            torch.manual_seed(step)  # of dropout, where the model has some
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
                 loss = writing_loss(model, tokenizer, chosen)
             yield {"loss": loss}
@@ -257,43 +244,19 @@ def finetune(
         tokenizer.save_pretrained(new)
 
 
-# --- What this stage and the next write: it can be stopped at any moment ------------------------------------
+# --- What this stage and the next share ---------------------------------------------------------------------
 
 
-def _as_lines(rows: Iterable[dict]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def write_lines(path: Path, rows: Iterable[dict]) -> None:
-    """The whole file, or none of it."""
-    atomic_write(path, lambda file: file.write_bytes(_as_lines(rows)))
-
-
-def append(path: Path, rows: Iterable[dict]) -> None:
-    """In a single write, after a newline, which ends a line that a killed run has cut short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as file:
-        file.write(b"\n" + _as_lines(rows))
-
-
-def read_lines(path: Path, *texts: str) -> Iterator[dict]:
-    """The whole lines that `append` has written, which have a text by each of these names."""
-    for _, line in lines_of(path) if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError):  # cut short; it will be made again
-            row = json.loads(line)
-            if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in texts):
-                yield row
+def as_lines(rows: Iterable[dict]) -> str:
+    """JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def same_settings(path: Path, settings: dict, state: PartialState) -> None:
     """Notes the settings, or raises ValueError where work with others has begun."""
-    if state.is_main_process:
-        other_settings(path, settings)
-        for name in (".*.settings.json", ".*.texts.jsonl"):
-            for left in path.parent.glob(name):  # of a run killed just there
-                left.unlink()
-    state.wait_for_everyone()
-    if other := other_settings(path, settings):
+    with state.main_process_first():
+        other = other_settings(path, settings)
+    if other:
         now = ", ".join(f"{name} {there}, now {mine}" for name, (there, mine) in other.items())
         raise ValueError(f"{path.parent} has been begun with other settings ({now}); give another --out")
 
@@ -308,130 +271,6 @@ def processes(name: str) -> tuple[PartialState, torch.device]:
     state = PartialState(cpu=device.type == "cpu", timeout=backbone.PATIENCE)
     atexit.register(state.destroy_process_group)  # its threads may abort a process that ends before them
     return state, state.device if state.num_processes > 1 and device.type != "cpu" else device
-
-
-# --- The program --------------------------------------------------------------------------------------------
-
-
-def texts(args: argparse.Namespace) -> None:
-    state, device = processes(args.device)
-    seeds = read_seeds(args.seeds)
-    preset = backbone.preset(args.backbone)
-    source = args.llm or preset.writer
-    examples = read_texts(args.finetune) if args.finetune else []
-    taught = hash_of(examples) if examples else None
-    same_settings(args.out / "texts.settings.json", {"llm": source, "finetuned on": taught}, state)
-    if examples and not (args.out / "writer").exists() and state.is_main_process:
-        model, tokenizer = backbone.load_llm(source, device)
-        torch.manual_seed(args.seed)
-        finetune(
-            model,
-            tokenizer,
-            examples,
-            args.out / "writer",
-            args.epochs,
-            args.finetune_lr,
-            args.finetune_batch,
-        )
-        del model
-    state.wait_for_everyone()
-    model, tokenizer = backbone.load_llm(str(args.out / "writer") if examples else source, device)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    for attempt in range(args.tries):
-        known = read_replies(args.out)
-        state.wait_for_everyone()  # so that all share out the same
-        to_do = [caption for caption in seeds if _wanted(caption, known[caption], attempt, args.further)]
-        mine = sorted(to_do[state.process_index :: state.num_processes], key=len)
-        batches = range(0, len(mine), args.batch)
-        for first in tqdm(batches, desc=f"texts, try {attempt + 1}", unit="batch", disable=not mine):
-            batch = mine[first : first + args.batch]
-            torch.manual_seed(int(hash_of([args.seed, attempt, batch]), 16))
-            replies = write_replies(model, tokenizer, batch, args.temperature)
-            lines = [{"caption": text, "reply": reply} for text, reply in zip(batch, replies)]
-            append(args.out / "replies" / f"{state.process_index:05d}.jsonl", lines)
-        state.wait_for_everyone()
-    if state.is_main_process:
-        records, refused = gather_texts(seeds, read_replies(args.out), args.further)
-        write_lines(args.out / "texts.jsonl", records)
-        pairs = sum(len(record["pairs"]) for record in records)
-        print(f"{len(seeds)} captions: {len(records)} instructions with {pairs} pairs of captions")
-        for reason, count in refused.most_common():
-            print(f"refused {count:5} replies: {reason}")
-    state.wait_for_everyone()
-
-
-def read_seeds(path: Path) -> list[str]:
-    """The captions of a text file, one a line, each once. Raises ValueError."""
-    try:
-        lines = [line.decode() for _, line in lines_of(path)]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8; give a text file, one caption a line") from None
-    captions = list(dict.fromkeys(filter(None, (" ".join(line.split()) for line in lines))))
-    if not captions:
-        raise ValueError(f"{path}: no captions; give a text file, one caption a line")
-    return captions
-
-
-def read_replies(out: Path) -> dict[str, list[str]]:
-    """All replies to each caption, of all processes that ever wrote."""
-    replies = defaultdict(list)
-    for path in sorted((out / "replies").glob("*.jsonl")):
-        for line in read_lines(path, "caption", "reply"):
-            replies[line["caption"]].append(line["reply"])
-    return replies
-
-
-def _accepted(caption: str, replies: list[str], further: int, refused: Counter) -> dict | None:
-    for reply in replies:
-        try:
-            return parse_reply(caption, reply, further)
-        except Refusal as reason:
-            refused[str(reason)] += 1
-    return None
-
-
-def _wanted(caption: str, replies: list[str], attempt: int, further: int) -> bool:
-    """Whether the caption waits for its reply number `attempt`, having none that will do."""
-    return len(replies) <= attempt and _accepted(caption, replies, further, Counter()) is None
-
-
-def gather_texts(
-    seeds: list[str], replies: dict[str, list[str]], further: int
-) -> tuple[list[dict], Counter[str]]:
-    """The first usable reply to each caption, an instruction once; and how many were refused, by reason."""
-    records, refused = {}, Counter()
-    for caption in seeds:
-        record = _accepted(caption, replies[caption], further, refused)
-        if record and _plain(record["instruction"]) in records:
-            refused["its instruction is there already"] += 1
-        elif record:
-            records[_plain(record["instruction"])] = record
-    return list(records.values()), refused
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = stage("data_making.texts", "captions → instructions and pairs of captions")
-    add = parser.add_argument
-    add("--seeds", type=Path, required=True, help="a text file, one caption a line")
-    add("--llm", help="causal language model: a folder or hub id (default: the preset's)")
-    add(
-        "--further", type=int, default=4, help="pairs of captions that an instruction needs beside the seed's"
-    )
-    add("--tries", type=int, default=4, help="replies to a caption until one will do")
-    add("--temperature", type=float, default=0.7)
-    add("--batch", type=int, default=16, help="captions at a time")
-    add(
-        "--finetune",
-        type=Path,
-        help="examples by people, in the form of texts.jsonl, to teach the model first",
-    )
-    add("--epochs", type=int, default=4, help="of finetuning")
-    add("--finetune-lr", type=float, default=1e-5)
-    add("--finetune-batch", type=int, default=8)
-    args = parser.parse_args(argv)
-    bounds = {(1, math.inf): "further tries batch epochs finetune_batch", (1e-6, math.inf): "temperature"}
-    backbone.check_numbers(args, bounds | {(0, 1): "finetune_lr", (0, 2**62): "seed"})
-    return args
 
 
 def stage(program: str, description: str) -> argparse.ArgumentParser:
@@ -449,9 +288,99 @@ def stage(program: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+# --- The program --------------------------------------------------------------------------------------------
+
+TRIES = 4  # replies to a caption until one will do
+
+
+def texts(args: argparse.Namespace) -> None:
+    state, device = processes(args.device)
+    lines = args.seeds.read_text("utf-8").splitlines()
+    seeds = list(dict.fromkeys(" ".join(line.split()) for line in lines if line.strip()))
+    source = args.llm or backbone.preset(args.backbone).writer
+    examples = read_texts(args.finetune) if args.finetune else None
+    settings = {"llm": source, "finetuned on": hash_of(examples) if examples else None}
+    same_settings(args.out / "texts.settings.json", settings, state)
+    if examples:
+        writer = args.out / "writer"
+        if state.is_main_process and not writer.exists():
+            finetune(*backbone.load_llm(source, device), examples, writer)
+        state.wait_for_everyone()
+        source = str(writer)
+    model, tokenizer = backbone.load_llm(source, device)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    for attempt in range(TRIES):
+        replies = read_replies(args.out)
+        state.wait_for_everyone()  # so that all share out the same
+        records, _ = usable(seeds, replies)
+        to_do = [text for text in seeds if text not in records and len(replies[text]) <= attempt]
+        mine = sorted(to_do[state.process_index :: state.num_processes], key=len)
+        batches = range(0, len(mine), args.batch)
+        for first in tqdm(batches, desc=f"texts, try {attempt + 1}", unit="batch", disable=not mine):
+            batch = mine[first : first + args.batch]
+            torch.manual_seed(int(hash_of([args.seed, attempt, batch]), 16))
+            rows = zip(batch, write_replies(model, tokenizer, batch))
+            rows = as_lines({"caption": caption, "reply": reply} for caption, reply in rows)
+            file = args.out / "replies" / f"{state.process_index:05d}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            with open(file, "a", encoding="utf-8") as log:
+                log.write(f"\n{rows}")  # a newline ends the line that a killed run has cut short
+        state.wait_for_everyone()
+    if state.is_main_process:
+        records, refused = usable(seeds, read_replies(args.out))
+        once = {}  # an instruction
+        for record in records.values():
+            once.setdefault(_plain(record["instruction"]), record)
+        atomic_write(args.out / "texts.jsonl", lambda file: file.write_text(as_lines(once.values()), "utf-8"))
+        pairs = sum(len(record["pairs"]) for record in once.values())
+        print(f"{len(seeds)} captions: {len(once)} instructions with {pairs} pairs of captions")
+        refused += Counter({"its instruction is there already": len(records) - len(once)})
+        for reason, count in refused.most_common():
+            print(f"refused {count:5} replies: {reason}")
+    state.wait_for_everyone()
+
+
+def read_replies(out: Path) -> dict[str, list[str]]:
+    """All replies to each caption, of all processes that ever wrote."""
+    replies = defaultdict(list)
+    for path in sorted((out / "replies").glob("*.jsonl")):
+        for line in path.read_text("utf-8", errors="replace").split("\n"):
+            try:
+                row = json.loads(line)
+            except ValueError:  # blank, or cut short; that reply will be made again
+                continue
+            replies[row["caption"]].append(row["reply"])
+    return replies
+
+
+def usable(seeds: list[str], replies: dict[str, list[str]]) -> tuple[dict[str, dict], Counter[str]]:
+    """caption → the record of its first usable reply; and how many were refused, by reason."""
+    records, refused = {}, Counter()
+    for caption in seeds:
+        for reply in replies[caption]:
+            try:
+                records[caption] = parse_reply(caption, reply)
+                break
+            except Refusal as reason:
+                refused[str(reason)] += 1
+    return records, refused
+
+
 def main(argv: list[str] | None = None) -> None:
+    parser = stage("data_making.texts", "captions → instructions and pairs of captions")
+    add = parser.add_argument
+    add("--seeds", type=Path, required=True, help="a text file, one caption a line")
+    add("--llm", help="causal language model: a folder or hub id (default: the preset's)")
+    add("--batch", type=int, default=16, help="captions at a time")
+    add(
+        "--finetune",
+        type=Path,
+        help="examples by people, in the form of texts.jsonl, to teach the model first",
+    )
     with backbone.one_line_errors("data_making.texts"):
-        texts(arguments(argv))
+        args = parser.parse_args(argv)
+        backbone.check_numbers(args, {(1, math.inf): "batch", (0, 2**62): "seed"})
+        texts(args)
 
 
 if __name__ == "__main__":

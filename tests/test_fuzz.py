@@ -163,7 +163,7 @@ COMMANDS = [
     "train.py --data data --seed 0 --device cpu --steps 1 --batch 2 --accumulate 1 --lr 0.1 "
     "--answer-weight 4 --es-weight 0.05 --sam-weight 0.1 --drop 0.5 0.2 0.05 --panel 32 --workers 0 "
     "--save-every 1",
-    "data_making/check.py data --split train --thin 2",
+    "data_making/check.py data --split train",
 ]
 MAINS = {
     "edit.py": edit,

@@ -32,7 +32,7 @@ import edit
 import liu
 import train
 from apps.pipeline import InstructGIEPipeline
-from data_making import check, texts
+from data_making import check
 from data_making import pictures as making
 from disk import other_settings
 from evaluation import baselines, evaluate
@@ -103,8 +103,6 @@ def make_run(root):
     optimizer.step()
     for step in (1, 2):
         save_checkpoint(root, step, {"layer": layer}, optimizer, keep=2)
-    (root / "replies").mkdir()
-    (root / "replies/00000.jsonl").write_text('{"caption": "a cup", "reply": "Caption: a hat"}\n' * 2)
 
 
 @pytest.fixture(scope="module")
@@ -403,14 +401,6 @@ def test_an_error_of_ours_is_not_taken_for_too_little_memory():
         raise RuntimeError("ours")
 
 
-def test_replies_of_another_form_are_left_out(copy):
-    root = copy("run")
-    lines = ("7", "[]", '{"caption": 7, "reply": "x"}', '{"caption": "a"}', "[" * 9000, "\ud800")
-    with (root / "replies/00000.jsonl").open("ab") as file:
-        file.write("\n".join(lines).encode("utf-8", "surrogatepass"))
-    assert dict(texts.read_replies(root)) == {"a cup": ["Caption: a hat"] * 2}
-
-
 @pytest.mark.parametrize(
     "program, words, reason",
     [
@@ -422,15 +412,12 @@ def test_replies_of_another_form_are_left_out(copy):
         (evaluate, "editor --data folder --guidance-text nan", "--guidance-text must be a finite number"),
         (evaluate, "editor --data folder --device cpu:x", "--device cpu:x: no such device"),
         (check, "folder --split ../seen", "split '../seen'"),
-        (check, "folder --sheet folder/train/0_after.png", "overwrite a picture"),
-        (check, "folder --sheet folder/train/metadata.jsonl", "ends in .png"),
-        (making, "--out run --size -32 --device cpu", "--size must be 1 … 4096, not -32"),
+        (check, "folder --sheet folder/train/metadata.jsonl", "unknown file extension"),
         (
             making,
             "--out run --min-caption nan --device cpu",
             "--min-caption must be a finite number",
         ),
-        (making, "--out run --split ../../x --device cpu", "--split ../../x"),
         (train, "--data folder --panel 4194304", "--panel must be 8 … 1024, not 4194304"),
         (train, "--data folder --panel 36 --device cpu", "--panel 36: give a multiple of 8"),
         (train, "--data folder --batch 100000000", "--batch must be 1 … 4096"),
