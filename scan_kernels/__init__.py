@@ -73,25 +73,14 @@ def scans_images_in_place(image: Tensor) -> bool:
 
 
 @torch.compiler.disable
-def scan_image(
-    image: Tensor,
-    orders: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    delta_softplus: bool = False,
-) -> Tensor:
+def scan_image(image: Tensor, orders: Tensor, *rest: Tensor, delta_softplus: bool = False) -> Tensor:
     """One scan over the image in each order, summed at each pixel, without a copy of the image for any.
 
-    image (B, P, H, W); orders (G, L) int64, the pixel at each step; Δ (B, G, P, L) and the others in the
-    order of the steps, as `fast_scan` takes them. Returns the image's shape and dtype.
+    image (B, P, H, W); orders (G, L) int64, the pixel at each step. rest: Δ (B, G, P, L), A, B, C, D and Δ's
+    bias as `fast_scan` takes them, in the order of the steps. Returns the image's shape and dtype.
     """
     u = image.flatten(2).unsqueeze(1)  # (B, 1, P, L)
-    y = _module("numba").scan(u, delta, A, B, C, D, delta_bias, delta_softplus, orders)
-    return y.view_as(image)
+    return _module("numba").scan(u, *rest, delta_softplus, orders).view_as(image)
 
 
 def scan_backend(u: Tensor) -> tuple[str, str]:
@@ -145,7 +134,7 @@ def _try_triton() -> None:
     RuntimeError where they are not those of "chunked"."""
     for states in (1, 4):
         g = torch.Generator().manual_seed(0)
-        sizes = (2, 2, 8, 300), (2, 2, 8, 300), (16, states), (2, 2, states, 300), (2, 2, states, 300), (16,)
+        sizes = (1, 2, 8, 300), (1, 2, 8, 300), (16, states), (1, 2, states, 300), (1, 2, states, 300), (16,)
         inputs = [torch.rand(size, generator=g).cuda() for size in sizes]
         inputs[2].neg_()
         inputs = [x.requires_grad_() for x in (*inputs, torch.rand(16, generator=g).cuda())]
