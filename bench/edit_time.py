@@ -22,20 +22,12 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
 import backbone
 from apps.pipeline import InstructGIEPipeline
-from bench.scan import apart, resident
-from bench.train_step import preset
+from bench.random_parts import preset
+from bench.rows import apart, peak_bytes, print_head, print_row
 from dataset import compose_grid, mask_query
-from evaluation.baselines import Baseline
 from rcldm import RCLDM
 
-
-class ControlNet(Baseline):
-    """The pipeline, without what screens its pictures."""
-
-    kind = StableDiffusionControlNetPipeline
-
-
-EDITORS = ("StableDiffusionControlNetPipeline", "ours", "ours, compiled")
+EDITORS = ("StableDiffusionControlNetPipeline", "ours")
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
@@ -43,29 +35,25 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     device, dtype, chosen = args.device, getattr(torch, args.dtype), preset(args.backbone, args.folder)
     sd = backbone.load_stable_diffusion(chosen.stable_diffusion, device, dtype)
     g = torch.Generator().manual_seed(0)
-    pictures = torch.rand(args.batch, 3, 3, chosen.panel, chosen.panel, generator=g) * 2 - 1
+    before, after, query = torch.rand(3, args.batch, 3, chosen.panel, chosen.panel, generator=g) * 2 - 1
     texts, seeds = ["wave"] * args.batch, list(range(args.batch))
     torch.manual_seed(0)
-    if name == "StableDiffusionControlNetPipeline":
-        control = ControlNetModel.from_unet(sd.unet).to(device, dtype).eval()
-        pipeline = ControlNet(sd, chosen.panel, controlnet=control)
-
-        def edit() -> torch.Tensor:
-            before, after, query = pictures.unbind(1)
-            condition = (mask_query(compose_grid(before, after, query, query)) + 1) / 2
-            options = {"image": condition, "guidance_scale": args.guidance}
-            return pipeline.draw(texts, seeds, args.steps, **options)
-    else:
+    if name == "ours":
         model = RCLDM.from_unet(sd.unet, factor=backbone.vae_factor(sd.vae)).to(device, dtype).eval()
         pipe = InstructGIEPipeline(**sd._asdict(), rcldm=model, panel=chosen.panel)
-        pipe.set_progress_bar_config(disable=True)
-        if name.endswith("compiled"):
-            pipe.unet.compile()
-            pipe.rcldm.compile()
+    else:
+        control = ControlNetModel.from_unet(sd.unet).to(device, dtype).eval()
+        unscreened = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe = StableDiffusionControlNetPipeline(**sd._asdict(), controlnet=control, **unscreened)
+    pipe.set_progress_bar_config(disable=True)
 
-        def edit() -> torch.Tensor:
+    def edit() -> torch.Tensor:
+        if name == "ours":
             options = {"steps": args.steps, "guidance_text": args.guidance}
-            return pipe.answer(pictures[:, :2], None, pictures[:, 2], texts, seeds, **options)
+            return pipe.answer(torch.stack([before, after], 1), None, query, texts, seeds, **options)
+        condition = (mask_query(compose_grid(before, after, query, query)) + 1) / 2
+        options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "output_type": "pt"}
+        return pipe(texts, condition, generator=torch.Generator().manual_seed(0), **options).images
 
     seconds = []
     for _ in range(args.repeat + 1):
@@ -73,8 +61,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
         with torch.no_grad():
             edit().cpu()
         seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
-    return {"seconds": statistics.median(seconds[1:]), "bytes": peak}
+    return {"seconds": statistics.median(seconds[1:]), "bytes": peak_bytes(device)}
 
 
 def main() -> None:
@@ -86,26 +73,21 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5, help="timed batches after one that is not")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--only", nargs="+", choices=EDITORS, default=list(EDITORS[:2]))
-    parser.add_argument(
-        "--folder", type=Path, help="of the parts of random weights (default: a temporary one)"
-    )
+    parser.add_argument("--folder", type=Path, help="of random parts (default: a temporary one)")
     args = parser.parse_args()
     args.device = backbone.pick_device(args.device).type
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = args.folder or Path(temporary)
         preset(args.backbone, args.folder)
-        sizes = f"{args.backbone}, {args.batch} at once, {args.steps} steps, guidance {args.guidance:g}"
-        print(f"{sizes}, {args.dtype}; {args.device}, {torch.get_num_threads()} threads,")
-        print(f"torch {torch.__version__}\n\n| edits by | ms for each | × the pipeline's | peak GiB |")
-        print("| --- | ---: | ---: | ---: |")
+        how = f"{args.batch} at once, {args.steps} steps, guidance {args.guidance:g}, {args.dtype}"
+        how = f"{args.backbone}, {how}; {args.device}"
+        print_head(how, "edits by", "ms for each", "× the pipeline's", "peak GiB")
         first = None
-        for name in args.only:
+        for name in EDITORS:
             row = apart(measure, name, args)
-            first = row if name == EDITORS[0] else first
-            ratio = f"{row['seconds'] / first['seconds']:.2f}" if first else "–"
-            numbers = [f"{1e3 * row['seconds'] / args.batch:.0f}", ratio]
-            print(f"| {name} | {' | '.join(numbers)} | {row['bytes'] / 2**30:.2f} |", flush=True)
+            first = first or row["seconds"]
+            numbers = f"{1e3 * row['seconds'] / args.batch:.0f}", f"{row['seconds'] / first:.2f}"
+            print_row(name, *numbers, f"{row['bytes'] / 2**30:.2f}")
 
 
 if __name__ == "__main__":

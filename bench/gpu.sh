@@ -17,7 +17,7 @@ within() { timeout "$@" || printf '\nNot within %s s, or failed: `%s`\n' "$1" "$
 bench() { within "$1" "$PYTHON" -m "bench.$2" --device "$DEVICE" "${@:3}" 2>/dev/null; }
 
 section "A training step"
-step=(train_step --backbone "$BACKBONE" --batch "$batch" --precision bf16 --folder "$parts" --rounds 1 --repeat 5)
+step=(train_step --backbone "$BACKBONE" --batch "$batch" --precision bf16 --folder "$parts" --repeat 5)
 bench 180 "${step[@]}" --limit 40
 section "An edit"
 bench 80 edit_time --backbone "$BACKBONE" --batch 1 --steps "$steps" --dtype "$dtype" --repeat 3 --folder "$parts"

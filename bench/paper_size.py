@@ -8,18 +8,14 @@ Each part is found or downloaded, named with its size and licence, and loaded. T
 the U-Net's prediction as it is, to the last bit. Then `train.py` takes a step with all four losses and
 `edit.py` draws an edit; each says its time and memory. What fails, fails there, in one line.
 
-Without `--real`, Stable Diffusion 1.5, CLIP ViT-L-14 and Mask2Former Swin-L have their published
-configurations and random weights. That shows shapes, memory and loading, and of quality nothing.
+Without `--real` the parts are those of bench/random_parts.py. The pictures are the toy world's.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import re
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,121 +23,31 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from torch import nn
 
 import backbone
+from bench import random_parts
 from rcldm import RCLDM
+from toy import world
 from training.draws import draw_timesteps, keep_conditions, step_generator
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def save_stable_diffusion(folder: Path) -> None:
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from open_clip.tokenizer import SimpleTokenizer
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    unet.half().save_pretrained(folder / "unet")
-    del unet
-    AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-        scaling_factor=0.18215,
-    ).half().save_pretrained(folder / "vae")
-    text = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
-    CLIPTextModel(text).half().save_pretrained(folder / "text_encoder")
-    # The vocabulary of CLIP's text encoder comes with open_clip.
-    bpe = SimpleTokenizer()
-    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {special.get(token, token): index for token, index in bpe.encoder.items()}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=list(bpe.bpe_ranks))
-    tokenizer.model_max_length = 77
-    tokenizer.save_pretrained(folder / "tokenizer")
-    DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    ).save_pretrained(folder / "scheduler")
-
-
-def save_clip(folder: Path) -> None:
-    import open_clip
-    from safetensors.torch import save_file
-
-    config = open_clip.get_model_config("ViT-L-14")
-    clip = open_clip.CLIP(**config).half()
-    folder.mkdir(parents=True)
-    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    record = {"model_cfg": config, "preprocess_cfg": {"mean": mean, "std": std}}
-    (folder / "open_clip_config.json").write_text(json.dumps(record))
-    save_file(
-        {k: v.contiguous() for k, v in clip.state_dict().items()}, folder / "open_clip_model.safetensors"
-    )
-
-
-def save_segmenter(folder: Path) -> None:
-    from transformers import (
-        Mask2FormerConfig,
-        Mask2FormerForUniversalSegmentation,
-        Mask2FormerImageProcessor,
-        SwinConfig,
-    )
-
-    swin = SwinConfig(
-        image_size=384,
-        embed_dim=192,
-        depths=[2, 2, 18, 2],
-        num_heads=[6, 12, 24, 48],
-        window_size=12,
-        drop_path_rate=0.3,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
-    labels = {0: "person"} | {k: f"class {k}" for k in range(1, 133)}  # COCO panoptic has 133 classes
-    names = {"id2label": labels, "label2id": {name: k for k, name in labels.items()}}
-    config = Mask2FormerConfig(backbone_config=swin, num_queries=200, **names)
-    Mask2FormerForUniversalSegmentation(config).half().save_pretrained(folder)
-    Mask2FormerImageProcessor(size={"height": 384, "width": 384}, ignore_index=255).save_pretrained(folder)
-
-
-def save_data(folder: Path) -> None:
-    rng = np.random.default_rng(0)
-    lines = []
-    for k in range(2):
-        names = f"{k}_before.png", f"{k}_after.png"
-        for name in names:
-            (folder / "train").mkdir(parents=True, exist_ok=True)
-            noise = rng.integers(0, 256, (300, 400, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(folder / "train" / name)
-        record = {"input_file_name": names[0], "output_file_name": names[1], "instruction": "make it night"}
-        lines.append(json.dumps(record))
-    (folder / "train" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-
-
 def licence(source: str) -> str:
-    """As the model's page on the hub says, or its README where it lies here."""
-    if folder := backbone.local_folder(source):
-        page = folder / "README.md"
-        found = re.search(r"^license: *(.+)$", page.read_text() if page.exists() else "", re.MULTILINE)
-        return found[1] if found else "not told"
-    from huggingface_hub import model_info
-
+    """As the model's card has it, in its folder or on the hub."""
+    folder = backbone.local_folder(source)
     try:
-        return str(model_info(source, timeout=10).card_data.get("license", "not told"))
+        return str(ModelCard.load(folder / "README.md" if folder else source).data.license)
     except Exception as error:  # of the hub's client, whose kinds are many
         return f"not known ({type(error).__name__})"
+
+
+def millions(model: nn.Module) -> float:
+    return sum(weight.numel() for weight in model.parameters()) / 1e6
 
 
 def load(part: str, source: str, device: torch.device) -> Any:
@@ -153,13 +59,10 @@ def load(part: str, source: str, device: torch.device) -> Any:
     folder = backbone.find_folder(source, {"clip": ["open_clip*"], **backbone.FOLDERS}.get(part))
     files = [*folder.rglob("*.safetensors")]
     size = sum(file.stat().st_size for file in files) / 2**30
-    names = ", ".join(
-        f"{type(model).__name__} of {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M"
-        for model in models
-    )
-    print(f"{part}: {source}, in {folder}")
+    print(f"{part}: {source}, in {folder}, {time.monotonic() - start:.0f} s")
     print(f"    {len(files)} safetensors files, {size:.2f} GiB; licence: {licence(source)}")
-    print(f"    {names} parameters, {time.monotonic() - start:.0f} s", flush=True)
+    for model in models:
+        print(f"    {type(model).__name__}: {millions(model):.0f} M parameters", flush=True)
     return loaded
 
 
@@ -176,8 +79,9 @@ def check_start(sd: backbone.StableDiffusion, panel: int) -> torch.Size:
     residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
     if not torch.equal(sd.unet(x_t, 500, states, **residuals).sample, sd.unet(x_t, 500, states).sample):
         raise ValueError("the untrained RCLDM changes what the U-Net predicts")
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"start: RCLDM, {millions:.0f} M parameters; the U-Net predicts as without it, to the last bit")
+    print(
+        f"start: RCLDM, {millions(model):.0f} M parameters; the U-Net predicts as without it, to the last bit"
+    )
     return x_t.shape[1:]
 
 
@@ -200,52 +104,41 @@ def run(*command: object) -> None:
 
 
 def check(args: argparse.Namespace, folder: Path) -> None:
-    preset, device = backbone.preset(args.backbone), backbone.pick_device(args.device)
-    sources = {part: getattr(args, part) or getattr(preset, part) for part in PARTS}
+    chosen, device = backbone.preset(args.backbone), backbone.pick_device(args.device)
+    world.write_split(folder / "data" / "train", world.draw_split("train", 1, 2, seed=0))
     if not args.real:
-        torch.manual_seed(0)
-        for part, save in RANDOM.items():
-            if not (folder / part).exists():
-                save(folder / part)
-            sources[part] = str(folder / part)
-        sources["llm"] = backbone.PRESETS["toy"].llm  # its size is free
-    if not (folder / "data").exists():
-        save_data(folder / "data")
+        chosen = random_parts.preset(args.backbone, folder, tuple(random_parts.RANDOM))
+    sources = {part: getattr(args, part) or getattr(chosen, part) for part in PARTS}
     for part in ("llm", "clip", "segmenter"):
         load(part, sources[part], device)
-    shape = check_start(load("stable_diffusion", sources["stable_diffusion"], device), preset.panel)
+    shape = check_start(load("stable_diffusion", sources["stable_diffusion"], device), chosen.panel)
 
     options = [x for part in PARTS for x in (f"--{part.replace('_', '-')}", sources[part])]
-    where = ["--output", folder / "run", "--cache", folder / "cache", "--workers", 0]
-    how = ["--device", args.device, "--precision", args.precision, "--gradient-checkpointing"]
-    step = ["--steps", 1, "--batch", 1, "--seed", seed_of_weak_noise(shape)]
-    data = ["--backbone", args.backbone, "--data", folder / "data"]
-    shutil.rmtree(folder / "run", ignore_errors=True)
-    run("train.py", *data, *options, *where, *how, *step)
-    picture, after = (folder / "data" / "train" / f"0_{when}.png" for when in ("before", "after"))
-    given = ["--prompt-pair", picture, after, "--instruction", "make it night", "--input", picture]
-    where = ["--model", folder / "run" / "editor", "--output", folder / "answer.png"]
-    run("edit.py", *where, *given, "--steps", 2, "--device", args.device)
+    options += ["--backbone", args.backbone, "--data", folder / "data", "--cache", folder / "cache"]
+    options += ["--device", args.device, "--precision", args.precision, "--gradient-checkpointing"]
+    options += ["--steps", 1, "--batch", 1, "--seed", seed_of_weak_noise(shape), "--workers", 0]
+    run("train.py", *options, "--output", folder / "run")
+    pictures = ["--prompt-pair", "examples/before.png", "examples/after.png", "--input", "examples/input.png"]
+    pictures += ["--instruction", "make it night", "--output", folder / "answer.png"]
+    run("edit.py", "--model", folder / "run" / "editor", *pictures, "--steps", 2, "--device", args.device)
     print(f"answer: {Image.open(folder / 'answer.png').size} pixels")
 
 
 PARTS = ("stable_diffusion", "clip", "segmenter", "llm")
-RANDOM = {"stable_diffusion": save_stable_diffusion, "clip": save_clip, "segmenter": save_segmenter}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.paper_size", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--backbone", default="sd15", choices=backbone.PRESETS)
-    add("--real", action="store_true", help="the preset's parts, or those named below")
+    add("--real", action="store_true", help="the preset's parts, not random weights")
     for part in PARTS:
-        add(f"--{part.replace('_', '-')}", help="hub id or folder instead of the preset's, with --real")
-    add("--folder", type=Path, help="keep what is made here (default: a temporary folder)")
+        add(f"--{part.replace('_', '-')}", help="hub id or folder instead")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="no", choices=("no", "bf16", "fp16"), help="of autocast, in training")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     with backbone.one_line_errors("bench.paper_size"), tempfile.TemporaryDirectory() as temporary:
-        check(args, args.folder or Path(temporary))
+        check(args, Path(temporary))
 
 
 if __name__ == "__main__":

@@ -54,10 +54,9 @@ SMALLER = {
     r"(data_making\.check made.*)": r"\1 || test $? = 1",  # so few pairs leave something to complain of
     r"(data_making\.convert).*": r"\1 --help",  # there is no such dataset in small
     r"^.*bash bench/gpu\.sh.*": "DEVICE=cpu BACKBONE=toy PARITY=small_steps bash bench/gpu.sh",
-    r"(bench\.paper_size).*": r"\1 --backbone toy --real --device cpu",
+    r"(bench\.paper_size).*": r"\1 --backbone toy --device cpu",
     r"(bench\.scan.*)": r"\1 --sizes 1,16,4,64 --repeat 1",
-    r"(bench\.encoder_cost.*)": r"\1 --panels 64 128 --repeat 1",
-    r"(bench\.train_step.*)": r"\1 --batch 2 --repeat 1 --rounds 1",
+    r"(bench\.train_step.*)": r"\1 --batch 2 --repeat 1",
     r"(bench\.edit_time.*)": r"\1 --batch 1 --steps 2 --repeat 1",
     r"(evaluation\.receptive_field.*)": r"\1 --count 2",
     r"(figures\.py.*)": r"\1 --output out",

@@ -13,7 +13,7 @@ factor was shared.
 
 Question: which tensors of the forward pass does it need? How could it do without keeping all the states?
 
-Read: `_ChunkedScanGradient` in scan_kernels/chunked.py, after you have tried.
+Read: `ChunkedScan.backward` in scan_kernels/chunked.py, after you have tried.
 Test: pytest exercises -k 10 compares with autograd, in float64
 """
 

@@ -16,17 +16,15 @@ Shapes: B batch · D channels · L length · N numbers of state per channel
 
 from __future__ import annotations
 
-import math
-import os
 from functools import lru_cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from scan_kernels import chunked
-
-BACKENDS = ("auto", "reference", "chunked", "numba", "triton", "mamba-ssm")
+MODULES = {"chunked": "chunked", "numba": "numba_cpu", "triton": "triton_gpu"}
+BACKENDS = ("auto", "reference", *MODULES, "mamba-ssm")
 KERNELS = {"cpu": ("numba",), "cuda": ("mamba-ssm", "triton")}  # the first that runs is the best
 
 
@@ -44,29 +42,29 @@ def fast_scan(
 ) -> Tensor:
     """`rcldm.selective_scan` by any backend but "reference", with the same arguments, shapes and result.
 
+    "numba" takes tensors on the CPU, "triton" and "mamba-ssm" on CUDA, and what they need stands in
+    requirements.txt and requirements-cuda.txt. None can be differentiated twice.
+
     Raises:
-        ValueError: an unknown backend, or shapes that do not fit.
-        RuntimeError: "numba", "triton" and "mamba-ssm" where they cannot run; differentiating twice.
+        ValueError: an unknown backend, shapes that do not fit, or float64 for a kernel.
     """
     if backend not in BACKENDS or backend == "reference":
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     B, C = (w.unsqueeze(1) if w.dim() == 3 else w for w in (B, C))
+    shape = u.shape
+    u, delta = (x.unflatten(1, (B.shape[1], -1)) if x.dim() == 3 else x for x in (u, delta))  # (B, G, P, L)
     _check_shapes(u, delta, A, B, C, D, delta_bias)
     if backend == "auto":
         backend, _ = scan_backend(u)
-    elif backend != "chunked":
-        _check_kernel(backend, u)
+    elif backend != "chunked" and u.dtype == torch.float64:
+        raise ValueError(f'backend "{backend}" has no float64; "chunked" has')
     if backend == "mamba-ssm":
-        return _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus)
+        return _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus).view(shape)
 
     wide = torch.float64 if u.dtype == torch.float64 else torch.float32
-    shape, groups = u.shape, B.shape[1]
-    if u.dim() == 3:
-        u, delta = (x.unflatten(1, (groups, -1)) for x in (u, delta))  # (B, G, P, L)
     A, B, C = A.to(wide), B.to(wide), C.to(wide)
     D, delta_bias = (A.new_zeros(len(A)) if x is None else x.to(wide) for x in (D, delta_bias))
-    y = _module(backend).scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
-    return y if y.shape == shape else y.flatten(1, 2)
+    return _module(backend).scan(u, delta, A, B, C, D, delta_bias, delta_softplus).reshape(shape)
 
 
 def scans_images_in_place(image: Tensor) -> bool:
@@ -75,25 +73,14 @@ def scans_images_in_place(image: Tensor) -> bool:
 
 
 @torch.compiler.disable
-def scan_image(
-    image: Tensor,
-    orders: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    delta_softplus: bool = False,
-) -> Tensor:
+def scan_image(image: Tensor, orders: Tensor, *rest: Tensor, delta_softplus: bool = False) -> Tensor:
     """One scan over the image in each order, summed at each pixel, without a copy of the image for any.
 
-    image (B, P, H, W); orders (G, L) int64, the pixel at each step; Δ (B, G, P, L) and the others in the
-    order of the steps, as `fast_scan` takes them. Returns the image's shape and dtype.
+    image (B, P, H, W); orders (G, L) int64, the pixel at each step. rest: Δ (B, G, P, L), A, B, C, D and Δ's
+    bias as `fast_scan` takes them, in the order of the steps. Returns the image's shape and dtype.
     """
     u = image.flatten(2).unsqueeze(1)  # (B, 1, P, L)
-    y = _module("numba").scan(u, delta, A, B, C, D, delta_bias, delta_softplus, orders)
-    return y.view_as(image)
+    return _module("numba").scan(u, *rest, delta_softplus, orders).view_as(image)
 
 
 def scan_backend(u: Tensor) -> tuple[str, str]:
@@ -129,26 +116,17 @@ def kernel_error(backend: str) -> str | None:
 
 def _module(backend: str) -> ModuleType:
     """The module whose `scan` a backend is. Numba and Triton are imported where they are wanted alone."""
-    if backend == "numba":
-        from scan_kernels import numba_cpu
-
-        return numba_cpu
-    if backend == "triton":
-        from scan_kernels import triton_gpu
-
-        return triton_gpu
-    return chunked
+    return import_module(f"scan_kernels.{MODULES[backend]}")
 
 
 def _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
     """mamba-ssm's CUDA kernel: one dtype for u, Δ, B and C, float32 for the rest, length innermost."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    shape = u.shape
-    u, delta = (x.reshape(len(x), -1, x.shape[-1]) for x in (u, delta))  # (B, D, L)
+    u, delta = (x.flatten(1, 2) for x in (u, delta))  # (B, D, L)
     u, delta, B, C = (x.to(u.dtype).contiguous() for x in (u, delta, B, C))
     A, D, delta_bias = (None if x is None else x.float().contiguous() for x in (A, D, delta_bias))
-    return selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus).view(shape)
+    return selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
 
 
 def _try_triton() -> None:
@@ -156,7 +134,7 @@ def _try_triton() -> None:
     RuntimeError where they are not those of "chunked"."""
     for states in (1, 4):
         g = torch.Generator().manual_seed(0)
-        sizes = (2, 2, 8, 300), (2, 2, 8, 300), (16, states), (2, 2, states, 300), (2, 2, states, 300), (16,)
+        sizes = (1, 2, 8, 300), (1, 2, 8, 300), (16, states), (1, 2, states, 300), (1, 2, states, 300), (16,)
         inputs = [torch.rand(size, generator=g).cuda() for size in sizes]
         inputs[2].neg_()
         inputs = [x.requires_grad_() for x in (*inputs, torch.rand(16, generator=g).cuda())]
@@ -169,39 +147,18 @@ def _try_triton() -> None:
                 raise RuntimeError("it computes something else than it should")
 
 
-def _check_kernel(backend: str, u: Tensor) -> None:
-    """One clear RuntimeError where a kernel was asked for that cannot run."""
-    device = next(device for device, backends in KERNELS.items() if backend in backends)
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if u.device.type != device and not interpreted:
-        wanted = f"needs {device.upper()} tensors, got {u.device.type}"
-        raise RuntimeError(f'backend "{backend}" {wanted}; "auto" takes one that runs')
-    if u.dtype == torch.float64:
-        raise RuntimeError(f'backend "{backend}" has no float64; "chunked" has')
-    if not interpreted and (error := kernel_error(backend)) is not None:
-        means = {
-            "numba": "Numba (requirements.txt)",
-            "triton": "Triton and a C compiler (requirements-cuda.txt)",
-            "mamba-ssm": "mamba-ssm's CUDA extension (requirements-cuda.txt)",
-        }
-        raise RuntimeError(f'backend "{backend}" needs {means[backend]}: {error}')
-
-
 def _check_shapes(u, delta, A, B, C, D, delta_bias) -> None:
-    """One clear ValueError instead of an accident of broadcasting."""
-    if u.dim() not in (3, 4) or u.shape != delta.shape or u.shape[-1] == 0:
-        raise ValueError(
-            f"u and delta must both be (B, D, L) with L ≥ 1, got {(*u.shape,)} and {(*delta.shape,)}"
-        )
-    batch, length, channels = u.shape[0], u.shape[-1], math.prod(u.shape[1:-1])
-    if A.dim() != 2 or len(A) != channels or A.is_complex():
-        raise ValueError(f"A must be real and (D, N) with D = {channels}, got {(*A.shape,)}, {A.dtype}")
-    groups = B.shape[1] if B.dim() == 4 else 0
-    if groups == 0 or channels % groups or not (B.shape == C.shape == (batch, groups, A.shape[1], length)):
-        wanted = f"({batch}, G, {A.shape[1]}, {length}) with G a divisor of {channels}"
-        raise ValueError(f"B and C must both be (B, G, N, L) = {wanted}, got {(*B.shape,)} and {(*C.shape,)}")
-    if u.dim() == 4 and u.shape[1] != B.shape[1]:
-        raise ValueError(f"u is split into {u.shape[1]} groups, B and C into {B.shape[1]}")
-    for name, w in (("D", D), ("delta_bias", delta_bias)):
-        if w is not None and w.shape != (channels,):
-            raise ValueError(f"{name} must be ({channels},), got {(*w.shape,)}")
+    """Raises ValueError, since a compiled kernel would read beyond its arrays."""
+    batch, groups, channels, length = u.shape
+    by_channel, by_state = (groups * channels,), (batch, groups, A.shape[-1], length)
+    wanted = {
+        "delta": (delta, u.shape),
+        "A": (A, (*by_channel, A.shape[-1])),
+        "B": (B, by_state),
+        "C": (C, by_state),
+        "D": (D, by_channel),
+        "delta_bias": (delta_bias, by_channel),
+    }
+    for name, (x, shape) in wanted.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"for u {(*u.shape,)}, {name} must be {(*shape,)}, got {(*x.shape,)}")

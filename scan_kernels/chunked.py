@@ -13,13 +13,14 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, softplus: bool
 ) -> Tensor:
     """y, as u. u, Δ (B, G, P, L); A (G·P, N), B and C (B, G, N, L), D and bias (G·P,), float32 or float64."""
-    return _ChunkedScan.apply(_channels_innermost(u), _channels_innermost(delta), A, B, C, D, bias, softplus)
+    return ChunkedScan.apply(_channels_innermost(u), _channels_innermost(delta), A, B, C, D, bias, softplus)
 
 
 def _channels_innermost(x: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def _channels_innermost(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.mT.contiguous().mT
 
 
-class _ChunkedScan(torch.autograd.Function):
+class ChunkedScan(torch.autograd.Function):
     """The same recurrence, T steps at a time. u, Δ (B, G, P, L).
 
     All states together would be (L, B, D, N), N times the input and more than anything else in the network.
@@ -62,16 +63,11 @@ class _ChunkedScan(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_ChunkedScanGradient.apply(_channels_innermost(dy), ctx.softplus, *ctx.saved_tensors), None
-
-
-class _ChunkedScanGradient(torch.autograd.Function):
-    """The gradients of `_ChunkedScan`; a function of its own, so that a second derivative can be refused."""
-
-    @staticmethod
-    def forward(ctx, dy, softplus, u, delta, A, B, C, D, bias, entering) -> tuple[Tensor, ...]:
         """The gradient by h_t runs through the same recurrence: g_t = C_t dy_t + exp(Δ_{t+1} A) g_{t+1}."""
+        u, delta, A, B, C, D, bias, entering = ctx.saved_tensors
+        dy = _channels_innermost(dy)
         du, ddelta, dB, dC = (torch.empty_like(x) for x in (u, delta, B, C))
         u_, delta_, dy_, A_, B_, C_, D_, bias_ = _time_first(u, delta, dy, A, B, C, D, bias)
         du_, ddelta_, _, _, dB_, dC_, _, _ = _time_first(du, ddelta, dy, A, dB, dC, D, bias)
@@ -83,7 +79,7 @@ class _ChunkedScanGradient(torch.autograd.Function):
             now = slice(i * steps, (i + 1) * steps)
             u_t, dy_t = u_[now].to(A.dtype), dy_[now].to(A.dtype)
             raw, B_t, C_t = delta_[now] + bias_, B_[now], C_[now]
-            delta_t = F.softplus(raw) if softplus else raw
+            delta_t = F.softplus(raw) if ctx.softplus else raw
             a, x, hs, gs = _states(entering[i], u_t, delta_t, A_, B_t, space)  # gs is only room as yet
             dC_[now] = torch.mul(hs[1:], dy_t, out=gs).sum(-1, keepdim=True)
             torch.mul(C_t, dy_t, out=gs)
@@ -97,16 +93,12 @@ class _ChunkedScanGradient(torch.autograd.Function):
             dx = _sum_states(B_t, gs, free)  # by Δu
             du_[now] = torch.addcmul(dx * delta_t, D_, dy_t)
             draw = _sum_states(A_, dlog_a, free).addcmul_(dx, u_t)  # by Δ
-            if softplus:
+            if ctx.softplus:
                 draw *= raw.sigmoid_()
             ddelta_[now] = draw
             dbias_ += draw.sum((0, 1))
             dA_ += dlog_a.mul_(delta_t).sum((0, 1))
-        return du, ddelta, dA_.mT.reshape(A.shape), dB, dC, dD_.flatten(), dbias_.flatten()
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise RuntimeError('the scan\'s backend "chunked" cannot be differentiated twice; "reference" can')
+        return du, ddelta, dA_.mT.reshape(A.shape), dB, dC, dD_.flatten(), dbias_.flatten(), None
 
 
 def _steps_at_once(u: Tensor, A: Tensor) -> int:

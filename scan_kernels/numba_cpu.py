@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 T = 32
 f32, i32, u64 = np.float32, np.int32, np.uint64
@@ -254,23 +255,14 @@ class NumbaScan(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_Gradient.apply(dy.contiguous(), ctx.parts, ctx.softplus, *ctx.saved_tensors), None, None
-
-
-class _Gradient(torch.autograd.Function):
-    """The gradients of `NumbaScan`; a function of its own, so that a second derivative can be refused."""
-
-    @staticmethod
-    def forward(ctx, dy, parts, softplus, u, delta, A, B, C, D, bias, order, entering) -> tuple[Tensor, ...]:
-        batch = u.shape[1]
-        inputs = parts, u, delta, A, B, C, D, bias, softplus, order, dy, entering
+        *inputs, order, entering = ctx.saved_tensors
+        u, delta, A, B, C, D, bias = inputs
+        batch, parts = u.shape[1], ctx.parts
         du, ddelta = torch.zeros_like(u), torch.empty_like(delta)
         dA, dD, dbias = (x.new_zeros(len(x), batch, *x.shape[1:]) for x in (A, D, bias))
         dB, dC = (x.new_empty(parts, *x.shape) for x in (B, C))
-        _in_parallel(_backward, batch * parts, *inputs, du, ddelta, dA, dB, dC, dD, dbias)
-        return du, ddelta, dA.sum(1), dB.sum(0), dC.sum(0), dD.sum(1), dbias.sum(1)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise RuntimeError('the scan\'s backend "numba" cannot be differentiated twice; "reference" can')
+        given = *inputs, ctx.softplus, order, dy.contiguous(), entering
+        _in_parallel(_backward, batch * parts, parts, *given, du, ddelta, dA, dB, dC, dD, dbias)
+        return du, ddelta, dA.sum(1), dB.sum(0), dC.sum(0), dD.sum(1), dbias.sum(1), None, None

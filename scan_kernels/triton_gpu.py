@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def scan(
@@ -167,15 +168,9 @@ class TritonScan(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, ...]:
-        return _Gradient.apply(dy, *ctx.saved_tensors)
-
-
-class _Gradient(torch.autograd.Function):
-    """The gradients of `TritonScan`; a function of its own, so that a second derivative can be refused."""
-
-    @staticmethod
-    def forward(ctx, dy, u, delta, A, B, C, D, entering) -> tuple[Tensor, ...]:
+        u, delta, A, B, C, D, entering = ctx.saved_tensors
         dy, (grid, sizes, tile) = _laid_out_as(u, dy), _launch(u, A)
         du, ddelta = torch.empty_like(u), torch.empty_like(delta)
         dB, dC = torch.zeros_like(B), torch.zeros_like(C)
@@ -184,10 +179,6 @@ class _Gradient(torch.autograd.Function):
         with torch.cuda.device_of(u):
             _backward[grid](u, delta, A, B, C, D, dy, entering, *gradients, *sizes, **tile)
         return du, ddelta, dA.sum(0), dB, dC, dD.sum(0)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise RuntimeError('the scan\'s backend "triton" cannot be differentiated twice; "reference" can')
 
 
 def _laid_out_as(u: Tensor, x: Tensor) -> Tensor:
