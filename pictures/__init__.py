@@ -8,7 +8,6 @@ from pictures.tensors import (
     from_bytes,
     image_to_tensor,
     misfit,
-    pixels_of,
     tensor_to_image,
     to_bytes,
     to_panel,

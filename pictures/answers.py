@@ -20,10 +20,31 @@ from pictures.files import ImageError, load_image
 def plan_answers(
     sources: list[Path], output: Path, count: int, pair: list[Path]
 ) -> tuple[list[Path], list[list[Path]]]:
-    """The pictures to edit, and where the `count` answers to each go. Raises ValueError, see below."""
+    """The pictures to edit, and where the `count` answers to each go.
+
+    Raises ValueError as `find_pictures` does; where `output` is a file and cannot take all answers; and where
+    an answer, or its grid, would overwrite a picture that is read or left out.
+    """
     inputs, left_out = find_pictures(sources)
     read = set(map(os.path.realpath, [*inputs, *left_out, *pair]))
-    return inputs, output_paths(output, inputs, count, read)
+    is_file = output.suffix.lower() in Image.registered_extensions() and not output.is_dir()
+    if is_file and (output.suffix.lower() != ".png" or len(inputs) * count > 1):
+        raise ValueError(f"--output {output}: one answer goes to a .png file, several go to a folder")
+    taken, targets = set(), []
+    for path in inputs:
+        for again in ("", *(f"-{n + 2}" for n in range(len(inputs)))):  # two pictures may have one stem
+            stems = [path.stem + again] if count == 1 else [f"{path.stem}{again}_{k}" for k in range(count)]
+            paths = [output] if is_file else [output / f"{stem}.png" for stem in stems]
+            written = set(map(os.path.realpath, (*paths, *map(grid_path, paths))))
+            if written & read:
+                raise ValueError(f"--output {output}: an answer would overwrite a picture that is read")
+            if not written & taken:
+                break
+        if folders := [path for path in paths if path.is_dir()]:
+            raise ValueError(f"--output {output}: {folders[0]} cannot be written, a folder is there")
+        taken |= written
+        targets.append(paths)
+    return inputs, targets
 
 
 def find_pictures(sources: list[Path]) -> tuple[list[Path], list[Path]]:
@@ -50,33 +71,6 @@ def find_pictures(sources: list[Path]) -> tuple[list[Path], list[Path]]:
         if len(inputs) == before:
             raise ValueError(f"{source}: no picture in this folder")
     return inputs, left_out
-
-
-def output_paths(output: Path, inputs: list[Path], count: int, read: set[str]) -> list[list[Path]]:
-    """Where the `count` answers to each input go. Raises ValueError where `output` cannot take them, and
-    where an answer, or its grid, would overwrite a picture of `read`, which are full paths."""
-    is_file = output.suffix.lower() in Image.registered_extensions() and not output.is_dir()
-    if is_file and (output.suffix.lower() != ".png" or len(inputs) * count > 1):
-        raise ValueError(f"--output {output}: one answer goes to a .png file, several go to a folder")
-    if not is_file and output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output}: is a file; give a folder, or a name that ends in .png")
-    taken, targets = set(), []
-    for path in inputs:
-        for again in ("", *(f"-{n + 2}" for n in range(len(inputs)))):  # two pictures may have one stem
-            stems = [path.stem + again] if count == 1 else [f"{path.stem}{again}_{k}" for k in range(count)]
-            paths = [output] if is_file else [output / f"{stem}.png" for stem in stems]
-            written = set(map(os.path.realpath, (*paths, *map(grid_path, paths))))
-            if written & read:
-                raise ValueError(f"--output {output}: an answer would overwrite a picture that is read")
-            if not written & taken:
-                break
-        for target in paths:
-            above = next(folder for folder in target.parents if folder.exists())
-            if target.is_dir() or not above.is_dir():
-                raise ValueError(f"--output {output}: {target} cannot be written, a folder or file is there")
-        taken |= written
-        targets.append(paths)
-    return targets
 
 
 def grid_path(path: Path) -> Path:

@@ -6,19 +6,17 @@ import io
 from functools import lru_cache
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """A PIL image of any mode as upright 8-bit sRGB of mode "RGB".
 
     Applies the EXIF orientation and converts the colour profile. [ours] Transparency shows white, as on a
-    page. The result's `info` has the stored orientation alone, so a second pass changes nothing. Raises
-    ValueError for grey values outside 0 … 65,535.
+    page. The result has no `info`, so a second pass changes nothing. Raises ValueError for grey of more than
+    16 bits.
     """
-    stored = image.getexif().get(ExifTags.Base.Orientation, 1)
-    if stored != 1:
-        image = ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(image)
     profile = image.info.get("icc_profile")
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_8_bits(image)
@@ -31,7 +29,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = to_srgb.apply(image.convert(mode))
     page = Image.new("RGB", image.size, "white")
     page.paste(image, mask=opacity)
-    page.info = {"orientation": stored}
     return page
 
 
@@ -54,18 +51,12 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits, 32 bits or floats to 8 bits; Pillow's own conversion clips all above 255 to white.
-
-    [ours] 16-bit files span 0 … 65,535. The wider modes do not say what white is, so it is the first of
-    1 (floats only), 255 and 65,535 that no pixel exceeds.
-    """
-    values = np.asarray(image).astype(np.float32)
-    if not (values.min() >= 0 and values.max() <= 65535):  # false for NaN, too
-        raise ValueError("grey values outside 0 … 65,535")
-    whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+    """Grey of 16 bits, 0 … 65,535, to 8 bits; Pillow's own conversion clips all above 255 to white."""
+    if not image.mode.startswith("I;16"):
+        raise ValueError("grey values of 32 bits or floats, which do not say what white is")
+    values = np.asarray(image)
+    grey = Image.fromarray((values / 257).round().astype(np.uint8))
     clear = values == image.info.get("transparency")
-    values *= 255 / next(white for white in whites if values.max() <= white)
-    grey = Image.fromarray(values.round().astype(np.uint8))
     if np.any(clear):
         grey.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
     return grey

@@ -7,7 +7,6 @@ import io
 import os
 import threading
 import warnings
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,13 +94,7 @@ def path_inside(folder: Path, name: object) -> str:
     if not isinstance(name, str) or not name.strip():
         raise ValueError("a file name is empty or not a text")
     name.encode()  # raises ValueError where it was no UTF-8
-    parent, file = os.path.split(os.path.join(folder, name.replace("\\", "/")))
-    path = os.path.join(_real_folder(parent), file)
-    if file in ("", ".", "..") or os.path.islink(path):
-        path = os.path.realpath(path)
+    path = os.path.realpath(os.path.join(folder, name.replace("\\", "/")))
     if not path.startswith(os.path.join(folder, "")):
         raise ValueError(f"{name[:80]!r} is not a relative path inside the folder")
     return path
-
-
-_real_folder = lru_cache(maxsize=1024)(os.path.realpath)  # pictures lie in few folders, realpath is slow

@@ -134,12 +134,12 @@ def test_by_the_page(pipe, truth, tmp_path, way):
     click = next(function for function in page.fns.values() if function.api_name == "edit")
     words, is_shown = doctor.WAYS[way]
     wish = {place.label: place.value for place in click.inputs}
-    wish |= {"Inputs": [(str(DEMO["input"]), None)], "Instruction": words}
+    wish |= {"Input": str(DEMO["input"]), "Instruction": words}
     if is_shown:
         wish |= {"Example before": str(DEMO["before"]), "Example after": str(DEMO["after"])}
-    *_, (_, steps, _, files, grids) = click.fn(SimpleNamespace(session_hash="a page"), *wish.values())
-    assert_right(load_image(files[0]), truth)
-    assert_right(answer_of(load_image(grids[0])), truth)
+    *_, (_, steps, answer, grid) = click.fn(*wish.values())
+    assert_right(load_image(answer), truth)
+    assert_right(answer_of(load_image(grid)), truth)
     assert len(steps) == 10 and truth.score(np.asarray(load_image(steps[-1][0])))["right"]
 
 

@@ -13,17 +13,11 @@ from PIL import Image
 from tiny import P, save_parts
 
 import edit
-from apps.pipeline import InstructGIEPipeline
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return save_parts(tmp_path_factory.mktemp("editor"))
-
-
-@pytest.fixture(scope="module")
-def editor(folders):
-    return InstructGIEPipeline.from_pretrained(folders / "editor")
 
 
 @pytest.fixture
@@ -40,19 +34,11 @@ PAIR = ("--prompt-pair", "before.png", "after.png")
 
 
 @pytest.fixture
-def command(here, folders, editor, monkeypatch):
-    """edit.py in this process, with the editor that is loaded already where the options name it."""
-    load = InstructGIEPipeline.from_pretrained
-    known = str(folders / "editor")
-
-    def once(model, **options):
-        return InstructGIEPipeline(**ready) if model == known else load(model, **options)
-
-    ready = editor.components | {"panel": editor.panel, "settings": editor.settings}
-    monkeypatch.setattr(InstructGIEPipeline, "from_pretrained", once)
+def command(here, folders, monkeypatch):
+    """edit.py in this process, with the tiny editor unless the options name another."""
 
     def run(*options):
-        model = () if "--model" in options else ("--model", known)
+        model = () if "--model" in options else ("--model", str(folders / "editor"))
         monkeypatch.setattr(sys, "argv", ["edit.py", *options, *model])
         edit.main()
 
@@ -187,10 +173,10 @@ INPUT, OUTPUT = ("--input", "x.png"), ("--output", "out")
         ((*PAIR, *INPUT, *OUTPUT, "--seed", "-1"), "--seed must be 0 … 4611686018427387904, not -1"),
         ((*PAIR, *INPUT, "--output", "out.png", "--num-images", "2"), "several go to a folder"),
         ((*PAIR, *INPUT, "--output", "out.jpg"), "one answer goes to a .png file"),
-        ((*PAIR, *INPUT, "--output", "notes"), "--output notes: is a file"),
+        ((*PAIR, *INPUT, "--output", "notes"), "File exists: 'notes'"),
         ((*PAIR, *INPUT, "--output", "x.png"), "overwrite a picture that is read"),
-        ((*PAIR, *INPUT, "--output", "taken"), "cannot be written"),
-        ((*PAIR, *INPUT, "--output", "notes/a.png"), "cannot be written"),
+        ((*PAIR, *INPUT, "--output", "taken"), "cannot be written, a folder is there"),
+        ((*PAIR, *INPUT, "--output", "notes/a.png"), "File exists: 'notes'"),
         (("--instruction", "a \udcff hat", *INPUT, *OUTPUT), "codec can't encode"),
         ((*PAIR, *INPUT, "--output", "."), "overwrite a picture that is read"),
         pytest.param(

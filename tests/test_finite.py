@@ -112,12 +112,10 @@ def test_a_later_step_is_named(pipe, pictures):
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY])
-def test_the_decoder_and_given_noise(pipe, pictures, value):
+def test_the_decoder(pipe, pictures, value):
     query = Image.open(pictures[2])
-    with pytest.raises(ValueError, match="NaN or infinity in the given latents"):
-        pipe("add a hat", query, latents=torch.full((1, 4, 8, 8), value))
     spoil(pipe.vae.decoder.conv_out, value)
-    for kind in ("pil", "pt", "np"):  # a clip alone would make infinity white
+    for kind in ("pil", "pt"):  # a clip alone would make infinity white
         with pytest.raises(ValueError, match="NaN or infinity in the VAE's picture"):
             pipe("add a hat", query, output_type=kind)
 
@@ -141,10 +139,10 @@ def test_the_page_says_it_and_shows_no_step(pipe, pictures, tmp_path):
     spoil(pipe.unet.conv_out)
     *_, query = map(str, pictures)
     (tmp_path / "served").mkdir()
-    wish = app.Wish(None, None, [(query, None)], "add a hat", 0, 1, 2, 1.0, 1.0, "ddim")
+    wish = None, None, query, "add a hat", 0, 2, 1.0, 1.0, "ddim"
     editor = app.Editor(pipe, "tiny", tmp_path / "served")
     with pytest.raises(gradio.Error, match="step 1 of 2: NaN or infinity"):
-        list(editor.edit(SimpleNamespace(session_hash="a page"), *wish))
+        list(editor.edit(*wish))
     assert not list((tmp_path / "served").rglob("*.png"))
 
 

@@ -1,11 +1,11 @@
 """apps/pipeline.py: the sampler's guidance, seeds and batches; what diffusers asks of its own pipelines."""
 
+import copy
 import inspect
 import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, UNet2DConditionModel
-from diffusers.utils import hub_utils
-from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from test_dataset import display_p3
 from tiny import P, save_parts
@@ -160,16 +158,16 @@ def test_pair_and_instruction_each_have_a_say_and_an_absent_pair_has_none(editor
 
 def test_the_answer_is_the_lower_right_panel_decoded_alone(editor, edits):
     latents = draw(editor, edits)
-    grids, answers = editor.decode_grids(latents), editor.decode_answers(latents)
-    assert grids.shape == (3, 3, 2 * P, 2 * P) and answers.abs().max() <= 1
-    assert torch.equal(split_grid(grids)[3], answers)
+    answers = editor.decode_answers(latents)
+    assert answers.shape == (3, 3, P, P) and answers.abs().max() <= 1
+    assert torch.equal(backbone.decode_latents(editor.vae, split_grid(latents)[3]), answers)
     latents[..., :4, :] = 0  # another example row
     assert torch.equal(editor.decode_answers(latents), answers)
 
 
 def test_wrong_calls_are_told_apart(editor, edits):
-    with pytest.raises(ValueError, match="differ in length"):
-        draw(editor, edits, texts=["add a hat"])
+    with pytest.raises(ValueError, match="2 generators, where there are 3 answers"):
+        draw(editor, edits, seeds=[0, 1])
     with pytest.raises(ValueError, match=r"1 … 1000, not 1001"):
         draw(editor, edits, steps=1001)
 
@@ -182,16 +180,13 @@ def test_bfloat16(folders, edits):
 
 def test_unify_needs_a_language_model_only_where_training_had_one(editor, monkeypatch):
     assert editor.unify(["Add  a hat"]) == ["Add  a hat"]
-    told = InstructGIEPipeline(**editor.components, panel=P)
-    told.llm, told.llm_tokenizer = editor.text_encoder, editor.tokenizer  # stand-ins
-    monkeypatch.setattr(liu, "InstructionUnifier", lambda model, tokenizer: Shout(model))
-    assert told.unify(["add"]) == ["ADD"] and told.unifier is told.unifier
+    monkeypatch.setattr(liu, "InstructionUnifier", lambda model, tokenizer: Shout())
+    stand_ins = {"llm": editor.text_encoder, "llm_tokenizer": editor.tokenizer}
+    told = InstructGIEPipeline(**editor.components | stand_ins, panel=P)
+    assert told.unify(["add"]) == ["ADD"]
 
 
 class Shout:
-    def __init__(self, model):
-        self.model = model
-
     def unify(self, texts):
         return [text.upper() for text in texts]
 
@@ -250,10 +245,8 @@ def answers(*args, **options):
 
 def test_the_call_has_diffusers_names():
     taken = inspect.signature(InstructGIEPipeline.__call__).parameters
-    names = "prompt image num_inference_steps guidance_scale num_images_per_prompt generator latents"
-    names += " output_type return_dict callback_on_step_end callback_on_step_end_tensor_inputs"
-    assert set(names.split()) <= set(taken)
-    assert (taken["output_type"].default, taken["return_dict"].default) == ("pil", True)
+    names = "prompt image num_inference_steps guidance_scale generator output_type callback_on_step_end"
+    assert set(names.split()) <= set(taken) and taken["output_type"].default == "pil"
 
 
 def test_saved_and_loaded_it_edits_the_same(pipe, pictures, tmp_path):
@@ -262,12 +255,10 @@ def test_saved_and_loaded_it_edits_the_same(pipe, pictures, tmp_path):
     again = load(tmp_path)
     assert torch.equal(answers(again, pictures), wanted)
     assert (again.panel, again.settings, again.llm) == (P, pipe.settings, None)
-    assert "InstructGIE editor" in (tmp_path / "README.md").read_text()
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {
         ".json",
         ".safetensors",
         ".txt",
-        ".md",
     }
 
 
@@ -324,21 +315,16 @@ def test_made_of_anothers_parts(pipe, pictures):
     assert torch.equal(answers(made, pictures), answers(pipe, pictures))
 
 
-def test_its_components_make_it_again(folders, pictures, tmp_path):
-    """Also those of an editor that was saved before its RCLDM told its panels' size."""
-    config = folders / "editor" / "config.json"
-    assert json.loads(config.read_text())["panel"] is None
-    loaded = load(folders / "editor")
-    loaded.save_pretrained(tmp_path)
-    for pipe in (loaded, load(tmp_path)):
-        again = InstructGIEPipeline(**pipe.components)
-        again.set_progress_bar_config(disable=True)
-        assert again.panel == P and torch.equal(answers(again, pictures), answers(loaded, pictures))
-    assert RCLDM.from_pretrained(tmp_path / "rcldm").config.panel == P
-    assert InstructGIEPipeline(**loaded.components, panel=2 * P).panel == 2 * P and loaded.panel == P
-    untold = RCLDM.from_pretrained(folders / "editor")
-    with pytest.raises(backbone.BackboneError, match="give panel=P"):
-        InstructGIEPipeline(**loaded.components | {"rcldm": untold})
+def test_its_components_make_it_again(pipe, pictures):
+    """The RCLDM tells its panels' size, as it does where `train.py` has made it."""
+    rcldm = copy.deepcopy(pipe.rcldm)
+    rcldm.register_to_config(panel=P)
+    again = InstructGIEPipeline(**pipe.components | {"rcldm": rcldm})
+    again.set_progress_bar_config(disable=True)
+    assert again.panel == P
+    assert torch.equal(
+        answers(again, pictures, num_inference_steps=3), answers(pipe, pictures, num_inference_steps=3)
+    )
 
 
 def test_a_latent_is_not_clipped_as_stable_diffusion_pipeline_does_not(folders, pictures, tmp_path):
@@ -360,14 +346,6 @@ def test_a_latent_is_not_clipped_as_stable_diffusion_pipeline_does_not(folders, 
         drawn.append(pipe("a hat", generator=seeded([0])[0], **options).images)
     assert drawn[0].abs().max() > 1
     torch.testing.assert_close(drawn[1], drawn[0], atol=1e-4, rtol=1e-4)
-
-
-def test_whole_numbers_of_any_library(pipe, pictures):
-    wanted = answers(pipe, pictures, num_images_per_prompt=2, generator=seeded([3, 4]))
-    for whole in (np.int64, np.uint8, torch.tensor):
-        options = {"num_images_per_prompt": whole(2), "generator": seeded(map(whole, (3, 4)))}
-        assert torch.equal(answers(pipe, pictures, num_inference_steps=whole(2), **options), wanted)
-    assert InstructGIEPipeline(**pipe.components, panel=np.int64(P)).panel == P
 
 
 def test_an_eta_of_an_older_editor_is_passed_over(folders, pictures, tmp_path):
@@ -394,81 +372,16 @@ def test_an_answer_is_the_same_alone_and_in_a_batch(pipe, pictures):
         torch.testing.assert_close(alone[0], together[k], atol=1e-4, rtol=1e-4)
 
 
-def test_a_tuple_holds_what_the_output_holds(pipe, pictures):
-    output, plain = (call(pipe, pictures, return_dict=whole) for whole in (True, False))
-    assert torch.equal(output.images, plain[0]) and output.prompts == plain[1] == ["add a hat"]
-
-
 def test_output_types_agree(pipe, pictures):
-    pt, array, images, latents = (
-        answers(pipe, pictures, output_type=kind) for kind in ("pt", "np", "pil", "latent")
-    )
-    assert pt.min() >= 0 and pt.max() <= 1 and array.shape == (1, P, P, 3) and latents.shape == (1, 4, 8, 8)
-    assert np.array_equal(pt.permute(0, 2, 3, 1).numpy(), array)
+    pt, images, latents = (answers(pipe, pictures, output_type=kind) for kind in ("pt", "pil", "latent"))
+    assert pt.min() >= 0 and pt.max() <= 1 and pt.shape == (1, 3, P, P) and latents.shape == (1, 4, 8, 8)
     assert images[0].size == (P, P // 2)  # the query's aspect ratio
     _, box = fit_panel(pictures[2], P)
     assert images[0].tobytes() == tensor_to_image(unfit(2 * pt[0] - 1, box)).tobytes()
     torch.testing.assert_close(pipe.decode_answers(latents), 2 * pt - 1, atol=1e-6, rtol=1e-6)
 
 
-def test_pictures_of_every_kind_are_one_picture(pipe, pictures):
-    square = [picture.resize((P, P)) for picture in pictures]
-    wanted = answers(pipe, square)
-    bytes_ = [np.asarray(picture) for picture in square]
-    tensors = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in bytes_]
-    floats = [tensor / 255 for tensor in tensors]
-    for kind in (bytes_, tensors, floats, [f.permute(1, 2, 0).numpy() for f in floats]):
-        torch.testing.assert_close(answers(pipe, kind), wanted, atol=1e-5, rtol=1e-5)
-    before, after, *queries = floats
-    batch = answers(pipe, pictures, image=torch.stack(queries), prompt_pair=torch.stack([before, after]))
-    assert batch.shape == (2, 3, P, P)
-
-
 LEVELS = np.random.default_rng(1).integers(0, 256, (P, P, 3))
-
-
-@pytest.mark.parametrize("kind", ("uint8", "uint16", "uint32", "uint64", "int16", "int64", "int32", ">i4"))
-def test_integers_are_levels(pipe, kind):
-    wanted, _ = pipe.as_panel(Image.fromarray(LEVELS.astype(np.uint8)))
-    assert torch.equal(pipe.as_panel(LEVELS.astype(kind))[0], wanted)
-    if kind != ">i4":
-        tensor = torch.from_numpy(LEVELS.astype(kind)).permute(2, 0, 1)
-        assert torch.equal(pipe.as_panel(tensor)[0], wanted)
-
-
-@pytest.mark.parametrize("kind", ["float16", "float32", "float64", ">f4"])
-def test_floats_are_shares_of_white(pipe, kind):
-    wanted, _ = pipe.as_panel(Image.fromarray(LEVELS.astype(np.uint8)))
-    torch.testing.assert_close(pipe.as_panel((LEVELS / 255).astype(kind))[0], wanted, atol=1e-3, rtol=0)
-    torch.testing.assert_close(pipe.as_panel(torch.tensor(LEVELS / 255).permute(2, 0, 1))[0], wanted)
-
-
-def test_booleans_are_black_and_white_and_arrays_may_be_views(pipe):
-    wanted, _ = pipe.as_panel(Image.fromarray(np.uint8(255 * (LEVELS > 99))))
-    assert torch.equal(pipe.as_panel(LEVELS > 99)[0], wanted)
-    assert torch.equal(pipe.as_panel(torch.tensor(LEVELS > 99).permute(2, 0, 1))[0], wanted)
-    turned = np.uint8(LEVELS)[::-1, :, ::-1]  # as from OpenCV, whose channels are blue, green, red
-    assert torch.equal(pipe.as_panel(turned)[0], pipe.as_panel(turned.copy())[0])
-
-
-@pytest.mark.parametrize(
-    "picture, message",
-    [
-        (LEVELS.astype(np.float32), "floats has a range of 0 … 1, this one of 0 … 255"),
-        (torch.linspace(-1, 1, 48).view(3, 4, 4), "floats has a range of 0 … 1, this one of -1 … 1"),
-        (np.linspace(-1, 1, 48).reshape(4, 4, 3), "floats has a range of 0 … 1, this one of -1 … 1"),
-        (LEVELS.astype(np.uint16) * 257, "integers has a range of 0 … 255, this one of 0 … 65535"),
-        (LEVELS - 128, "integers has a range of 0 … 255, this one of -128 … 127"),
-        (np.full((4, 4, 3), "x"), "an array of numbers, not of <U1"),
-        (np.zeros((4, 4, 3), np.complex64), "an array of numbers, not of complex64"),
-        (np.zeros((0, 4, 3)), "H, W, 3"),
-        (np.zeros((3, 4, 4)), "H, W, 3"),
-    ],
-)
-def test_a_picture_of_another_range_is_refused(pipe, pictures, picture, message):
-    for given in ({"image": picture}, {"prompt_pair": (pictures[0], picture)}):
-        with pytest.raises(ValueError, match=message):
-            answers(pipe, pictures, **given)
 
 
 def odd_files(folder):
@@ -481,8 +394,6 @@ def odd_files(folder):
     rgb.save(folder / "exif.webp", exif=exif)
     rgb.save(folder / "p3.png", icc_profile=display_p3())
     Image.fromarray((100 * grey).astype(np.uint16)).save(folder / "grey16.png")
-    Image.fromarray((grey / 600).astype(np.float32)).save(folder / "float.tiff")
-    Image.fromarray(grey.astype(np.int32)).save(folder / "int32.tiff")
     hidden = rgb.copy()
     hidden.putalpha(Image.fromarray(np.uint8(LEVELS[:20, :, 0])))
     hidden.save(folder / "hidden.png")
@@ -497,8 +408,8 @@ def odd_files(folder):
 def test_a_picture_is_seen_alike_as_a_file_and_as_an_image(pipe, pictures, tmp_path):
     """`edit.py`, the page and the dataset give what `load_image` reads; others give what Pillow opens."""
     for file in odd_files(tmp_path):
-        loaded, (panel, box) = load_image(file), pipe.as_panel(Image.open(file))
-        wanted, its_box = pipe.as_panel(loaded)
+        loaded, (panel, box) = load_image(file), fit_panel(Image.open(file), P)
+        wanted, its_box = fit_panel(loaded, P)
         assert torch.equal(panel, wanted) and box == its_box, file.name
         assert torch.equal(to_panel(Image.open(file), P), to_panel(loaded, P)), file.name
         assert torch.equal(image_to_tensor(Image.open(file)), image_to_tensor(loaded)), file.name
@@ -507,20 +418,9 @@ def test_a_picture_is_seen_alike_as_a_file_and_as_an_image(pipe, pictures, tmp_p
     assert opened.getexif()[0x0112] == 6  # the user's own stays as it is
 
 
-def test_several_answers_to_each_picture(pipe, pictures):
-    for words in ("add a hat", ["add a hat"] * 2):
-        count = 1 if isinstance(words, str) else 2
-        found = call(pipe, pictures, words, num_images_per_prompt=3)
-        assert found.images.shape == (3 * count, 3, P, P) and len(found.prompts) == 3 * count
-        assert apart(found.images[0], found.images[1]) > 1e-3
-
-
 def test_generators_decide(pipe, pictures):
     first = answers(pipe, pictures)
     assert torch.equal(first, answers(pipe, pictures)) and apart(first, answers(pipe, pictures, seed=1)) > 0
-    noise = torch.randn(1, 4, 8, 8, generator=seeded([0])[0])
-    given = answers(pipe, pictures, latents=noise)
-    assert torch.equal(given, answers(pipe, pictures))
     torch.manual_seed(5)
     free = answers(pipe, pictures, generator=None)
     assert apart(free, answers(pipe, pictures, generator=None)) > 0
@@ -528,57 +428,23 @@ def test_generators_decide(pipe, pictures):
 
 def test_callbacks(pipe, pictures):
     seen = []
-    names = InstructGIEPipeline._callback_tensor_inputs
 
     def look(pipeline, i, t, tensors):
-        assert pipeline is pipe and set(tensors) == set(names)
+        assert pipeline is pipe and set(tensors) == {"latents", "pred_original_sample"}
         assert tensors["latents"].shape == tensors["pred_original_sample"].shape == (1, 4, 8, 8)
         seen.append((i, int(t)))
         return tensors
 
     wanted = answers(pipe, pictures)
-    watched = answers(pipe, pictures, callback_on_step_end=look, callback_on_step_end_tensor_inputs=names)
-    assert torch.equal(watched, wanted) and [i for i, _ in seen] == [0, 1] and pipe.num_timesteps == 2
+    watched = answers(pipe, pictures, callback_on_step_end=look)
+    assert torch.equal(watched, wanted) and [i for i, _ in seen] == [0, 1]
     assert seen == list(enumerate(pipe.scheduler.timesteps.tolist()))
 
     def zero(pipeline, i, t, tensors):
-        return {"latents": torch.zeros_like(tensors["latents"])} if i == 1 else tensors
+        return {"latents": torch.zeros_like(tensors["latents"])} if i == 1 else None
 
     nothing = answers(pipe, pictures, callback_on_step_end=zero, output_type="latent")
     assert nothing.abs().max() == 0
-    with pytest.raises(ValueError, match="noise"):
-        answers(pipe, pictures, callback_on_step_end=look, callback_on_step_end_tensor_inputs=["noise"])
-
-
-def test_a_callback_changes_the_scales(pipe, pictures):
-    """From the next step on, as in diffusers' own pipelines; also to other branches than before."""
-
-    def change(text, visual):
-        def look(pipeline, i, t, tensors):
-            if i == 0:
-                pipeline._guidance_scale, pipeline._visual_guidance_scale = text, visual
-            return {}
-
-        return look
-
-    noise = torch.randn(1, 4, 8, 8, generator=seeded([0])[0])
-    given = {"latents": noise, "output_type": "latent", "num_inference_steps": 3}
-    strong, none = {"guidance_scale": 2.0, "visual_guidance_scale": 1.5}, {"guidance_scale": 1.0}
-    plain = answers(pipe, pictures, **given, **strong)
-    for scales in ((4.0, 1.5), (1.0, 3.0), (1.0, 1.0), (0.0, 1.0)):
-        changed = answers(pipe, pictures, **given, **strong, callback_on_step_end=change(*scales))
-        assert (pipe.guidance_scale, pipe.visual_guidance_scale) == scales
-        assert apart(changed, plain) > 1e-3
-    first = []
-
-    def go_on(pipeline, i, t, tensors):  # from where the guided edit was after its first step
-        first.append(tensors["latents"])
-        return {"latents": first[0]} if i == 0 else {}
-
-    answers(pipe, pictures, **given, **strong, callback_on_step_end=go_on)
-    wanted = answers(pipe, pictures, **given, **none, callback_on_step_end=go_on)
-    changed = answers(pipe, pictures, **given, **strong, callback_on_step_end=change(1.0, 1.0))
-    torch.testing.assert_close(changed, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_callback_can_stop_it(pipe, pictures):
@@ -590,9 +456,9 @@ def test_a_callback_can_stop_it(pipe, pictures):
         return tensors
 
     answers(pipe, pictures, num_inference_steps=5, callback_on_step_end=stop)
-    assert count == [0] and pipe.interrupt
-    answers(pipe, pictures)
-    assert not pipe.interrupt
+    assert count == [0]
+    answers(pipe, pictures, callback_on_step_end=lambda pipeline, i, t, tensors: count.append(i))
+    assert count == [0, 0, 1]  # the next edit is whole
 
 
 def test_schedulers_are_swapped_as_usual(pipe, pictures):
@@ -671,14 +537,6 @@ def test_less_memory_draws_the_same(pipe, pictures):
     pipe.vae.disable_slicing()
 
 
-def test_freeu_reaches_the_unet(pipe, pictures):
-    wanted = answers(pipe, pictures)
-    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
-    assert pipe.unet.up_blocks[0].b1 == 1.4
-    pipe.disable_freeu()
-    assert torch.equal(answers(pipe, pictures), wanted)
-
-
 def test_the_progress_bar_can_be_set(pipe, pictures, capsys):
     pipe.set_progress_bar_config(disable=False, desc="editing")
     answers(pipe, pictures)
@@ -686,12 +544,6 @@ def test_the_progress_bar_can_be_set(pipe, pictures, capsys):
     pipe.set_progress_bar_config(disable=True)
     answers(pipe, pictures)
     assert capsys.readouterr().err == ""
-
-
-def test_prompts_are_encoded_alone(pipe):
-    (together, alone) = pipe.encode_prompt(["add a hat", "night"]), pipe.encode_prompt(["night"])
-    assert together.shape == (2, 16, 32)
-    torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=1e-5)
 
 
 # --------------------------------------------------------------------- instructions longer than what is read
@@ -714,7 +566,9 @@ def test_what_is_cut_off_is_what_no_embedding_knows_of(pipe):
     assert text == longer and line.startswith("the text encoder reads 16 tokens") and "\n" not in line
     end = line.split("cut off: ")[1].strip('"')
     assert end and "Zoë & all".endswith(end)
-    states = pipe.encode_prompt([longer, longer.removesuffix("& all") + "and a moustache", fits[:-1] + "x"])
+    states = backbone.encode_text(
+        pipe, [longer, longer.removesuffix("& all") + "and a moustache", fits[:-1] + "x"]
+    )
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
 
 
@@ -730,8 +584,8 @@ def test_a_cut_instruction_is_logged_once(pipe, pictures, caplog):
 
 def test_the_users_words_that_no_reply_replaces_may_be_cut(pipe, pictures, caplog, monkeypatch):
     monkeypatch.setattr(liu.InstructionUnifier, "_generate", lambda self, texts: [""] * len(texts))
-    told = InstructGIEPipeline(**pipe.components, panel=P)
-    told.llm, told.llm_tokenizer = pipe.text_encoder, pipe.tokenizer  # stand-ins
+    stand_ins = {"llm": pipe.text_encoder, "llm_tokenizer": pipe.tokenizer}
+    told = InstructGIEPipeline(**pipe.components | stand_ins, panel=P)
     with pytest.warns(UserWarning, match="used as it stands"):
         answers(told, pictures, " ".join([*words_that_fit(pipe), "green", "hat"]))
     assert 'cut off: "green hat"' in caplog.text
@@ -756,46 +610,18 @@ def test_the_command_prints_where_it_cuts_in_a_line(pipe, folders, pictures, tmp
     assert lines == ['the text encoder reads 16 tokens of an instruction; cut off: "and blue"']
 
 
-def test_it_is_pushed_to_the_hub_with_its_card(pipe, monkeypatch):
-    pushed = {}
-
-    def upload(self, folder, repo_id, **options):
-        texts = (path for path in Path(folder).iterdir() if path.suffix in (".md", ".json"))
-        pushed[repo_id] = {path.name: path.read_text() for path in texts}
-
-    def absent(repo_id, **_):
-        raise EntryNotFoundError("no card")
-
-    monkeypatch.setattr(hub_utils.ModelCard, "load", absent)
-    monkeypatch.setattr(hub_utils, "create_repo", lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
-    monkeypatch.setattr(hub_utils.PushToHubMixin, "_upload_folder", upload)
-    pipe.push_to_hub("someone/editor")
-    files = pushed["someone/editor"]
-    assert "InstructGIE editor" in files["README.md"]
-    assert json.loads(files["model_index.json"])["rcldm"] == ["rcldm", "RCLDM"]
-
-
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"prompt": ["a", "b"], "image": [None] * 3}, "has 2 entries, where another argument has 3"),
+        ({"prompt": ["a", "b"], "image": [None] * 3}, "have 2, 3, 1 entries: give one or equally many"),
         ({"prompt": "", "prompt_pair": None}, "nothing says which edit"),
-        ({"prompt": [7]}, "a text, or a list of texts"),
         ({"output_type": "jpg"}, "output_type"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
-        ({"image": "x.png"}, "not str"),
-        ({"image": None}, "not NoneType"),
-        ({"image": np.zeros((8, 8))}, "H, W, 3"),
-        ({"image": torch.zeros(1, 8, 8)}, r"\(3, H, W\)"),
-        ({"image": torch.full((3, 8, 8), float("nan"))}, "finite"),
         ({"num_inference_steps": 0}, "1 … 1000"),
-        ({"num_inference_steps": 2.0}, "a whole number, not 2.0"),
         (
             {"num_inference_steps": 1000},
             "1000 steps are more than this sampler has timesteps for: take fewer",
         ),
-        ({"generator": [torch.Generator()] * 2}, "differ in length"),
-        ({"latents": torch.zeros(1, 4, 4, 4)}, "latents must be"),
+        ({"generator": [torch.Generator()] * 2}, "2 generators, where there are 1 answers"),
     ],
 )
 def test_a_wrong_call_is_told(pipe, pictures, wrong, message):
