@@ -146,6 +146,13 @@ def test_a_picture_is_rgb_and_the_same_every_time():
         assert picture.tobytes() == again.tobytes()
 
 
+def test_of_two_hats_the_last_put_on_lies_above():
+    bare = world.Scene("white", (world.Thing("face", "tan", "top left"),))
+    purple, red = (world.Edit("hat", "face", hat) for hat in ("a purple hat", "a red hat"))
+    assert np.array_equal(pixels(red.apply(purple.apply(bare))), pixels(red.apply(bare)))
+    assert np.array_equal(pixels(purple.apply(red.apply(bare))), pixels(purple.apply(bare)))
+
+
 @few
 @given(seeds)
 def test_classes_are_where_things_are_painted(seed):

@@ -99,7 +99,7 @@ def _draw_face(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r: f
     if "a red nose" in thing.features:
         disc(0, 0.12, 0.22, fill=COLOURS["red"])
     _draw_clothes(draw, thing, x, y, r)
-    for hat in set(HATS).intersection(thing.features):
+    for hat in (feature for feature in thing.features if feature in HATS):  # the last put on lies above
         colour = (60, 20, 90) if "purple" in hat else COLOURS[hat.split()[1]]
         draw.rectangle((x - 0.62 * r, y - 1.3 * r, x + 0.62 * r, y - 0.62 * r), fill=colour)
         draw.rectangle((x - 1.0 * r, y - 0.8 * r, x + 1.0 * r, y - 0.58 * r), fill=colour)
