@@ -1,7 +1,6 @@
 """What README's commands draw with the shipped weights: the toy world's renderer knows what is right."""
 
 import copy
-import json
 import re
 import shlex
 import subprocess
@@ -160,10 +159,7 @@ def evaluated(monkeypatch, toy, output, *more):
     in_process(monkeypatch, SimpleNamespace(main=lambda: evaluate.main(command[3:])), command)
     (folder,) = (path.parent for path in output.rglob("answers.jsonl"))
     records = score.read_queries(folder)
-    truths = [
-        (world.scene_from_json(json.loads(record["scene"])), world.Edit(**json.loads(record["edit"])))
-        for record in records
-    ]
+    truths = [(record["scene"], record["edit"]) for record in records]
     return truths, [np.asarray(load_image(folder / record["answer"])) for record in records]
 
 
@@ -264,10 +260,6 @@ def test_a_wrong_answer_of_the_demo_is_found(pipe, truth, wrong):
         assert_right(answer.astype(np.uint8), truth)
 
 
-def test_an_answer_of_another_size_is_wrong(truth):
-    assert not doctor.judge(Image.fromarray(truth.picture).resize((32, 32)), truth).right
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -305,7 +297,6 @@ def diagnose(monkeypatch, capsys):
     def run(pipe):
         monkeypatch.setattr(InstructGIEPipeline, "from_pretrained", lambda _: pipe)
         try:
-            doctor.tell_versions()
             doctor.main(["--device", "cpu"])
             code = 0
         except SystemExit as exit:
@@ -316,21 +307,14 @@ def diagnose(monkeypatch, capsys):
 
 
 def test_a_machine_that_edits_right(pipe, drawn, diagnose, monkeypatch):
-    demo = doctor.demo
-
-    def draw(pipe, way, **options):  # anew where it is not what is known
-        return demo(pipe, way, **options) if options else drawn[way]
-
-    monkeypatch.setattr(doctor, "demo", draw)
+    monkeypatch.setattr(doctor, "demo", lambda pipe, way: drawn[way])
     monkeypatch.setenv("KMP_BLOCKTIME", "0")
     code, out = diagnose(pipe)
-    assert code == 0 and out.endswith("\nverdict      right\n")
-    told = dict(line.split(maxsplit=1) for line in out.splitlines())
-    assert torch.__version__.startswith(told["torch"])
-    assert torch.backends.cpu.get_cpu_capability() in told["levels"]
-    assert "KMP_BLOCKTIME=0" in told["environment"]
-    assert told["scan"].startswith(("numba, because", "chunked, because"))
-    assert told["attention"].startswith(("flash_attention", "attention_math")) and told["device"] == "cpu"
+    assert code == 0 and out.endswith("\nverdict: right\n")
+    assert f"PyTorch version: {torch.__version__}\n" in out
+    assert f"CPU capability usage: {torch.backends.cpu.get_cpu_capability()}\n" in out
+    assert "KMP_BLOCKTIME=0" in out and "\ndevice: cpu\n" in out
+    assert "\nscan: numba, because" in out or "\nscan: chunked, because" in out
     assert out.count("right; nearest of 161 pictures") == 3
 
 
@@ -338,19 +322,8 @@ def test_a_machine_that_draws_black(pipe, diagnose, monkeypatch):
     black = [Image.new("RGB", (64, 64))]
     monkeypatch.setattr(InstructGIEPipeline, "__call__", lambda *_, **__: SimpleNamespace(images=black))
     code, out = diagnose(pipe)
-    assert code == 1 and out.endswith("\nverdict      WRONG by example, by words, by both\n")
+    assert code == 1 and out.endswith("\nverdict: WRONG by example, by words, by both\n")
     assert 'WRONG; nearest of 161 pictures: "invert the colours"; levels off: 161.1 inside' in out
-
-
-def test_a_machine_that_cannot_edit(pipe, diagnose, monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("an odd kernel")
-
-    monkeypatch.setattr(InstructGIEPipeline, "__call__", fail)
-    code, out = diagnose(pipe)
-    assert code == 1 and out.endswith(
-        "RuntimeError: an odd kernel\nverdict      WRONG: the edit was not made\n"
-    )
 
 
 def test_a_device_that_is_not_there_is_one_line(capsys):

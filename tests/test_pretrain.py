@@ -4,29 +4,30 @@ import random
 
 import backbone
 from data_making.texts import as_reply
-from toy import pretrain, world
+from toy import world
+from toy.pretrain import words
 
 
 def test_the_tokenizer_is_a_function_of_the_seed_alone():
-    tokenizer = pretrain.new_tokenizer(0)
+    tokenizer = words.new_tokenizer(0)
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     alphabet = [token for token in vocabulary if len(token.removesuffix("</w>")) == 1]
     assert vocabulary[: 2 + len(alphabet)] == [*tokenizer.all_special_tokens, *sorted(alphabet)]
-    assert tokenizer.get_vocab() == pretrain.new_tokenizer(0).get_vocab()
+    assert tokenizer.get_vocab() == words.new_tokenizer(0).get_vocab()
 
 
 def test_the_tokenizer_knows_the_words_of_every_instruction():
-    tokenizer = pretrain.new_tokenizer(0)
+    tokenizer = words.new_tokenizer(0)
     instructions = [edit.instruction for edit in world.every_edit()]
-    assert tokenizer.model_max_length == pretrain.CONTEXT
+    assert tokenizer.model_max_length == words.CONTEXT
     for instruction, ids in zip(instructions, tokenizer(instructions).input_ids):
         assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
         assert len(ids) == len(instruction.split()) + 2 and tokenizer.decode(ids[1:-1]) == instruction
 
 
 def test_the_writers_tokenizer_gives_every_text_back():
-    tokenizer = pretrain.new_writer_tokenizer(0)
-    assert tokenizer.get_vocab() == pretrain.new_writer_tokenizer(0).get_vocab()
+    tokenizer = words.new_writer_tokenizer(0)
+    assert tokenizer.get_vocab() == words.new_writer_tokenizer(0).get_vocab()
     for text in (
         "Caption: a big red star, on a navy background\nEdited: nothing\n",
         "Ünknown  words\tand\n\n",
@@ -38,7 +39,7 @@ def test_the_writers_tokenizer_gives_every_text_back():
 def test_the_shipped_writers_tokenizer_knows_this_world():
     """It was learnt from other scenes; it needs no more tokens than one that is learnt anew."""
     _, shipped = backbone.load_llm(backbone.preset("toy").writer)
-    rng, anew = random.Random(5), pretrain.new_writer_tokenizer(0)
+    rng, anew = random.Random(5), words.new_writer_tokenizer(0)
     texts = [as_reply(world.random_texts(rng)) for _ in range(50)]
     assert [shipped.decode(ids) for ids in shipped(texts).input_ids] == texts
     lengths = [sum(map(len, tokenizer(texts).input_ids)) for tokenizer in (shipped, anew)]

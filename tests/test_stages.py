@@ -34,7 +34,7 @@ def test_the_stages_are_the_editors_own(data):
 
 
 def test_the_table_has_a_row_for_each_mode_and_stage(data, capsys):
-    stages.main(["--data", str(data), "--count", "3", "--batch", "2", "--mode", "pair", "instruction"])
+    stages.main(["--data", str(data), "--count", "3", "--mode", "pair", "instruction"])
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [(row[0][2:], row[1], row[2]) for row in rows] == [
         (mode, stage, "3") for mode in ("pair", "instruction") for stage in stages.STAGES

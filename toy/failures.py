@@ -11,7 +11,6 @@ nothing is picked. Beside answer and truth stands the candidate that was nearer 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -21,9 +20,10 @@ import backbone
 from disk import atomic_write
 from evaluation.evaluate import panel_rows
 from pictures import load_image
-from toy import score, world
+from toy import score
 
 PANELS = ("example before", "example after", "input", "answer", "truth", "nearest")
+EACH = 2  # pictures of each family
 
 
 def table(result: dict) -> str:
@@ -40,13 +40,13 @@ def table(result: dict) -> str:
     return "\n".join(rows) + "\n"
 
 
-def first_failures(result: dict, each: int) -> list[dict]:
-    """The first `each` wrong answers of every family, by family."""
+def first_failures(result: dict) -> list[dict]:
+    """The first `EACH` wrong answers of every family, by family."""
     wrong: dict[str, list[dict]] = {}
     for row in result["answers"]:
         if not row["right"]:
             wrong.setdefault(row["family"], []).append(row)
-    return [row for family in sorted(wrong) for row in wrong[family][:each]]
+    return [row for family in sorted(wrong) for row in wrong[family][:EACH]]
 
 
 def sheet(folder: Path, rows: list[dict]) -> Image.Image:
@@ -55,8 +55,7 @@ def sheet(folder: Path, rows: list[dict]) -> Image.Image:
     lines = []
     for row in rows:
         record = records[row["answer"]]
-        scene = world.scene_from_json(json.loads(record["scene"]))
-        truth = score.Truth(scene, world.Edit(**json.loads(record["edit"])))
+        truth = score.Truth(record["scene"], record["edit"])
         nearest = truth.nearest(load_image(folder / row["answer"]))
         files = record["example_input"], record["example_output"], record["input"], row["answer"]
         panels = [load_image(folder / file) for file in files]
@@ -71,23 +70,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, help="with answers.jsonl, as evaluate.py writes it")
     parser.add_argument("--out", type=Path, required=True, metavar="PAGE.md", help="a .png goes beside it")
-    parser.add_argument("--each", type=int, default=2, help="pictures of each family")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("toy.failures"):
-        if args.out.suffix != ".md":
-            raise ValueError(f"--out {args.out}: give a name that ends in .md")
         (result,) = score.score([args.folder])
-        rows = first_failures(result, args.each)
         picture = args.out.with_suffix(".png")
         text = (
             f"# What goes wrong on `{result['split']}`, given {result['mode']}\n\n"
             f"Written by `python -m toy.failures {args.folder} --out {args.out}`: {result['n']} queries, "
             f"{100 * result['accuracy']:.1f} % right.\n\n{table(result)}\n"
-            f"The first {args.each} wrong answers of each family, by query number:\n\n"
+            f"The first {EACH} wrong answers of each family, by query number:\n\n"
             f"![example pair, input, answer, truth and the nearest candidate]({picture.name})\n"
         )
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        page = sheet(args.folder, rows)
+        page = sheet(args.folder, first_failures(result))
         atomic_write(picture, lambda file: page.save(file, format="PNG"))
         atomic_write(args.out, lambda file: file.write_text(text, encoding="utf-8"))
         print(args.out)

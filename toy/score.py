@@ -1,7 +1,7 @@
 """Exact metrics of saved answers: the toy world's renderer knows the right answer to the pixel.
 
     python -m evaluation.evaluate --mode both pair instruction
-    python -m toy.score out/eval/seen/* --json out/score.json --markdown out/score.md
+    python -m toy.score out/eval/seen/* --json out/score.json
 
 Nearest-candidate accuracy. Of a query's scene the renderer makes every edit that exists; these pictures and
 the input itself are the candidates. An answer is right when the true edit's picture is the nearest to it in
@@ -20,20 +20,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from scipy.stats import binomtest
 from torch import nn
 from tqdm import tqdm
 
 import backbone
 from evaluation.evaluate import read_answers
-from pictures import image_to_tensor, tensor_to_image
+from pictures import image_to_tensor, load_image, tensor_to_image
 from toy import world
 
 UNEDITED = "unedited"  # the name of the input among the families
@@ -104,15 +103,16 @@ class Truth:
 
 
 def read_queries(folder: Path) -> list[dict]:
-    """The answers' lines, each with the scene and the edit that it is measured by."""
-    records = read_answers(folder, {"answer", "scene", "edit"})
-    for record in records:
-        if record.get("mode") == "other-pair":
-            try:
-                record["edit"] = record["example"]["edit"]
-            except (KeyError, TypeError):
-                path, answer = folder / "answers.jsonl", record["answer"]
-                raise ValueError(f"{path}: {answer} has no example whose edit is told") from None
+    """The answers' lines, each with the `Scene` and the `Edit` that it is measured by."""
+    records = []
+    for record in read_answers(folder, {"answer", "mode", "scene", "edit"}):
+        is_other = record["mode"] == "other-pair"
+        told = record["example"]["edit"] if is_other else record["edit"]
+        scene, edit = world.scene_from_json(json.loads(record["scene"])), world.Edit(**json.loads(told))
+        if not is_other or edit.apply(scene) is not None:
+            records.append(record | {"scene": scene, "edit": edit})
+    if not records:
+        raise ValueError(f"{folder}: no example's edit can be made of its query; edit more queries")
     return records
 
 
@@ -128,20 +128,14 @@ def score(folders: list[Path], stable_diffusion: str | None = None) -> list[dict
 
     stable_diffusion: the folder whose VAE gives the floor of all errors; None for no floor.
     """
-    scores: dict[Path, list[dict]] = {folder: [] for folder in folders}
-    records = {folder: read_queries(folder) for folder in scores}
+    records = {folder: read_queries(folder) for folder in folders}
     vae = backbone.load_stable_diffusion(stable_diffusion).vae if stable_diffusion else None
-    queries: dict[tuple[str, str, bool], list[tuple[Path, str]]] = {}
+    queries: dict[tuple[world.Scene, world.Edit], list[tuple[Path, str]]] = {}
     for folder, lines in records.items():
         for line in lines:
-            query = line["scene"], line["edit"], line.get("mode") == "other-pair"
-            queries.setdefault(query, []).append((folder, line["answer"]))
-    for (scene, edit, is_other), answers in tqdm(
-        queries.items(), desc="scoring", unit="query", mininterval=1
-    ):
-        scene, edit = world.scene_from_json(json.loads(scene)), world.Edit(**json.loads(edit))
-        if is_other and edit.apply(scene) is None:
-            continue
+            queries.setdefault((line["scene"], line["edit"]), []).append((folder, line["answer"]))
+    scores: dict[Path, list[dict]] = {folder: [] for folder in records}
+    for (scene, edit), answers in tqdm(queries.items(), desc="scoring", unit="query", mininterval=1):
         truth = Truth(scene, edit)
         floor = {}
         if vae:
@@ -149,18 +143,13 @@ def score(folders: list[Path], stable_diffusion: str | None = None) -> list[dict
             floor = {f"vae_{region}": error for region, error in truth.errors(picture).items()}
             floor["vae_right"] = truth.is_right(truth.nearest(picture))
         for folder, name in answers:
-            with Image.open(folder / name) as image:
-                answer = np.asarray(image.convert("RGB"))
-            if answer.shape != truth.picture.shape:
-                raise ValueError(f"{folder / name}: not a picture of {world.PANEL}×{world.PANEL} pixels")
+            answer = np.asarray(load_image(folder / name))
             scores[folder].append({"answer": name, **truth.score(answer), **floor})
-    if empty := [str(folder) for folder, rows in scores.items() if not rows]:
-        raise ValueError(f"{empty[0]}: no example's edit can be made of its query; edit more queries")
     return [
         {
             "folder": str(folder),
             "split": folder.resolve().parent.name,
-            "mode": records[folder][0].get("mode") or folder.resolve().name,
+            "mode": records[folder][0]["mode"],
             **summary(rows),
         }
         for folder, rows in scores.items()
@@ -168,7 +157,7 @@ def score(folders: list[Path], stable_diffusion: str | None = None) -> list[dict
 
 
 def summary(rows: list[dict]) -> dict:
-    """Means over answers with their number, by family too, and the nearest families of each family."""
+    """Means over answers with their number, by family too."""
     by_family: dict[str, list[dict]] = {}
     for row in rows:
         by_family.setdefault(row["family"], []).append(row)
@@ -176,12 +165,7 @@ def summary(rows: list[dict]) -> dict:
         **accuracy(rows),
         "chance": mean(1 / row["candidates"] for row in rows),
         **{key: mean(row[key] for row in rows) for key in rows[0] if key.startswith(("mae_", "vae_"))},
-        "faces": sum(row["mae_face"] is not None for row in rows),
         "families": {family: accuracy(by_family[family]) for family in sorted(by_family)},
-        "confusion": {
-            family: dict(Counter(row["nearest"] for row in by_family[family]).most_common())
-            for family in sorted(by_family)
-        },
         "answers": sorted(rows, key=lambda row: row["answer"]),
     }
 
@@ -193,42 +177,38 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def accuracy(rows: list[dict]) -> dict:
+    """The share of right answers, with Wilson's 95 % interval."""
     right = sum(row["right"] for row in rows)
-    return {"n": len(rows), "accuracy": right / len(rows), "interval": wilson(right, len(rows))}
+    interval = binomtest(right, len(rows)).proportion_ci(method="wilson")
+    return {"n": len(rows), "accuracy": right / len(rows), "interval": (interval.low, interval.high)}
 
 
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share: right / n with n > 0, also near 0 and 1 (E. B. Wilson, 1927)."""
-    share = right / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return max(0.0, middle - half), min(1.0, middle + half)
+def table(rows: list[tuple[str, ...]], words: int) -> str:
+    """In Markdown. rows: the head first; words: so many columns hold words, and all others numbers."""
+    head, *rest = rows
+    marks = ["---"] * words + ["---:"] * (len(head) - words)
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, marks, *rest))
 
 
 def markdown(results: list[dict]) -> str:
     """One row a folder, and then one a family with the right answers of each folder."""
-    head = ("split", "mode", "n", "accuracy, %", "chance, %", "MAE inside", "MAE outside", "MAE face")
-    rows = [head, ("---", "---", *["---:"] * 6)]
+    rows = [("split", "mode", "n", "accuracy, %", "chance, %", "MAE inside", "MAE outside", "MAE face")]
     for result in results:
         low, high = result["interval"]
-        errors = []
-        for region in ("inside", "outside", "face"):
-            error, floor = result[f"mae_{region}"], result.get(f"vae_{region}")
-            text = "–" if error is None else f"{error:.1f}"
-            errors.append(text if floor is None else f"{text} (VAE {floor:.1f})")
         share = f"{100 * result['accuracy']:.1f} ({100 * low:.1f} … {100 * high:.1f})"
-        share += f" (VAE {100 * result['vae_right']:.1f})" if "vae_right" in result else ""
+        share += f" (VAE {100 * result['vae_right']:.1f})"
+        regions = ("inside", "outside", "face")
+        errors = [(result[f"mae_{region}"], result[f"vae_{region}"]) for region in regions]
+        errors = ("–" if error is None else f"{error:.1f} (VAE {floor:.1f})" for error, floor in errors)
         chance = f"{100 * result['chance']:.2f}"
         rows.append((result["split"], result["mode"], str(result["n"]), share, chance, *errors))
     families = sorted({family for result in results for family in result["families"]})
     by_family = [("right, by family", *(f"{result['split']}, {result['mode']}" for result in results))]
-    by_family.append(("---", *["---:"] * len(results)))
     for family in families:
         cells = (result["families"].get(family) for result in results)
         cells = ("–" if c is None else f"{round(c['accuracy'] * c['n'])} of {c['n']}" for c in cells)
         by_family.append((family, *cells))
-    tables = ("".join(f"| {' | '.join(row)} |\n" for row in table) for table in (rows, by_family))
-    return "\n".join(tables)
+    return f"{table(rows, words=2)}\n{table(by_family, words=1)}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -237,19 +217,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="with answers.jsonl")
     parser.add_argument("--json", type=Path, metavar="OUT", help="all metrics, and those of every answer")
-    parser.add_argument("--markdown", type=Path, metavar="OUT", help="the tables that are printed")
-    sd = backbone.preset("toy").stable_diffusion
-    parser.add_argument("--stable-diffusion", default=sd, help="whose VAE is the floor of all errors")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("toy.score"):
-        results = score(args.folders, args.stable_diffusion)
-        table = markdown(results)
-        numbers = json.dumps(results, indent=1, allow_nan=False) + "\n"
-        for path, text in ((args.json, numbers), (args.markdown, table)):
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, encoding="utf-8")
-        print(table, end="")
+        results = score(args.folders, backbone.preset("toy").stable_diffusion)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        print(markdown(results), end="")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from toy import score, world
 
 STAGES = ("vae", "u-net", "one step", "cut", "all steps")
 MODES = ("both", "pair", "instruction")
+BATCH = 32  # queries, edited at a time
 
 
 @torch.no_grad()
@@ -45,11 +46,12 @@ def stages(
     """The answers (B, 3, P, P) in [-1, 1] to queries (B, 4, 3, P, P) after every stage but the first."""
     told = [""] * len(panels) if mode == "pair" else texts
     inputs = panels[:, :2], [mode != "instruction"] * len(panels), panels[:, 2], told
-    sampling = {"steps": pipe.settings["steps"]}
-    one, drawn = (pipe.sample(*inputs, seeded(seeds), **given) for given in ({"steps": 1}, sampling))
-    with residuals_of_the_first_steps(pipe.rcldm, sampling["steps"] // 2):
-        cut = pipe.sample(*inputs, seeded(seeds), **sampling)
-    found = {"u-net": redrawn(pipe, panels, told), "one step": one, "cut": cut, "all steps": drawn}
+    steps = pipe.settings["steps"]
+    found = {"u-net": redrawn(pipe, panels, told)}
+    found["one step"] = pipe.sample(*inputs, seeded(seeds), steps=1)
+    with residuals_of_the_first_steps(pipe.rcldm, steps // 2):
+        found["cut"] = pipe.sample(*inputs, seeded(seeds), steps=steps)
+    found["all steps"] = pipe.sample(*inputs, seeded(seeds), steps=steps)
     return {name: pipe.decode_answers(latents) for name, latents in found.items()}
 
 
@@ -77,18 +79,15 @@ def redrawn(sd: InstructGIEPipeline, panels: Tensor, texts: list[str]) -> Tensor
     return esm.predict_x0(x_0, prediction, t, sd.scheduler)
 
 
-def measure(
-    pipe: InstructGIEPipeline, data: VisualPromptDataset, mode: str, count: int, batch: int
-) -> dict[str, list]:
+def measure(pipe: InstructGIEPipeline, data: VisualPromptDataset, mode: str, count: int) -> dict[str, list]:
     """The scores of every query's answer after each stage."""
     queries = draw_queries(data, count, seed=0, mode=mode)
     texts = pipe.unify([data.pairs[query.index].instruction for query in queries])
     scores: dict[str, list[dict]] = {name: [] for name in STAGES}
-    for start in tqdm(range(0, len(queries), batch), desc=mode, unit="batch"):
-        now = queries[start : start + batch]
+    for start in tqdm(range(0, len(queries), BATCH), desc=mode, unit="batch"):
+        now = queries[start : start + BATCH]
         panels = torch.stack([data.load_panels(query.example, query.index) for query in now])
-        told, seeds = texts[start : start + batch], [query.seed for query in now]
-        found = stages(pipe, panels, mode, told, seeds)
+        found = stages(pipe, panels, mode, texts[start : start + BATCH], [query.seed for query in now])
         for k, query in enumerate(now):
             extra = data.pairs[query.index].extra
             scene, edit = world.scene_from_json(json.loads(extra["scene"])), json.loads(extra["edit"])
@@ -102,14 +101,14 @@ def measure(
 
 def markdown(scores: dict[str, dict[str, list[dict]]]) -> str:
     """A row for each mode and stage."""
-    rows = [("mode", "stage", "n", "accuracy, %", "MAE inside", "MAE outside"), ("---",) * 2 + ("---:",) * 4]
+    rows = [("mode", "stage", "n", "accuracy, %", "MAE inside", "MAE outside")]
     for mode, by_stage in scores.items():
         for name, found in by_stage.items():
             errors = (score.mean(row[f"mae_{region}"] for row in found) for region in ("inside", "outside"))
             share = f"{100 * score.mean(row['right'] for row in found):.1f}"
             cells = ("–" if error is None else f"{error:.1f}" for error in errors)
             rows.append((mode, name, str(len(found)), share, *cells))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return score.table(rows, words=2)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -122,19 +121,17 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("model", nargs="?", default=toy.editor, metavar="MODEL", help="an editor's folder, of train.py")
     add("--data", default=toy.data, help="a dataset of the toy world")
-    add("--split", default="seen")
     add("--mode", nargs="+", default=["both"], choices=MODES, help="what is given besides the input")
     add("--count", type=int, default=192, help="queries")
-    add("--batch", type=int, default=32, help="edited at a time")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("toy.stages"):
-        backbone.check_numbers(args, {(1, math.inf): "count batch"})
+        backbone.check_numbers(args, {(1, math.inf): "count"})
         pipe = InstructGIEPipeline.from_pretrained(args.model).to(backbone.pick_device(args.device))
         pipe.set_progress_bar_config(disable=True)
-        data = read_pairs(backbone.data_folder(args.data), args.split)
+        data = read_pairs(backbone.data_folder(args.data), "seen")
         data = VisualPromptDataset(data, size=pipe.panel, seed=0)
-        scores = {m: measure(pipe, data, m, args.count, args.batch) for m in dict.fromkeys(args.mode)}
+        scores = {m: measure(pipe, data, m, args.count) for m in dict.fromkeys(args.mode)}
         print(markdown(scores), end="")
 
 

@@ -3,7 +3,7 @@
     python -m toy.strangers --out docs/strangers.png
 
 The inputs are in `strangers.txt`, where houses, fish and faces are set down by hand, shape by shape. The
-example pairs are the renderer's, of scenes drawn by the seed. Nobody knows the right answers: look.
+example pairs are the renderer's, of random scenes. Nobody knows the right answers: look.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw
 
 import backbone
-from apps.pipeline import InstructGIEPipeline
-from backbone import SAMPLING
+from apps.pipeline import InstructGIEPipeline, seeded
 from disk import atomic_write
 from evaluation.evaluate import panel_rows
-from pictures import image_to_tensor, tensor_to_image
 from toy import world
 
 PICTURES = Path(__file__).with_name("strangers.txt")
@@ -69,21 +66,18 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("model", nargs="?", default=backbone.preset("toy").editor, help="an editor's folder")
     parser.add_argument("--out", type=Path, default=Path("out/strangers.png"))
-    parser.add_argument("--pair-alone", action="store_true", help="without words")
-    parser.add_argument("--seed", type=int, default=0, help="of the examples and the noise")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("toy.strangers"):
         pipe = InstructGIEPipeline.from_pretrained(args.model).to(backbone.pick_device(args.device))
-        rng = random.Random(args.seed)
-        rows = [(edit, *example(edit, rng), picture) for edit, picture in strangers()]
-        panels = torch.stack([torch.stack([image_to_tensor(p) for p in row[1:]]) for row in rows])
-        words = ["" if args.pair_alone else edit.instruction for edit, *_ in rows]
-        seeds = list(range(args.seed, args.seed + len(rows)))
-        sampling = {name: pipe.settings[name] for name in SAMPLING}
-        drawn = pipe.answer(panels[:, :2], None, panels[:, 2], words, seeds, **sampling)
-        answers = [tensor_to_image(answer) for answer in drawn]
-        lines = [(edit.instruction, [*shown, answer]) for (edit, *shown), answer in zip(rows, answers)]
+        rng = random.Random(0)
+        edits, pictures = map(list, zip(*strangers()))
+        examples = [example(edit, rng) for edit in edits]
+        words = [edit.instruction for edit in edits]
+        noise = seeded(list(range(len(edits))))
+        answers = pipe(words, pictures, examples, generator=noise, unify=False).images
+        rows = zip(words, examples, pictures, answers)
+        lines = [(text, [*pair, picture, answer]) for text, pair, picture, answer in rows]
         page = panel_rows(lines, (), side=80, columns=3)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(args.out, lambda file: page.save(file, format="PNG"))

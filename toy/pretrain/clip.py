@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
+from disk import atomic_folder
 from toy import world
-from toy.pretrain.loop import fit, pictures, save, to_float
+from toy.pretrain.loop import fit, pictures, to_float
 from toy.pretrain.words import CONTEXT, new_tokenizer, tokenize
 from training.draws import step_generator
 
@@ -42,13 +43,8 @@ def train_clip(args: argparse.Namespace, name: str = "clip", seed: int = 10) -> 
         },
     }
     clip = open_clip.CLIP(**config).to(args.device)
-    pool, scenes = pictures(args.scaled(20_000), seed=args.seed + seed)
-    captions = torch.cat(
-        [
-            tokenize(tokenizer, [s.caption() for s in scenes[i : i + 500]], args.device)
-            for i in range(0, len(scenes), 500)
-        ]
-    )
+    pool, scenes = pictures(20_000, seed=args.seed + seed)
+    captions = tokenize(tokenizer, [scene.caption() for scene in scenes], args.device)
     batch = 96
 
     def loss(step: int) -> dict[str, Tensor]:
@@ -58,19 +54,15 @@ def train_clip(args: argparse.Namespace, name: str = "clip", seed: int = 10) -> 
         truth = torch.arange(batch, device=args.device)
         return {"loss": (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2}
 
-    fit(name, clip, loss, steps=args.scaled(900), lr=1e-3, runs=args.runs, weight_decay=0.02)
+    fit(name, clip, loss, steps=900, lr=1e-3, runs=args.runs, weight_decay=0.02)
 
-    def write(folder: Path) -> None:
-        from safetensors.torch import save_file
-
+    with atomic_folder(args.out / name) as folder:
         tokenizer.save_pretrained(folder)
         preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
         text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2)
         (folder / "open_clip_config.json").write_text(text + "\n")
         weights = {k: v.half().contiguous() for k, v in clip.state_dict().items()}
         save_file(weights, folder / "open_clip_model.safetensors")
-
-    save(write, args.out / name)
 
 
 def train_clip_eval(args: argparse.Namespace) -> None:

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from disk import atomic_folder
 from rcldm import RCLDM
-from toy.pretrain.loop import save
 
 
 def train_editor(args: argparse.Namespace) -> None:
@@ -18,7 +18,7 @@ def train_editor(args: argparse.Namespace) -> None:
     count = 1 if args.device.type == "cuda" else 2  # of processes: on a CPU faster than as many threads
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count]
     command += ["train.py", "--output", run, "--batch", 64 // count]
-    command += ["--seed", args.seed, "--device", args.device, "--steps", args.scaled(14000)]
+    command += ["--seed", args.seed, "--device", args.device, "--steps", 14000]
     command += ["--precision", "bf16"] if args.device.type == "cuda" else []
     command += ["--resume"] if run.exists() else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -26,9 +26,6 @@ def train_editor(args: argparse.Namespace) -> None:
     subprocess.run([str(word) for word in command], cwd=root, check=True, env=environment)
     model = RCLDM.from_pretrained(run / "editor").half()
     model.register_to_config(_name_or_path="")  # no path of this machine
-
-    def write(folder: Path) -> None:
+    with atomic_folder(args.out / "editor") as folder:
         model.save_pretrained(folder)
         shutil.copy(run / "editor" / "instructgie.json", folder)
-
-    save(write, args.out / "editor")

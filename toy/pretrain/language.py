@@ -30,10 +30,8 @@ def train_llm(args: argparse.Namespace) -> None:
     tokenizer.chat_template = "{{ messages[-1]['content'] }}<|say|>"
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
     model = new_llama(tokenizer, max_position_embeddings=128, **sizes).to(args.device)
-    edits = list(world.every_edit())
-    families: dict[str, list[world.Edit]] = {}
-    for edit in edits:
-        families.setdefault(edit.family, []).append(edit)
+    edits = world.every_edit()
+    families = [world.edits_of(family) for family in world.FAMILIES]
     say = tokenizer.convert_tokens_to_ids("<|say|>")
     batch = 64
 
@@ -41,7 +39,7 @@ def train_llm(args: argparse.Namespace) -> None:
         rng = random.Random(args.seed * 1_000_003 + step)
         rows = []
         for _ in range(batch):
-            edit = rng.choice(edits if rng.random() < 0.5 else rng.choice(list(families.values())))
+            edit = rng.choice(edits if rng.random() < 0.5 else rng.choice(families))
             wish = world.say(edit, rng) if rng.random() < 0.9 else edit.instruction
             prompt = [*tokenizer(wish, add_special_tokens=False).input_ids, say]
             reply = [*tokenizer(edit.instruction, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
@@ -52,11 +50,8 @@ def train_llm(args: argparse.Namespace) -> None:
         labels = torch.tensor([[-100] * len(p) + r + [-100] * len(x) for (p, r), x in zip(rows, pad)])
         return {"loss": model(input_ids=ids, labels=labels.to(args.device)).loss}
 
-    fit("llm", model, loss, steps=args.scaled(2500), lr=2e-3, runs=args.runs, weight_decay=0.05)
-    save(
-        lambda folder: (model.half().save_pretrained(folder), tokenizer.save_pretrained(folder)),
-        args.out / "llm",
-    )
+    fit("llm", model, loss, steps=2500, lr=2e-3, runs=args.runs, weight_decay=0.05)
+    save(args.out / "llm", model.half(), tokenizer)
 
 
 def train_writer(args: argparse.Namespace) -> None:
@@ -69,9 +64,6 @@ def train_writer(args: argparse.Namespace) -> None:
         with torch.autocast(args.device.type, torch.bfloat16):
             return {"loss": writing_loss(model, tokenizer, [world.random_texts(rng) for _ in range(16)])}
 
-    fit("writer", model, loss, steps=args.scaled(700), lr=1e-2, runs=args.runs, weight_decay=0.05, muon=True)
+    fit("writer", model, loss, steps=700, lr=1e-2, runs=args.runs, weight_decay=0.05, muon=True)
     tokenizer.chat_template = OWN_TASK
-    save(
-        lambda folder: (model.half().save_pretrained(folder), tokenizer.save_pretrained(folder)),
-        args.out / "writer",
-    )
+    save(args.out / "writer", model.half(), tokenizer)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +26,13 @@ def pictures(count: int, seed: int) -> tuple[Tensor, list[world.Scene]]:
     """Random pictures: (count, 3, 64, 64) uint8, and the scenes they show."""
     rng = random.Random(seed)
     scenes = [world.random_picture(rng) for _ in range(count)]
+    return rendered(scenes).contiguous(), scenes
+
+
+def rendered(scenes: Iterable[world.Scene]) -> Tensor:
+    """The scenes' pictures, (N, 3, 64, 64) uint8, channels last in memory."""
     pixels = np.stack([np.asarray(world.render(scene)) for scene in scenes])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), scenes
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def to_float(pixels: Tensor, device: torch.device) -> Tensor:
@@ -34,7 +40,8 @@ def to_float(pixels: Tensor, device: torch.device) -> Tensor:
     return from_bytes(pixels.to(device))
 
 
-def save(write: Callable[..., object], folder: Path) -> None:
+def save(folder: Path, *parts: Any) -> None:
     """Writes a model folder in one piece: a killed run leaves the old one or the new one."""
     with atomic_folder(folder) as new:
-        write(new)
+        for part in parts:
+            part.save_pretrained(new)

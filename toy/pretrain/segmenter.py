@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import random
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from toy import world
-from toy.pretrain.loop import fit, pictures, save, to_float
+from toy.pretrain.loop import fit, rendered, save, to_float
 
 
 def train_segmenter(args: argparse.Namespace) -> None:
@@ -47,15 +46,15 @@ def train_segmenter(args: argparse.Namespace) -> None:
         label2id={v: k for k, v in labels.items()},
     )
     model = Mask2FormerForUniversalSegmentation(config).to(args.device)
-    _, scenes = pictures(args.scaled(10_000), seed=args.seed + 2)
+    rng = random.Random(args.seed + 2)
+    scenes = [world.random_picture(rng) for _ in range(10_000)]
     batch = 8
 
     def loss(step: int) -> dict[str, Tensor]:
         torch.manual_seed(args.seed + step)  # the loss samples points
         rng = random.Random(args.seed * 1_000_003 + step)
         chosen = [rng.choice(scenes) for _ in range(batch)]
-        pixels = np.stack([np.asarray(world.render(scene)) for scene in chosen])
-        images = to_float(torch.from_numpy(pixels).permute(0, 3, 1, 2), args.device)
+        images = to_float(rendered(chosen), args.device)
         masks, classes = [], []
         for scene in chosen:
             shown = torch.from_numpy(world.render_classes(scene)).to(args.device)
@@ -64,7 +63,7 @@ def train_segmenter(args: argparse.Namespace) -> None:
             masks.append((shown[None] == present[:, None, None]).float())
         return {"loss": model(pixel_values=images, mask_labels=masks, class_labels=classes).loss}
 
-    fit("segmenter", model, loss, steps=args.scaled(6500), lr=1e-3, runs=args.runs, weight_decay=0.01)
+    fit("segmenter", model, loss, steps=6500, lr=1e-3, runs=args.runs, weight_decay=0.01)
     processor = Mask2FormerImageProcessor(
         size={"height": world.PANEL, "width": world.PANEL},
         image_mean=[0.5] * 3,
@@ -72,7 +71,4 @@ def train_segmenter(args: argparse.Namespace) -> None:
         ignore_index=255,
         do_reduce_labels=False,
     )
-    save(
-        lambda folder: (model.half().save_pretrained(folder), processor.save_pretrained(folder)),
-        args.out / "segmenter",
-    )
+    save(args.out / "segmenter", model.half(), processor)

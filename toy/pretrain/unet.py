@@ -6,14 +6,13 @@ import argparse
 import json
 import random
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from backbone import encode_images
 from toy import world
-from toy.pretrain.loop import fit, save, to_float
+from toy.pretrain.loop import fit, rendered, save, to_float
 from toy.pretrain.vae import LATENT_CHANNELS
 from toy.pretrain.words import CONTEXT, new_tokenizer, tokenize
 from training.draws import step_generator
@@ -90,7 +89,7 @@ def train_unet(args: argparse.Namespace) -> None:
 
     # The pool: strips of four pictures, the first and what three edits make of it.
     strips = []
-    for _ in range(args.scaled(8000)):
+    for _ in range(8000):
         scene = world.random_picture(rng)
         strips.append([scene] + [world.random_edit(scene, rng) for _ in range(3)])
     latents = encode_scenes(vae, [scene for strip in strips for scene in strip], args.device)
@@ -140,11 +139,11 @@ def train_unet(args: argparse.Namespace) -> None:
         weight = (1 / (1 - scheduler.alphas_cumprod.to(t.device)[t])).clamp(max=10)
         return {"loss": (weight * error).mean(), "x_0": error.mean()}
 
-    fit("unet", model, loss, steps=args.scaled(2200), lr=1e-2, runs=args.runs, ema_decay=0.997, muon=True)
-    save(model["unet"].half().save_pretrained, folder / "unet")
-    save(model["text"].half().save_pretrained, folder / "text_encoder")
-    save(tokenizer.save_pretrained, folder / "tokenizer")
-    save(scheduler.save_pretrained, folder / "scheduler")
+    fit("unet", model, loss, steps=2200, lr=1e-2, runs=args.runs, ema_decay=0.997, muon=True)
+    save(folder / "unet", model["unet"].half())
+    save(folder / "text_encoder", model["text"].half())
+    save(folder / "tokenizer", tokenizer)
+    save(folder / "scheduler", scheduler)
     index = {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None],
@@ -164,7 +163,6 @@ def encode_scenes(vae: nn.Module, scenes: list[world.Scene], device: torch.devic
     """The scenes' latents, (N, 16, 8, 8) half floats on the CPU."""
     latents = []
     for start in tqdm(range(0, len(scenes), 250), desc="encode", mininterval=10):
-        pixels = np.stack([np.asarray(world.render(scene)) for scene in scenes[start : start + 250]])
-        images = to_float(torch.from_numpy(pixels).permute(0, 3, 1, 2), device)
+        images = to_float(rendered(scenes[start : start + 250]), device)
         latents.append(encode_images(vae, images).cpu().half())
     return torch.cat(latents)

@@ -79,7 +79,7 @@ class LinearShell:
 
 def train_vae(args: argparse.Namespace) -> None:
     vae = new_vae().to(args.device, memory_format=torch.channels_last)
-    pool, _ = pictures(args.scaled(60_000), seed=args.seed)
+    pool, _ = pictures(60_000, seed=args.seed)
     batch = 8
 
     def loss(step: int) -> dict[str, Tensor]:
@@ -94,9 +94,9 @@ def train_vae(args: argparse.Namespace) -> None:
         return {"loss": pixel + 2e-4 * posterior.mean.square().mean(), "mse": error.square().mean()}
 
     shell = LinearShell(vae)
-    fit("vae-linear", vae, loss, steps=args.scaled(2000), lr=3e-3, runs=args.runs, ema_decay=0.99)
+    fit("vae-linear", vae, loss, steps=2000, lr=3e-3, runs=args.runs, ema_decay=0.99)
     shell.grow(to_float(pool[:64], args.device))
-    fit("vae", vae, loss, steps=args.scaled(12_000), lr=1e-3, runs=args.runs, ema_decay=0.99)
+    fit("vae", vae, loss, steps=12_000, lr=1e-3, runs=args.runs, ema_decay=0.99)
 
     # Last and longest, the decoder alone, for latents without noise: it is what every answer passes.
     def sharpness(step: int) -> dict[str, Tensor]:
@@ -110,7 +110,7 @@ def train_vae(args: argparse.Namespace) -> None:
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     vae.post_quant_conv.requires_grad_(False)
-    fit("vae-decoder", vae, sharpness, steps=args.scaled(40_000), lr=1e-3, runs=args.runs, ema_decay=0.999)
+    fit("vae-decoder", vae, sharpness, steps=40_000, lr=1e-3, runs=args.runs, ema_decay=0.999)
     with torch.no_grad():
         quant = vae.quant_conv
         # The noise that an AutoencoderKL reports is the same for every picture, and small.
@@ -118,4 +118,4 @@ def train_vae(args: argparse.Namespace) -> None:
         quant.bias[LATENT_CHANNELS:] = 2 * math.log(0.05)
         z = vae.encode(to_float(pool[:512], args.device)).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4))
-    save(vae.half().save_pretrained, args.out / "stable-diffusion" / "vae")
+    save(args.out / "stable-diffusion" / "vae", vae.half())

@@ -19,6 +19,7 @@ from toy.world.edits import (
     Edit,
     Family,
     candidates,
+    edits_of,
     every_edit,
     random_edit,
     random_picture,

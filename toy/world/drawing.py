@@ -23,40 +23,42 @@ from toy.world.scenes import (
 
 SUPERSAMPLING = 4  # drawn larger by this factor, then averaged: smooth edges
 HAIR = {"brown": (120, 72, 36), "yellow": COLOURS["yellow"]}  # of heads, beards and moustaches
-HORN = (250, 145, 20)
+CROWN = [(-0.7, -0.65), (-0.7, -1.3), (-0.35, -0.95), (0, -1.35), (0.35, -0.95), (0.7, -1.3), (0.7, -0.65)]
+HALF_BOW = [(0, -0.95), (0.6, -1.3), (0.6, -0.6)]
+HORN = [(0.85, -0.5), (1.0, -1.3), (0.4, -0.85)]
+CLOTHES = {  # of faces: a colour and polygons, whose corners are in radii of the face away from its middle
+    "a crown": (COLOURS["yellow"], [CROWN]),
+    "a headband": (COLOURS["red"], [[(-0.88, -0.7), (0.88, -0.7), (0.95, -0.42), (-0.95, -0.42)]]),
+    "a bow": (COLOURS["pink"], [HALF_BOW, [(-u, v) for u, v in HALF_BOW]]),
+    "horns": ((250, 145, 20), [HORN, [(-u, v) for u, v in HORN]]),
+    "a scarf": (
+        COLOURS["green"],
+        [[(-0.8, 0.75), (0.8, 0.75), (0.8, 1.4), (0.35, 1.4), (0.35, 1.1), (-0.8, 1.1)]],
+    ),
+    "a blue cap": (COLOURS["blue"], [[(-0.2, -0.7), (1.3, -0.7), (1.3, -0.5), (-0.2, -0.5)]]),
+}
 CLASSES = ("background", "face", *SHAPES)  # what the segment masks tell apart; the index is the class id
 
 
 def _polygon(kind: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
     """Corners of a shape around (x, y) with radius r."""
-
-    def star(points: int, inner: float, turn: float) -> list[tuple[float, float]]:
-        angles = [turn + math.pi * k / points for k in range(2 * points)]
-        radii = [r if k % 2 == 0 else inner * r for k in range(2 * points)]
-        return [(x + q * math.sin(a), y - q * math.cos(a)) for a, q in zip(angles, radii)]
-
     if kind == "square":
         s = 0.86 * r
         return [(x - s, y - s), (x + s, y - s), (x + s, y + s), (x - s, y + s)]
     if kind == "triangle":
         return [(x, y - r), (x + r, y + 0.85 * r), (x - r, y + 0.85 * r)]
     if kind == "star":
-        return star(5, 0.42, 0.0)
+        points = [(math.pi * k / 5, 0.42 * r if k % 2 else r) for k in range(10)]  # angle, radius
+        return [(x + q * math.sin(a), y - q * math.cos(a)) for a, q in points]
     if kind == "cross":
         a, b = 0.33 * r, 0.95 * r
         corners = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a)]
         return [(x + u, y + v) for u, v in [*corners, (-b, -a), (-a, -a)]]
-    if kind == "heart":
-        turns = [2 * math.pi * k / 40 for k in range(40)]
-        heart = [
-            (
-                16 * math.sin(t) ** 3,
-                13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t),
-            )
-            for t in turns
-        ]
-        return [(x + r * u / 16, y - r * v / 15) for u, v in heart]
-    raise ValueError(f"no polygon for {kind}")
+    # A heart.
+    turns = [2 * math.pi * k / 40 for k in range(40)]
+    across = [16 * math.sin(t) ** 3 for t in turns]
+    up = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in turns]
+    return [(x + r * u / 16, y - r * v / 15) for u, v in zip(across, up)]
 
 
 def _draw_face(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r: float) -> None:
@@ -99,33 +101,17 @@ def _draw_face(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r: f
     if "a red nose" in thing.features:
         disc(0, 0.12, 0.22, fill=COLOURS["red"])
     _draw_clothes(draw, thing, x, y, r)
-    for hat in set(HATS).intersection(thing.features):
+    for hat in (feature for feature in thing.features if feature in HATS):  # the last put on lies above
         colour = (60, 20, 90) if "purple" in hat else COLOURS[hat.split()[1]]
         draw.rectangle((x - 0.62 * r, y - 1.3 * r, x + 0.62 * r, y - 0.62 * r), fill=colour)
         draw.rectangle((x - 1.0 * r, y - 0.8 * r, x + 1.0 * r, y - 0.58 * r), fill=colour)
 
 
 def _draw_clothes(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r: float) -> None:
-    """What a face wears of these; corners in radii of the face away from its middle."""
-    crown = (-0.7, -0.65), (-0.7, -1.3), (-0.35, -0.95), (0, -1.35), (0.35, -0.95), (0.7, -1.3), (0.7, -0.65)
-    half_bow, horn = ((0, -0.95), (0.6, -1.3), (0.6, -0.6)), ((0.85, -0.5), (1.0, -1.3), (0.4, -0.85))
-    polygons = {
-        "a crown": ("yellow", [crown]),
-        "a headband": ("red", [((-0.88, -0.7), (0.88, -0.7), (0.95, -0.42), (-0.95, -0.42))]),
-        "a bow": ("pink", [half_bow, [(-u, v) for u, v in half_bow]]),
-        "horns": ("horn", [horn, [(-u, v) for u, v in horn]]),
-        "a scarf": (
-            "green",
-            [((-0.8, 0.75), (0.8, 0.75), (0.8, 1.4), (0.35, 1.4), (0.35, 1.1), (-0.8, 1.1))],
-        ),
-        "a blue cap": ("blue", [((-0.2, -0.7), (1.3, -0.7), (1.3, -0.5), (-0.2, -0.5))]),
-    }
     if "a blue cap" in thing.features:
         draw.pieslice((x - 0.9 * r, y - 1.3 * r, x + 0.9 * r, y + 0.3 * r), 180, 360, fill=COLOURS["blue"])
-    for feature in thing.features:
-        colour, parts = polygons.get(feature, ("", []))
-        for corners in parts:
-            fill = HORN if colour == "horn" else COLOURS[colour]
+    for fill, polygons in (CLOTHES[feature] for feature in thing.features if feature in CLOTHES):
+        for corners in polygons:
             draw.polygon([(x + u * r, y + v * r) for u, v in corners], fill=fill)
 
 
@@ -197,10 +183,8 @@ def _apply_look(image: Image.Image, look: str) -> Image.Image:
         pixels = grey * np.array([1.05, 0.86, 0.62], np.float32)
     elif what == "tinted":
         pixels = 0.55 * pixels + 0.45 * np.array(COLOURS[value], np.float32)
-    elif what == "toned":
+    else:  # toned
         pixels = grey * np.array(COLOURS[value], np.float32) / max(COLOURS[value])
-    else:
-        raise ValueError(f"no look {look!r}")
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 

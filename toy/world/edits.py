@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -102,18 +101,9 @@ def _wear(scene: Scene, target: str, value: str) -> Scene | None:
     if not face or value in face.features:
         return None
     others = (worn for worn in face.features if not (worn.endswith(" hair") and value.endswith(" hair")))
-    return _if_visible(scene, scene.put(face, features=(*others, value)))
-
-
-def _if_visible(scene: Scene, edited: Scene) -> Scene | None:
-    """The edited scene, or None where it looks as before: what is put on may lie hidden."""
-    change = np.abs(np.asarray(render(edited), np.int16) - _levels(scene))
-    return edited if change.max() > VISIBLE else None
-
-
-@functools.lru_cache(maxsize=1)  # many edits of one scene are tried in a row
-def _levels(scene: Scene) -> np.ndarray:
-    return np.asarray(render(scene), np.int16)
+    edited = scene.put(face, features=(*others, value))
+    change = np.asarray(render(edited), np.int16) - np.asarray(render(scene), np.int16)
+    return edited if np.abs(change).max() > VISIBLE else None  # what is put on may lie hidden
 
 
 def _change_picture(name: str, words: str) -> Callable[[Scene, str, str], Scene]:
@@ -365,21 +355,19 @@ FAMILIES = {
 _OPENINGS = ("", "", "", "please ", "could you ", "maybe ", "now ")
 
 
-def every_edit() -> Iterator[Edit]:
+def edits_of(family: str) -> list[Edit]:
+    """All edits of a family."""
+    return [Edit(family, target, value) for target, value in FAMILIES[family].arguments]
+
+
+def every_edit() -> list[Edit]:
     """All edits of the world, family by family."""
-    for name, family in FAMILIES.items():
-        for target, value in family.arguments:
-            yield Edit(name, target, value)
-
-
-@functools.cache
-def _all_edits() -> tuple[Edit, ...]:
-    return tuple(every_edit())
+    return [edit for family in FAMILIES for edit in edits_of(family)]
 
 
 def candidates(scene: Scene) -> list[tuple[Edit, Scene]]:
     """Every edit that the renderer can make of this scene, with its result; 100 or more for a plain scene."""
-    made = ((edit, edit.apply(scene)) for edit in _all_edits())
+    made = ((edit, edit.apply(scene)) for edit in every_edit())
     return [(edit, result) for edit, result in made if result is not None]
 
 
@@ -393,8 +381,7 @@ def say(edit: Edit, rng: random.Random, held_out: bool = False) -> str:
 def random_edit(scene: Scene, rng: random.Random) -> Scene:
     """The scene after some edit: all families are as likely, and in a family all its edits."""
     while True:
-        name = rng.choice(list(FAMILIES))
-        edited = Edit(name, *rng.choice(FAMILIES[name].arguments)).apply(scene)
+        edited = rng.choice(edits_of(rng.choice(list(FAMILIES)))).apply(scene)
         if edited is not None:
             return edited
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import shutil
-import uuid
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from toy.world.drawing import render
-from toy.world.edits import FAMILIES, Edit, every_edit, say
+from toy.world.edits import FAMILIES, Edit, edits_of, say
 from toy.world.scenes import Scene, random_scene
 
 HELD_OUT_FAMILIES = frozenset({"sepia", "frame", "hat", "swap"})
@@ -42,13 +41,8 @@ def _applies(edit: Edit, scene: Scene, split: str) -> Scene | None:
     return after if held_out == (split == "unseen_combination") else None
 
 
-def edits_of(split: str) -> list[Edit]:
-    """The edits a split is made of: held-out families in `unseen_task`, all others elsewhere."""
-    return [edit for edit in every_edit() if (edit.family in HELD_OUT_FAMILIES) == (split == "unseen_task")]
-
-
 def _draw_pairs(edit: Edit, instruction: str, count: int, split: str, rng: random.Random) -> list[Pair]:
-    """`count` pairs of one instruction, or [] where this split has no scene for it."""
+    """`count` pairs of one instruction, or fewer where this split has hardly a scene for it."""
     pairs: list[Pair] = []
     for _ in range(4000):
         if len(pairs) == count:
@@ -57,7 +51,7 @@ def _draw_pairs(edit: Edit, instruction: str, count: int, split: str, rng: rando
         after = _applies(edit, scene, split)
         if after is not None:
             pairs.append(Pair(scene, after, edit, instruction))
-    return pairs if len(pairs) >= 2 else []
+    return pairs
 
 
 def draw_split(split: str, instructions: int, pairs_each: int, seed: int) -> list[Pair]:
@@ -68,9 +62,9 @@ def draw_split(split: str, instructions: int, pairs_each: int, seed: int) -> lis
     largest, takes first what the others take.
     """
     rng = random.Random(f"{split} {seed}")  # a string seeds the same on every machine
-    edits: dict[str, list[Edit]] = {}
-    for edit in edits_of(split):
-        edits.setdefault(edit.family, []).append(edit)
+    # The held-out families are in `unseen_task`, all others elsewhere.
+    of_split = [name for name in FAMILIES if (name in HELD_OUT_FAMILIES) == (split == "unseen_task")]
+    edits = {name: edits_of(name) for name in of_split}
     for name, family in edits.items():
         random.Random(name).shuffle(family)
     shares = [len(family) ** (1 / 4) for family in edits.values()]
@@ -84,7 +78,7 @@ def draw_split(split: str, instructions: int, pairs_each: int, seed: int) -> lis
         sayings = [say(edit, rng) for _ in range(20)]
         instruction = next((words for words in sayings if words not in said), sayings[0])
         group = _draw_pairs(edit, instruction, pairs_each, split, rng)
-        if group:
+        if len(group) >= 2:  # an example and a query
             said.add(instruction)
             pairs += group
             drawn += 1
@@ -93,18 +87,14 @@ def draw_split(split: str, instructions: int, pairs_each: int, seed: int) -> lis
 
 def random_texts(rng: random.Random, pairs: int = 5) -> dict:
     """An instruction and captions of scenes before and after it, as a line of `texts.jsonl`."""
-    while True:
-        scene = random_scene(rng)
-        family = rng.choice([name for name in FAMILIES if name not in HELD_OUT_FAMILIES])
-        edit = Edit(family, *rng.choice(FAMILIES[family].arguments))
-        if (after := _applies(edit, scene, "train")) is not None:
-            break
-    found = [(scene, after)]
-    while len(found) < pairs:
-        scene = random_scene(rng)
-        if (after := _applies(edit, scene, "train")) is not None:
-            found.append((scene, after))
-    said = [[before.caption(), after.caption()] for before, after in found]
+    trained = [name for name in FAMILIES if name not in HELD_OUT_FAMILIES]
+    after = None
+    while after is None:
+        before = random_scene(rng)
+        edit = rng.choice(edits_of(rng.choice(trained)))
+        after = _applies(edit, before, "train")
+    drawn = [Pair(before, after, edit, ""), *_draw_pairs(edit, "", pairs - 1, "train", rng)]
+    said = [[pair.before.caption(), pair.after.caption()] for pair in drawn]
     return {"instruction": say(edit, rng), "pairs": said}
 
 
@@ -148,14 +138,12 @@ def write_dataset(out: Path, seed: int = 0, sizes: dict[str, tuple[int, int]] = 
     Where another process has made `out` meanwhile, that stays. Raises OSError.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")  # a number that no other machine takes
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        new = Path(temporary, out.name)
         for split, (instructions, pairs_each) in sizes.items():
-            write_split(temporary / split, draw_split(split, instructions, pairs_each, seed))
+            write_split(new / split, draw_split(split, instructions, pairs_each, seed))
         try:
-            temporary.rename(out)
+            new.rename(out)
         except OSError:
             if not out.is_dir():
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
