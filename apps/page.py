@@ -50,6 +50,7 @@ except ModuleNotFoundError as error:
 from PIL import Image
 
 import backbone
+from apps.hood import Hood
 from apps.pipeline import InstructGIEPipeline
 from edit import SCHEDULERS, seeded
 from pictures import ImageError, fit_panel, load_image, tensor_to_image, unfit
@@ -77,6 +78,7 @@ class Editor:
         self.schedule = pipe.scheduler.config  # as it came: each edit chooses its sampler
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.stop = Event()  # set, it ends the edit in hand after the step in hand
+        self.hood: Hood | None = None  # CLIP and the segmenter are loaded when somebody looks
 
     def edit(self, *wish: Any) -> Iterator[tuple]:
         """What `_edit` shows, as it comes. Raises gr.Error, whose message is one line."""
@@ -161,6 +163,18 @@ class Editor:
         save_png(grid, grid_path(path), record)
         yield unified, previews, str(path), str(grid_path(path))
 
+    def look(
+        self, before: str | None, after: str | None, query: str | None, answer: str | None, unified: str
+    ) -> Image.Image:
+        """What the parts see of the edit that stands on the page. Raises gr.Error where there is none."""
+        if query is None or answer is None:
+            raise gr.Error("edit a picture first", print_exception=False)
+        pair = (picture(before), picture(after)) if before and after else None
+        if self.hood is None:
+            preset = self.pipe.settings.get("backbone", "toy")
+            self.hood = Hood(preset, self.pipe.panel, self.pipe.device)
+        return self.hood.draw(pair, picture(query), picture(answer), unified)
+
 
 def picture(file: str) -> Image.Image:
     """An upload. Raises ImageError, which does not say where uploads lie."""
@@ -213,12 +227,16 @@ def build(editor: Editor, examples: list[list]) -> gr.Blocks:
                 shown = gr.Gallery(
                     label="Steps", interactive=False, columns=5, elem_classes="drawn", buttons=[], **fitted
                 )
-                answer = drawn("Answer", elem_classes="drawn", height=300)
+                answer = drawn("Answer", elem_classes="drawn", height=300, type="filepath")
                 grid = drawn("Grid")
+        with gr.Accordion("Under the hood", open=False):
+            look = gr.Button("Show what the model's parts see of this edit")
+            hooded = drawn("The condition; the areas selected; the editing shifts")
         wish = [before, after, query, instruction, seed, steps, text, visual, scheduler]
         seen = [unified, shown, answer, grid]
         going = go.click(editor.edit, wish, seen, concurrency_limit=1, show_progress_on=unified)
         stop.click(None, cancels=going)
+        look.click(editor.look, [before, after, query, answer, unified], hooded)
     return page
 
 

@@ -130,6 +130,17 @@ def test_stopped_an_edit_ends_after_the_step_in_hand_and_the_next_one_is_whole(e
     assert len(list(editor.folder.glob("*/step_*"))) < 10 + 2
 
 
+def test_under_the_hood_is_the_edit_that_stands_on_the_page(editor):
+    unified, _, answer, _ = edit(editor, instruction="maybe night view looks better")[-1]
+    seen = editor.look(BEFORE, AFTER, INPUT, answer, unified)
+    pair = load_image(BEFORE), load_image(AFTER)
+    wanted = app.Hood("toy", 64).draw(pair, load_image(INPUT), load_image(answer), "make it night")
+    assert np.array_equal(np.asarray(seen), np.asarray(wanted))
+    assert not np.array_equal(np.asarray(seen), np.asarray(editor.look(None, None, INPUT, answer, unified)))
+    with pytest.raises(gr.Error, match="edit a picture first"):
+        editor.look(BEFORE, AFTER, INPUT, None, "")
+
+
 # ------------------------------------------------------------------------------------------- errors
 
 
