@@ -1,5 +1,6 @@
 """The pages that are to be run as they stand: their blocks of commands, in a folder of links to this one."""
 
+import ast
 import os
 import re
 import subprocess
@@ -81,6 +82,36 @@ def test_the_dataset_is_made_again_on_the_toy_parts(run, tmp_path):
     made = run("dataset.md")
     assert int(re.search(r"captions: (\d+) instructions", made[0])[1]) >= 20
     assert int(re.search(r"^instructions +(\d+)", made[2], re.MULTILINE)[1]) >= 10
+
+
+def marks_of_ours():
+    """Each `[ours]` in the code: its file, and the functions and classes round it."""
+    for path in HERE.rglob("*.py"):
+        name = path.relative_to(HERE).as_posix()
+        if name.split("/")[0] in {"tests", "docs", "exercises", "out", "runs", "data"} or name[0] == ".":
+            continue
+        text = path.read_text(encoding="utf-8")
+        nodes = [
+            node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        ]
+        for n, line in enumerate(text.splitlines(), 1):
+            if re.search(r"(^|\W)\[ours\]", line):
+                yield name, {node.name for node in nodes if node.lineno <= n <= node.end_lineno}
+
+
+def test_every_choice_of_ours_is_marked_in_the_code_and_listed_with_its_reason():
+    page = (HERE / "docs" / "choices.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w/]+\.py)` ?([^|]*?) \| .+ \| .+ \| .+ \|$", page, re.MULTILINE)
+    assert len(rows) == len(re.findall(r"^\| `", page, re.MULTILINE)), "a row lacks a cell"
+    listed = [(file, {name.strip() for name in names.split(",")}) for file, names in rows]
+    marks = list(marks_of_ours())
+    for file, around in marks:
+        found = [names for other, names in listed if other == file and (not around or around & names)]
+        assert found, f"{file}: [ours] in {around or 'the module'} has no row in docs/choices.md"
+    for file, names in listed:
+        assert any(file == other for other, _ in marks), f"{file} has no mark"
+        words = set(re.findall(r"\w+", (HERE / file).read_text(encoding="utf-8")))
+        assert names - {""} <= words, f"{file}: {names}"
 
 
 def sentences(page):

@@ -1,4 +1,4 @@
-"""The optimiser: Muon for matrices, Adam for the rest.
+"""The optimiser: Muon for matrices, Adam for the rest. [ours]
 
 Adam scales each number of a gradient alone; Muon (Jordan et al., 2024) takes a matrix as a whole: it keeps
 the gradient's singular vectors and sets all its singular values to one, so that rare directions of a matrix
