@@ -316,7 +316,9 @@ def test_by_gradio_client(server, tmp_path):
     settings = 5, 2, 1.0, 1.0, "ddim"
 
     def ask(before):
-        job = client.submit(handle_file(before), handle_file(AFTER), handle_file(INPUT), "", *settings)
+        job = client.submit(
+            handle_file(before), handle_file(AFTER), handle_file(INPUT), "", *settings, api_name="/edit"
+        )
         shown = list(job)
         job.result()  # raises what the server has raised
         return shown
@@ -342,11 +344,11 @@ def test_an_edit_that_gradio_cancels_makes_room(server):
     """As the page's Stop does."""
     client = Client(server, verbose=False)
     given = [handle_file(path) for path in (BEFORE, AFTER, INPUT)]
-    job = client.submit(*given, "", 0, 100, 1.0, 1.0, "ddim")
+    job = client.submit(*given, "", 0, 100, 1.0, 1.0, "ddim", api_name="/edit")
     while len(job.outputs()) < 2:
         time.sleep(0.02)
     job.cancel()
-    assert client.predict(*given, "", 0, 1, 1.0, 1.0, "ddim")[2]
+    assert client.predict(*given, "", 0, 1, 1.0, 1.0, "ddim", api_name="/edit")[2]
     assert len(job.outputs()) < 10
 
 
