@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow doctor lint format docs docs-check toy ablations clean
+.PHONY: demo test test-slow doctor lint format docs docs-check toy results clean
 
 demo: $(VENV)/installed
 	$(RUN) edit.py --prompt-pair examples/before.png examples/after.png --input examples/input.png \
@@ -38,7 +38,7 @@ docs-check: $(VENV)/installed-dev  ## runs every command that README and docs sh
 toy: $(VENV)/installed-dev  ## trains what is under toy/weights anew; resumable
 	$(RUN) -m toy.pretrain
 
-ablations: $(VENV)/installed  ## trains and measures every arm of docs/results.md, three seeds each; resumable
+results: $(VENV)/installed-dev  ## trains and measures every arm of docs/results.md, three seeds each; resumable
 	$(RUN) -m evaluation.ablations
 
 $(VENV)/installed: requirements.txt

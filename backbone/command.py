@@ -66,12 +66,15 @@ def check_numbers(args: argparse.Namespace, bounds: dict[tuple[float, float], st
 
 @contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """What the user can mend, a ValueError or OSError or too little memory, ends the program with one line
-    and exit code 2; Ctrl-C ends it without more words and with a shell's code for that, 130."""
+    """What the user can mend ends the program with one line and exit code 2: a ValueError or OSError, a missing
+    package, too little memory. Ctrl-C ends it without more words and with a shell's code for that, 130."""
     try:
         yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        print(f"{program}: error: {error}; pip install -r requirements-dev.txt", file=sys.stderr)
+        raise SystemExit(2) from None
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         line = " ".join(str(error).split())
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in line:

@@ -1,6 +1,6 @@
 """The paper's two tables in miniature: every arm trained, edited with and measured, seed by seed.
 
-    make ablations                                       # all arms, three seeds; hours on a CPU, resumable
+    make results                                         # all arms, three seeds; hours on a CPU, resumable
     python -m evaluation.ablations --seeds 0 --only full no-esm    # a part of it
     python -m evaluation.ablations --table    # only writes docs/results.md from what is measured
 

@@ -90,13 +90,9 @@ def interval(whole: float, draws: Tensor) -> tuple[float, float]:
 
 def inception(device: torch.device) -> Callable[[Tensor], Tensor]:
     """torch-fidelity's Inception: images (B, 3, H, W) in [-1, 1] → features (B, 2048)."""
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.fid import FrechetInceptionDistance  # of requirements-dev.txt
 
-        network = FrechetInceptionDistance(feature=2048).inception.to(device)
-    except (ImportError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--features inception: {reason}; pip install -r requirements-dev.txt") from None
+    network = FrechetInceptionDistance(feature=2048).inception.to(device)
     return lambda images: network(to_bytes(images))
 
 

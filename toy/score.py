@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from scipy.stats import binomtest
 from torch import nn
 from tqdm import tqdm
 
@@ -178,6 +177,8 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 def accuracy(rows: list[dict]) -> dict:
     """The share of right answers, with Wilson's 95 % interval."""
+    from scipy.stats import binomtest  # here, because it is of requirements-dev.txt
+
     right = sum(row["right"] for row in rows)
     interval = binomtest(right, len(rows)).proportion_ci(method="wilson")
     return {"n": len(rows), "accuracy": right / len(rows), "interval": (interval.low, interval.high)}
