@@ -66,8 +66,9 @@ def check_numbers(args: argparse.Namespace, bounds: dict[tuple[float, float], st
 
 @contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """What the user can mend ends the program with one line and exit code 2: a ValueError or OSError, a missing
-    package, too little memory. Ctrl-C ends it without more words and with a shell's code for that, 130."""
+    """What the user can mend ends the program with one line and exit code 2: a ValueError or OSError, a
+    missing package, too little memory. Ctrl-C ends it without more words and with a shell's code for that,
+    130."""
     try:
         yield
     except KeyboardInterrupt:
