@@ -1,0 +1,63 @@
+"""A training's log as a table: `python -m training.curve runs/train`.
+
+Read from the TensorBoard files that train.py writes: the losses, each a moving average, and the error of the
+validation pictures' answers in levels of 0 … 255. Hours are those in which the run stood, pauses left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import backbone
+
+PAUSE = 300  # seconds without a line in the log are no training
+
+
+def read_scalars(folder: Path) -> dict[str, dict[int, tuple[float, float]]]:
+    """Name → step → (wall time in seconds, value), of all files in a run's `tensorboard`; a step that was done
+    twice, after a resume, as it was done last. Raises ValueError where there are none."""
+    scalars: dict[str, dict[int, tuple[float, float]]] = {}
+    for path in sorted((folder / "tensorboard").glob("events.*"), key=lambda path: path.name):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        for name in events.Tags()["scalars"]:
+            new = {event.step: (event.wall_time, event.value) for event in events.Scalars(name)}
+            scalars[name] = scalars.get(name, {}) | new
+    if not scalars:
+        raise ValueError(f"{folder}: no log of a training; name the folder that train.py wrote with --output")
+    return scalars
+
+
+def table(folder: Path, rows: int) -> str:
+    """Markdown, `rows` steps of those that have a validation error, the last among them."""
+    scalars = read_scalars(folder)
+    losses = sorted(name for name in scalars if name.startswith("loss/"))
+    logged = sorted(scalars[losses[0]].items())
+    hours, spent = {}, 0.0
+    for (_, (before, _)), (step, (now, _)) in zip(logged, logged[1:]):
+        spent += now - before if 0 < now - before < PAUSE else 0
+        hours[step] = spent / 3600
+    steps = sorted(scalars["validation error"].keys() & hours.keys())
+    shown = sorted({steps[-1 - k * (len(steps) - 1) // max(1, rows - 1)] for k in range(rows)})
+    head = ["step", "hours", *(name.removeprefix("loss/") for name in losses), "validation error"]
+    lines = [head, ["---:"] * len(head)]
+    for step in shown:
+        values = (scalars[name][step][1] for name in losses)
+        error = scalars["validation error"][step][1]
+        lines.append([f"{step:,}", f"{hours[step]:.1f}", *(f"{v:.4f}" for v in values), f"{error:.1f}"])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("training.curve", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="what train.py was told with --output")
+    parser.add_argument("--rows", type=int, default=12)
+    args = parser.parse_args(argv)
+    with backbone.one_line_errors("training.curve"):
+        print(table(args.run, args.rows), end="")
+
+
+if __name__ == "__main__":
+    main()
