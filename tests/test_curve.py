@@ -25,7 +25,7 @@ def test_a_resumed_run_is_one_table_without_its_pause(tmp_path, capsys):
         "| step | hours | dm | validation error |",
         "| ---: | ---: | ---: | ---: |",
         "| 10 | 0.1 | 1.0000 | 1.0 |",
-        "| 20 | 0.2 | 1.0000 | 2.0 |",
+        "| 30 | 0.3 | 0.5000 | 3.0 |",
         "| 40 | 0.4 | 0.5000 | 4.0 |",
     ]
 

@@ -7,6 +7,7 @@ validation pictures' answers in levels of 0 … 255. Hours are those in which th
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,8 +18,8 @@ PAUSE = 300  # seconds without a line in the log are no training
 
 
 def read_scalars(folder: Path) -> dict[str, dict[int, tuple[float, float]]]:
-    """Name → step → (wall time in seconds, value), of all files in a run's `tensorboard`; a step that was done
-    twice, after a resume, as it was done last. Raises ValueError where there are none."""
+    """Name → step → (wall time in seconds, value), of all files in a run's `tensorboard`. A step that was done
+    twice, after a resume, counts as it was done last. Raises ValueError where there are none."""
     scalars: dict[str, dict[int, tuple[float, float]]] = {}
     for path in sorted((folder / "tensorboard").glob("events.*"), key=lambda path: path.name):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
@@ -36,7 +37,7 @@ def table(folder: Path, rows: int) -> str:
     losses = sorted(name for name in scalars if name.startswith("loss/"))
     logged = sorted(scalars[losses[0]].items())
     hours, spent = {}, 0.0
-    for (_, (before, _)), (step, (now, _)) in zip(logged, logged[1:]):
+    for (_, (before, _)), (step, (now, _)) in pairwise(logged):
         spent += now - before if 0 < now - before < PAUSE else 0
         hours[step] = spent / 3600
     steps = sorted(scalars["validation error"].keys() & hours.keys())
