@@ -18,8 +18,10 @@ PAUSE = 300  # seconds without a line in the log are no training
 
 
 def read_scalars(folder: Path) -> dict[str, dict[int, tuple[float, float]]]:
-    """Name → step → (wall time in seconds, value), of all files in a run's `tensorboard`. A step that was done
-    twice, after a resume, counts as it was done last. Raises ValueError where there are none."""
+    """Name → step → (wall time in seconds, value), of all files in a run's `tensorboard`.
+
+    A step that was done twice, after a resume, counts as it was done last. Raises ValueError without files.
+    """
     scalars: dict[str, dict[int, tuple[float, float]]] = {}
     for path in sorted((folder / "tensorboard").glob("events.*"), key=lambda path: path.name):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
