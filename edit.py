@@ -5,7 +5,7 @@
     python edit.py --prompt-pair before.png after.png --instruction "add a hat" --input photos/ --output out/
     python edit.py --model runs/train/editor --instruction "add a hat" --input a.png b.png --output out/
 
-An edit, in the order of this file:
+[figure] An edit, in the order of this file:
 
     example pair, query -> Img_VPcon = [[before, after], [query, grey]] -> G_ven, once per edit
     instruction l -> U -> l' -> text encoder, once per edit
@@ -48,8 +48,10 @@ def arguments() -> argparse.Namespace:
     add("--num-images", type=int, default=1, help="answers to each input, of seeds S, S + 1, …")
     add("--seed", type=int, default=0, help="of the first answer to each input")
     add("--steps", type=int, help="of the sampler (default: the editor's)")
-    add("--guidance-text", type=float, help="weight of the instruction, 1 for none (default: the editor's)")
-    add("--guidance-visual", type=float, help="weight of the example, 1 for none (default: the editor's)")
+    add(
+        "--guidance-text", type=float, help="scale of the instruction; 1: no guidance (default: the editor's)"
+    )
+    add("--guidance-visual", type=float, help="scale of the example; 1: no guidance (default: the editor's)")
     add("--scheduler", default="ddim", choices=SCHEDULERS, help="the sampler")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the models")
@@ -67,9 +69,10 @@ from torch import Tensor, nn
 
 import backbone
 import liu
-from dataset import answer_panel, clean_instruction, compose_grid, drop_example, mask_query
+from dataset import answer_panel, compose_grid, drop_example, mask_query
 from pictures import check_finite, fit_panel, load_image, tensor_to_image, unfit
 from pictures.answers import grid_path, labelled_grid, plan_answers, save_png
+from pictures.pairs import clean_instruction
 
 # --- What goes in -------------------------------------------------------------------------------------------
 
@@ -89,11 +92,12 @@ def condition_grids(examples: Tensor, queries: Tensor, has_example: Tensor | Non
 
 
 def guidance_weights(text: float, visual: float, told: bool, shown: bool) -> dict[tuple[bool, bool], float]:
-    """What each prediction e(text, pair) weighs, without those that weigh nothing: (text, pair) → weight.
+    """The weight of each prediction e(text, pair), by (text given, pair given); those of weight 0 left out.
 
-    text, visual: the scales s. (1, 1) is no guidance, e(text, pair) alone; (0, 1) leaves out the instruction,
-    (0, 0) the pair too. told, shown: whether any edit has an instruction, an example pair; without one, its
-    scale changes nothing.
+    text, visual: the scales s_text and s_visual. Both 1: no guidance, e(text, pair) alone. s_text 0 ignores
+    the instruction, both 0 ignore the pair too. told, shown: whether any edit has an instruction, an example
+    pair. Without an instruction s_text is set to s_visual, so that its term vanishes; without a pair
+    s_visual is 1.
 
     [ours] Two scales, after InstructPix2Pix (Brooks et al., 2023, section 3.2.1):
         e = e(0, 0) + s_visual · (e(0, pair) - e(0, 0)) + s_text · (e(text, pair) - e(0, pair))

@@ -3,7 +3,7 @@
 The visual prompt is a 2×2 grid: an example pair above, the query and its grey answer panel below. To read the
 edit off the example, the network must relate panels that lie half an image apart. [paper] So VMamba stands
 where ControlNet has convolutions, for its larger effective receptive field. Its cost is linear in the area.
-Marks stand before what they vouch for: [paper] its public summary, [figure] its figures, [ours] our choice.
+Marks, in all files: [paper] its public summary says so, [figure] its figures show it, [ours] our choice.
 
     condition grid → VisualPromptEncoder → + → trainable copy of the U-Net's encoder → ZeroVMamba links
                         (0 at the start)   ↑                                            (0 at the start)
@@ -17,6 +17,7 @@ orders. Each channel keeps a state h of N numbers; Δ, B and C are read off the 
 Shapes: B batch · C image channels · H, W height, width · L = H·W length of a scan · K = 4 directions
         D channels of a scan · G groups of P = D/G channels, which share B and C · R rank of Δ
 B, C and D are Mamba's parameters as well; a shape always stands in brackets. `python rcldm.py`: an example.
+Img_VPcon is the condition grid, G_ven its encoder, l the instruction, l' the same as unified by liu.py.
 """
 
 from __future__ import annotations
@@ -95,19 +96,20 @@ def cross_merge(ys: Tensor, height: int, width: int) -> Tensor:
     return rows.unflatten(2, (height, width)) + columns.unflatten(2, (width, height)).mT
 
 
-def four_scans(x: Tensor, *rest: Tensor) -> Tensor:
+def four_scans(x: Tensor, *parameters: Tensor) -> Tensor:
     """The image x (B, D, H, W), scanned in four orders, the scans summed at each pixel: (B, D, H, W).
 
-    rest: Δ, A, B, C, D and Δ's bias of `selective_scan`, with a group for each direction; Δ, B and C stand in
-    its order.
+    parameters: Δ, A, B, C, D and Δ's bias of `selective_scan`, with a group for each direction; Δ, B and C
+    stand in its order.
     """
     from scan_kernels import scan_image, scans_images_in_place
 
     height, width = x.shape[2:]
     if scans_images_in_place(x):  # the same sum by a kernel that needs no copies of the image
         pixels = torch.arange(height * width, device=x.device).view(1, 1, height, width)
-        return scan_image(x, cross_scan(pixels)[0, :, 0], *rest, delta_softplus=True)
-    return cross_merge(selective_scan(cross_scan(x), *rest, delta_softplus=True), height, width)
+        visited = cross_scan(pixels)[0, :, 0]  # (K, L)  the pixel of each step
+        return scan_image(x, visited, *parameters, delta_softplus=True)
+    return cross_merge(selective_scan(cross_scan(x), *parameters, delta_softplus=True), height, width)
 
 
 # -------- 3. The VMamba block -----------------------------------------------------------------------
@@ -155,14 +157,12 @@ class SS2D(nn.Module):
         x = self.in_proj(x).permute(0, 3, 1, 2)  # channels first in shape, last in memory
         x = F.silu(self.conv2d(x))
 
-        # Δ, B and C are read off each pixel, with weights for each direction: four images of them. Δ is first
-        # read as R numbers.
-        read = self.x_proj(x.permute(0, 2, 3, 1)).unflatten(3, (4, -1)).permute(3, 0, 1, 2, 4)
-        read = _in_scan_order(read).flatten(1, 2)  # (K, B, H, W, R+2N) → (K, B·L, R+2N)
-        delta, B, C = read.split(self.split, dim=2)
+        # Each pixel yields Δ, B and C four times, once for each direction. Δ has rank R: dt_projs widens it.
+        by_direction = self.x_proj(x.permute(0, 2, 3, 1)).unflatten(3, (4, -1)).permute(3, 0, 1, 2, 4)
+        in_order = _in_scan_order(by_direction).flatten(1, 2)  # (K, B, H, W, R+2N) → (K, B·L, R+2N)
+        delta, B, C = in_order.split(self.split, dim=2)
         # (K, B·L, ·) → (B, K, ·, L)
-        read = self.dt_projs(delta), B, C
-        delta, B, C = (w.unflatten(1, (len(x), -1)).permute(1, 0, 3, 2) for w in read)
+        delta, B, C = (w.unflatten(1, (len(x), -1)).permute(1, 0, 3, 2) for w in (self.dt_projs(delta), B, C))
         A = -self.A_logs.float().exp()
         y = four_scans(x, delta, A, B, C, self.Ds, self.dt_projs_bias.flatten())
         return self.out_proj(self.out_norm(y.permute(0, 2, 3, 1)))
@@ -223,10 +223,9 @@ def _zero(module: nn.Linear) -> nn.Linear:
 class ZeroVMamba(nn.Module):
     """Zero-VMamba behind the trainable copy: zero_proj(VSSBlock(x)), (B, C, H, W) → (B, C, H, W).
 
-    [figure] draws one block there. [ours] One for each of ControlNet's zero convolutions, in their place.
-
-    [ours] The zero is a linear projection behind the block, and no skip goes round both: the residual is
-    exactly 0 at the start. Where SS2D gives 0 the link is ControlNet's zero convolution.
+    [figure] One block stands behind the copy. [ours] We put one in the place of each zero convolution.
+    [ours] A linear layer that starts at zero follows the block, and no skip goes round the two: the residual
+    is exactly 0 at the start. Were SS2D's output 0, the link would be ControlNet's zero convolution.
     [ours] N = 1, ratio 1, no MLP.
     """
 
@@ -243,14 +242,14 @@ class ZeroVMamba(nn.Module):
 
 
 def panel_places(height: int, width: int, device: torch.device) -> Tensor:
-    """Where each place of a 2×2 grid lies, (H, W, 27): sines and cosines of y and of x within its panel, six
-    octaves each, from the panel's side down; its row and column of panels, ±1; the product of these two.
+    """The code of each place of a 2×2 grid, (H, W, 27): sine and cosine of y and of x within the panel, of
+    wavelengths p, p/2, … p/32, where p is its side; ±1 for its row and its column of panels; their product.
     """
     codes = []
     for side in (height, width):
-        y = torch.arange(side, device=device)
-        panel = 1 - 2 * (y >= side / 2).float()
-        phase = 4 * torch.pi * y[:, None] / side * 2 ** torch.arange(6, device=device)
+        position = torch.arange(side, device=device)
+        panel = 1 - 2 * (position >= side / 2).float()
+        phase = 4 * torch.pi * position[:, None] / side * 2 ** torch.arange(6, device=device)
         codes.append(torch.cat([phase.sin(), phase.cos(), panel[:, None]], 1))  # (side, 13)
     rows, columns = codes[0][:, None].expand(-1, width, -1), codes[1].expand(height, -1, -1)
     return torch.cat([rows, columns, rows[..., -1:] * columns[..., -1:]], 2)
@@ -303,15 +302,14 @@ class VisualPromptEncoder(nn.Module):
 
 
 class RCLDM(ModelMixin, ConfigMixin):
-    """ControlNet, its two additions to the U-Net's copy of VMamba: condition encoder and zero convolutions.
-
-    It is called as `ControlNetModel` is.
+    """A ControlNet whose two additions are made of VMamba: the condition's encoder before the copy of the
+    U-Net's encoder, and the links behind it. [paper] It is called as `ControlNetModel` is.
 
     Args:
         unet_encoder: configuration of the trainable copy, as `ControlNetModel` takes it; `from_unet` has it.
         design: what stands in the two places. "vmamba": `VisualPromptEncoder` and `ZeroVMamba` links, the
             paper's; "conv": ControlNet's own convolutional encoder and zero convolutions (`--no-rcldm`).
-        factor: of the autoencoder, a power of two: latents per pixel, along a side.
+        factor: image pixels per latent along a side, a power of two (8 for Stable Diffusion).
         prompt_encoder_depth, _width, _d_state: of the `VisualPromptEncoder`.
         panel: P, pixels along the side of the panels that it is trained for, if known.
 

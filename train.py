@@ -7,16 +7,17 @@
     torchrun --nproc_per_node 2 train.py             # two processes: on a CPU faster than two threads
     accelerate launch train.py --backbone sd15 --data FOLDER      # several GPUs, or several machines
 
-One step, after the paper's architecture figure: [figure]
+[figure] One step, where Img_train is the whole grid and Img_VPcon the same with its answer grey:
 
     panels of Img_train -> VAE -> x_0; with noise -> x_t     instruction l -> U, an LLM -> l' -> text encoder
     Img_VPcon -> G_ven; with x_t and l' -> trainable copy -> Zero-VMamba links -> residuals
     frozen U-Net(x_t, l', residuals) -> prediction -> x̂_0, the clean latents it implies -> L_es, L_sam
     L = L_dm + λ_es · L_es + λ_sam · L_sam
 
-[ours] Panels pass the VAE one by one; x̂_0 stands for the figure's output image; the sum and its weights λ.
-The file reads from top to bottom: settings, one step's losses, the loop. What the frozen parts make of the
-data is computed once, before the first step: training/precompute.py.
+[ours] The VAE encodes each panel alone. [ours] L_es and L_sam see x̂_0 where the figure draws the output
+image. [ours] The losses are summed with weights λ.
+The file reads from top to bottom: settings, one step's losses, the loop, the validation. What the frozen
+parts make of the data is computed once, before the first step: training/precompute.py.
 """
 
 from __future__ import annotations
@@ -38,17 +39,10 @@ import edit
 import esm
 import liu
 import sam_loss
-from dataset import (
-    DatasetError,
-    VisualPromptDataset,
-    answer_panel,
-    compose_grid,
-    drop_example,
-    mask_query,
-    read_pairs,
-)
+from dataset import VisualPromptDataset, answer_panel, compose_grid, drop_example, mask_query
 from disk import atomic_write, locked
 from pictures import ImageError, tensor_to_image
+from pictures.pairs import DatasetError, read_pairs
 from rcldm import RCLDM
 from training.card import save_editor
 from training.checkpoint import load_checkpoint, save_checkpoint
@@ -132,8 +126,8 @@ VALIDATION_PICTURES = 6
 class Losses:
     """L = L_dm + λ_es · L_es + λ_sam · L_sam, for batches of the data loader.
 
-    precomputed: of every pair, by the frozen parts. texts: embeddings of the unified instructions, the last
-    of them of no text; rows: each pair's row among them.
+    precomputed: of every pair, by the frozen parts. texts (U + 1, T, D): embeddings of the unified
+    instructions, then of the empty text. rows: which of them each pair has.
     """
 
     def __init__(
@@ -172,8 +166,9 @@ class Losses:
         noise = torch.randn(x_0.shape, generator=g)
         t = draw_timesteps(len(x_0), scheduler.config.num_train_timesteps, g)
         trust = esm.noise_weight(t, scheduler)  # (B,)
-        decoded = trust.nonzero()[: math.ceil(len(t) / ES_SHARE), 0]  # found here: no device is waited for
-        noise, t, trust, decoded = (x.to(device) for x in (noise, t, trust, decoded))
+        # Chosen on the CPU: `nonzero` on a GPU would wait for it.
+        to_decode = trust.nonzero()[: math.ceil(len(t) / ES_SHARE), 0]
+        noise, t, trust, to_decode = (x.to(device) for x in (noise, t, trust, to_decode))
         x_t = scheduler.add_noise(x_0, noise, t)
 
         down, mid = model(x_t, t, states, condition, return_dict=False)
@@ -189,10 +184,10 @@ class Losses:
         x_0_hat = esm.predict_x0(x_t, prediction, t, scheduler)
         if not args.no_esm:
             losses["es"] = 0 * losses["dm"]  # where all are too noisy: every process has the same losses
-            if len(decoded):
-                before, after = query.embeddings[decoded].unbind(1)
-                answers = esm.decode_answer(self.sd.vae, x_0_hat[decoded])
-                losses["es"] = esm.editing_shift_loss(self.clip, before, answers, after, trust[decoded])
+            if len(to_decode):
+                before, after = query.embeddings[to_decode].unbind(1)
+                answers = esm.decode_answer(self.sd.vae, x_0_hat[to_decode])
+                losses["es"] = esm.editing_shift_loss(self.clip, before, answers, after, trust[to_decode])
         if not args.no_sam:
             panels = answer_panel(x_0_hat), answer_panel(x_0)
             losses["sam"] = sam_loss.selective_area_loss(*panels, query.areas, trust)
@@ -311,12 +306,12 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
         progress.set_postfix(monitor.text(), refresh=False)
         progress.update()
         stop.agree(accelerator)
-        is_done, is_cut = step == args.steps, bool(stop.asked or monitor.is_over)
+        is_done, stops_early = step == args.steps, bool(stop.asked or monitor.is_over)
         if is_main and step % 20 == 0:
             for name, value in monitor.averages.items():
                 log.add_scalar(f"loss/{name}", value, step)
-        if is_main and (step % args.save_every == 0 or is_done or is_cut):
-            if is_done or not is_cut:
+        if is_main and (step % args.save_every == 0 or is_done or stops_early):
+            if is_done or not stops_early:
                 measured = {name: value.item() for name, value in monitor.averages.items()}
                 measured["validation error"] = validation.draw(ema.module, sd, args.output, step, log)
                 save_editor(ema.module, args, step, measured)

@@ -19,9 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.contrib.concurrent import thread_map
 
 import backbone
-from dataset import EditPair, read_pairs
 from disk import atomic_write
 from pictures import ImageError, load_image, misfit
+from pictures.pairs import EditPair, read_pairs
 
 
 def check(args: argparse.Namespace) -> None:

@@ -39,9 +39,10 @@ import esm
 import liu
 import rcldm
 import sam_loss
-from dataset import EditPair, VisualPromptDataset, read_pairs
+from dataset import VisualPromptDataset
 from disk import atomic_write
 from pictures import image_to_tensor, tensor_to_image
+from pictures.pairs import EditPair, read_pairs
 from toy import world
 
 INK, GREY, PALE = "#2b2f36", "#868c96", "#e4e6ea"

@@ -38,9 +38,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import backbone
-from dataset import VisualPromptDataset, read_pairs
+from dataset import VisualPromptDataset
 from disk import atomic_folder
 from pictures import check_finite
+from pictures.pairs import read_pairs
 from training.draws import draw_order, draw_timesteps, keep_conditions, step_generator
 from training.loop import fit
 from training.precompute import Frozen, gather_batch, load_batches, precompute, read_instructions

@@ -29,10 +29,11 @@ from tqdm import tqdm
 import backbone
 import evaluation.vit  # noqa: F401  so that its editors load
 from apps.pipeline import InstructGIEPipeline
-from dataset import VisualPromptDataset, read_pairs
+from dataset import VisualPromptDataset
 from disk import atomic_write, locked, other_settings
 from evaluation.baselines import InstructPix2Pix, PromptDiffusion, SDEdit
 from pictures import TableImage, load_image, picture_digest, tensor_to_image
+from pictures.pairs import read_pairs
 
 # What the editor is given besides the query. "other-pair" is a pair of another instruction, and no words: who
 # reads examples makes that other edit, who remembers the training makes the query's own.

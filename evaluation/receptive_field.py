@@ -23,10 +23,11 @@ from PIL import Image
 from torch import Tensor
 
 import backbone
-from dataset import VisualPromptDataset, compose_grid, mask_query, read_pairs
+from dataset import VisualPromptDataset, compose_grid, mask_query
 from evaluation.evaluate import draw_queries, panel_rows, save_picture
 from evaluation.metrics import markdown
 from evaluation.vit import ViTRCLDM
+from pictures.pairs import read_pairs
 from rcldm import RCLDM
 
 SHARES = (0.5, 0.9, 0.99)

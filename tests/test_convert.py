@@ -9,6 +9,7 @@ from test_dataset import save_pictures
 
 import dataset as ds
 from data_making import convert
+from pictures import pairs as reading
 
 
 def make_instruct_pix2pix(root, prompts: int = 20):
@@ -37,13 +38,13 @@ def test_the_raw_layout_becomes_a_dataset(tmp_path, monkeypatch, capsys, links):
     printed = capsys.readouterr().out
     assert "train: 35 pairs\nval: 2 pairs\ntest: 2 pairs\n" in printed
     assert f"left out: {source / '0000003' / '1003_1.jpg'}: no such file" in printed
-    train = ds.read_pairs(output)
+    train = reading.read_pairs(output)
     wanted = [f"edit {k}" for k in range(18) for seed in (1, 2) if (k, seed) != (3, 1)]
     assert [pair.instruction for pair in train] == wanted
     assert train[3].input.endswith("train/0000001/2001_0.jpg")
     assert train[3].output.endswith("train/0000001/2001_1.jpg")
     assert (train[0].input_caption, train[0].output_caption) == ("a house 0", "a castle 0")
-    splits = [ds.read_pairs(output, split) for split in ("train", "val", "test")]
+    splits = [reading.read_pairs(output, split) for split in ("train", "val", "test")]
     assert len({pair.input for part in splits for pair in part}) == sum(map(len, splits)) == 39
     assert len(ds.VisualPromptDataset(train, 8)[4]["panels"]) == 4
     assert os.path.samefile(train[0].input, source / "0000000" / "1000_0.jpg") == links

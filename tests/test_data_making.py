@@ -22,8 +22,9 @@ from data_making import check
 from data_making import pictures as drawing
 from data_making import texts as writing
 from data_making.texts import EXAMPLES, OWN_TASK, Refusal, as_prompt, as_reply, parse_reply
-from dataset import VisualPromptDataset, read_pairs
+from dataset import VisualPromptDataset
 from pictures import load_image
+from pictures.pairs import read_pairs
 from toy import world
 from toy.world import __main__ as world_command
 

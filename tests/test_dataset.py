@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 import dataset as ds
 import pictures
 from evaluation import evaluate
+from pictures import pairs as reading
 from training.precompute import read_all, without
 
 torch.set_num_threads(1)
@@ -398,15 +399,15 @@ def write_rows(folder, rows) -> None:
 
 def test_folder_reader(tmp_path):
     folder = make_folder(tmp_path)
-    pairs = ds.read_pairs(tmp_path)
-    assert pairs == ds.read_pairs(str(folder))
+    pairs = reading.read_pairs(tmp_path)
+    assert pairs == reading.read_pairs(str(folder))
     assert [pair.instruction for pair in pairs] == [" ".join(words.split()) for words in WORDS]
     first = pairs[0]
     assert (first.input_caption, first.output_caption, first.extra) == ("caption 0", None, {"score": 0})
     assert os.path.samefile(first.input, folder / "images/0_in.png")
     assert pictures.load_image(first.output).tobytes() == picture((16, 16), 1).tobytes()
     make_folder(tmp_path, split="seen")
-    assert "/seen/" in ds.read_pairs(tmp_path, split="seen")[0].input.replace("\\", "/")
+    assert "/seen/" in reading.read_pairs(tmp_path, split="seen")[0].input.replace("\\", "/")
 
 
 def test_datasets_reads_our_folder(tmp_path, monkeypatch):
@@ -417,7 +418,7 @@ def test_datasets_reads_our_folder(tmp_path, monkeypatch):
     assert {"input", "output", "instruction", "input_caption", "score"} <= set(table.column_names)
     assert (
         table[1]["output"].tobytes()
-        == pictures.load_image(ds.read_pairs(tmp_path / "data")[1].output).tobytes()
+        == pictures.load_image(reading.read_pairs(tmp_path / "data")[1].output).tobytes()
     )
 
 
@@ -426,7 +427,7 @@ def test_metadata_csv_is_read_as_jsonl(tmp_path, monkeypatch, shards):
     """As the `datasets` library reads it, too."""
     words = [*WORDS[:-1], 'say "cheese",\nloudly', "2024", "2024"]
     folder = make_folder(tmp_path / "data", words)
-    wanted = ds.read_pairs(tmp_path / "data")
+    wanted = reading.read_pairs(tmp_path / "data")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     rows[0] |= {"ratio": 0.5, "note": "of a barn"}
     wanted[0].extra |= {"ratio": 0.5, "note": "of a barn"}
@@ -437,13 +438,13 @@ def test_metadata_csv_is_read_as_jsonl(tmp_path, monkeypatch, shards):
         table = csv.DictWriter(file, rows[0].keys())
         table.writeheader()
         table.writerows(rows)
-    assert ds.read_pairs(tmp_path / "data") == ds.read_pairs(folder) == wanted
+    assert reading.read_pairs(tmp_path / "data") == reading.read_pairs(folder) == wanted
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     theirs = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "data"), split="train")
     assert theirs[5]["output"].tobytes() == pictures.load_image(wanted[5].output).tobytes()
     (folder / "metadata.jsonl").write_text("")
-    with pytest.raises(ds.DatasetError, match="lie in one folder; keep one of the two"):
-        ds.read_pairs(tmp_path / "data")
+    with pytest.raises(reading.DatasetError, match="lie in one folder; keep one of the two"):
+        reading.read_pairs(tmp_path / "data")
 
 
 @pytest.mark.parametrize(
@@ -461,14 +462,14 @@ def test_metadata_csv_is_read_as_jsonl(tmp_path, monkeypatch, shards):
 )
 def test_a_bad_row_of_csv_is_named(tmp_path, text, reason):
     (tmp_path / "metadata.csv").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ds.DatasetError, match=reason) as caught:
-        ds.read_pairs(tmp_path)
+    with pytest.raises(reading.DatasetError, match=reason) as caught:
+        reading.read_pairs(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_columns_by_other_names_in_folders(tmp_path):
     folder = make_folder(tmp_path)
-    wanted = ds.read_pairs(folder)
+    wanted = reading.read_pairs(folder)
     text = (folder / "metadata.jsonl").read_text()
     for ours, theirs in (
         ("input_file_name", "source"),
@@ -477,11 +478,13 @@ def test_columns_by_other_names_in_folders(tmp_path):
     ):
         text = text.replace(f'"{ours}"', f'"{theirs}"')
     (folder / "metadata.jsonl").write_text(text)
-    assert ds.read_pairs(tmp_path, columns=["source", "target", "wish"]) == wanted
-    with pytest.raises(ds.DatasetError, match="1: has no 'input_file_name', only 'source', 'target', 'wish'"):
-        ds.read_pairs(tmp_path)
-    with pytest.raises(ds.DatasetError, match="1: has no 'edited', only 'source', 'target', 'wish'"):
-        ds.read_pairs(tmp_path, columns=["source", "edited", "wish"])
+    assert reading.read_pairs(tmp_path, columns=["source", "target", "wish"]) == wanted
+    with pytest.raises(
+        reading.DatasetError, match="1: has no 'input_file_name', only 'source', 'target', 'wish'"
+    ):
+        reading.read_pairs(tmp_path)
+    with pytest.raises(reading.DatasetError, match="1: has no 'edited', only 'source', 'target', 'wish'"):
+        reading.read_pairs(tmp_path, columns=["source", "edited", "wish"])
 
 
 def make_table(before="original_image", instruction="edit_prompt", **more) -> datasets.Dataset:
@@ -499,31 +502,31 @@ def make_table(before="original_image", instruction="edit_prompt", **more) -> da
 @pytest.mark.parametrize("names", [("original_image", "edit_prompt"), ("input_image", "instruction")])
 def test_table_reader(names):
     table = make_table(*names, original_prompt=["c", "d", "e", None], score=[4, 5, 6, 7])
-    pairs = ds.read_table(table)
+    pairs = reading.read_table(table)
     assert [(p.instruction, p.input_caption) for p in pairs][1:4:2] == [("a", "d"), ("b", None)]
     assert pictures.load_image(pairs[2].output).tobytes() == picture((16, 16), 6).tobytes()
     assert len(ds.VisualPromptDataset(pairs, 8)) == 4
 
 
 def test_tables_of_magic_brush_and_of_any_names(tmp_path):
-    plain = ds.read_table(make_table("original_image", "instruction"))
+    plain = reading.read_table(make_table("original_image", "instruction"))
     table = make_table("original_image", "instruction", mask_img=["x"] * 4, turn_index=["1"] * 4)
     magic_brush = table.rename_columns({"original_image": "source_img", "edited_image": "target_img"})
-    pairs = ds.read_table(magic_brush)
+    pairs = reading.read_table(magic_brush)
     assert [p.instruction for p in pairs] == ["a", "a", "b", "b"]
     for pair, known in zip(pairs, plain):
         assert pictures.load_image(pair.input).tobytes() == pictures.load_image(known.input).tobytes()
         assert pictures.load_image(pair.output).tobytes() == pictures.load_image(known.output).tobytes()
     other = table.rename_columns({"original_image": "x", "edited_image": "y", "instruction": "z"})
     with pytest.raises(
-        ds.DatasetError, match=r"needs columns .* has x, z, y, mask_img, turn_index; .*--columns"
+        reading.DatasetError, match=r"needs columns .* has x, z, y, mask_img, turn_index; .*--columns"
     ):
-        ds.read_table(other)
-    with pytest.raises(ds.DatasetError, match="needs columns x, yy, z; has x, z, y"):
-        ds.read_table(other, ["x", "yy", "z"])
+        reading.read_table(other)
+    with pytest.raises(reading.DatasetError, match="needs columns x, yy, z; has x, z, y"):
+        reading.read_table(other, ["x", "yy", "z"])
     (tmp_path / "data").mkdir()
     other.to_parquet(str(tmp_path / "data/train.parquet"))
-    swapped = ds.read_pairs(tmp_path, columns=["y", "x", "z"])  # the order says which is which
+    swapped = reading.read_pairs(tmp_path, columns=["y", "x", "z"])  # the order says which is which
     assert [pair.instruction for pair in swapped] == ["a", "a", "b", "b"]
     assert pictures.load_image(swapped[1].input).tobytes() == pictures.load_image(plain[1].output).tobytes()
     assert pictures.load_image(swapped[1].output).tobytes() == pictures.load_image(plain[1].input).tobytes()
@@ -537,12 +540,12 @@ def test_tables_on_disk(tmp_path, monkeypatch):
     (tmp_path / "parquet/data").mkdir(parents=True)
     table.to_parquet(str(tmp_path / "parquet/data/train-00000-of-00001.parquet"))
     for name in ("one", "splits", "parquet"):
-        pairs = ds.read_pairs(tmp_path / name)
+        pairs = reading.read_pairs(tmp_path / name)
         assert [pair.instruction for pair in pairs] == ["a", "a", "b", "b"]
         assert pictures.load_image(pairs[3].input).tobytes() == picture((16, 16), 3).tobytes()
     for name in ("splits", "parquet"):
-        with pytest.raises(ds.DatasetError, match="split 'seen'") as caught:
-            ds.read_pairs(tmp_path / name, "seen")
+        with pytest.raises(reading.DatasetError, match="split 'seen'") as caught:
+            reading.read_pairs(tmp_path / name, "seen")
         assert "\n" not in str(caught.value) and name in str(caught.value)
 
 
@@ -550,37 +553,39 @@ def test_hub_ids_go_to_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or make_table())
-    assert len(ds.read_pairs("owner/name", "test")) == 4
+    assert len(reading.read_pairs("owner/name", "test")) == 4
     assert asked == [(("owner/name",), {"split": "test"})]
 
     def unreachable(*_, **__):
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nsecond line")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ds.DatasetError, match="owner/name: split 'train': cannot load it") as caught:
-        ds.read_pairs("owner/name")
+    with pytest.raises(reading.DatasetError, match="owner/name: split 'train': cannot load it") as caught:
+        reading.read_pairs("owner/name")
     assert "\n" not in str(caught.value)
 
 
 def test_table_refuses(tmp_path):
-    with pytest.raises(ds.DatasetError, match="needs columns"):
-        ds.read_table(make_table().rename_column("edit_prompt", "text"))
-    with pytest.raises(ds.DatasetError, match="not columns of images"):
-        ds.read_table(
+    with pytest.raises(reading.DatasetError, match="needs columns"):
+        reading.read_table(make_table().rename_column("edit_prompt", "text"))
+    with pytest.raises(reading.DatasetError, match="not columns of images"):
+        reading.read_table(
             datasets.Dataset.from_dict({"input_image": [1], "instruction": ["a"], "edited_image": [2]})
         )
-    with pytest.raises(ds.DatasetError, match="row 2: the instruction is empty"):
+    with pytest.raises(reading.DatasetError, match="row 2: the instruction is empty"):
         table = make_table().remove_columns("edit_prompt").add_column("edit_prompt", ["a", "a", None, "b"])
-        ds.read_table(table)
+        reading.read_table(table)
     save_pictures(tmp_path, ["secret.png"])
     data = (tmp_path / "secret.png").read_bytes()
     table = datasets.Dataset.from_dict({"input_image": [data], "instruction": ["a"], "edited_image": [data]})
-    pair = ds.read_table(table)[0]  # raw bytes are a picture too
+    pair = reading.read_table(table)[0]  # raw bytes are a picture too
     assert pictures.load_image(pair.output).size == (16, 16)
     path = str(tmp_path / "secret.png")
     table = datasets.Dataset.from_dict({"input_image": [path], "instruction": ["a"], "edited_image": [path]})
     with pytest.raises(pictures.ImageError, match="column input_image, row 0: the row holds no image bytes"):
-        pictures.load_image(ds.read_table(table)[0].input)  # a stranger's table may not name a file of ours
+        pictures.load_image(
+            reading.read_table(table)[0].input
+        )  # a stranger's table may not name a file of ours
 
 
 GOOD = {"input_file_name": "a.png", "output_file_name": "b.png", "instruction": "x"}
@@ -614,8 +619,8 @@ def test_a_bad_line_is_named(tmp_path, row, reason):
     picture().save(tmp_path / "a.png")
     (folder / "link.png").symlink_to(tmp_path / "a.png")
     (folder / "out").symlink_to(tmp_path)
-    with pytest.raises(ds.DatasetError, match=reason) as caught:
-        ds.read_pairs(folder)
+    with pytest.raises(reading.DatasetError, match=reason) as caught:
+        reading.read_pairs(folder)
     assert f"{folder / 'metadata.jsonl'}:3: " in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -623,34 +628,34 @@ def test_links_inside_the_folder_are_welcome(tmp_path):
     picture().save(tmp_path / "real.png")
     (tmp_path / "a.png").symlink_to("real.png")
     write_rows(tmp_path, [b"\xef\xbb\xbf" + json.dumps(GOOD).encode()])  # and so is a byte order mark
-    assert pictures.load_image(ds.read_pairs(tmp_path)[0].input).tobytes() == picture().tobytes()
+    assert pictures.load_image(reading.read_pairs(tmp_path)[0].input).tobytes() == picture().tobytes()
 
 
 def test_missing_and_empty_datasets(tmp_path):
     (tmp_path / "bare").mkdir()
     write_rows(tmp_path / "empty", [])
     for name, reason in {"none": "no such folder", "bare": "metadata.jsonl", "empty": "is empty"}.items():
-        with pytest.raises(ds.DatasetError, match=reason) as caught:
-            ds.read_pairs(tmp_path / name)
+        with pytest.raises(reading.DatasetError, match=reason) as caught:
+            reading.read_pairs(tmp_path / name)
         assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
 # --- The dataset --------------------------------------------------------------------------------------------
 
 
-def paths_only(instructions) -> list[ds.EditPair]:
-    return [ds.EditPair(f"{k}_in.png", f"{k}_out.png", text) for k, text in enumerate(instructions)]
+def paths_only(instructions) -> list[reading.EditPair]:
+    return [reading.EditPair(f"{k}_in.png", f"{k}_out.png", text) for k, text in enumerate(instructions)]
 
 
 def test_single_pairs_are_left_out_and_reported(tmp_path, caplog):
     make_folder(tmp_path)
     with caplog.at_level(logging.WARNING):
-        data = ds.VisualPromptDataset(ds.read_pairs(tmp_path), 8)
+        data = ds.VisualPromptDataset(reading.read_pairs(tmp_path), 8)
     assert data.left_out == ["remove the cup"] and len(data) == 5
     assert "of a single pair: 1 (remove the cup)" in caplog.text
-    with pytest.raises(ds.DatasetError, match="second edit pair"):
+    with pytest.raises(reading.DatasetError, match="second edit pair"):
         ds.VisualPromptDataset(paths_only(["a", "b"]), 8)
-    with pytest.raises(ds.DatasetError, match="second edit pair"):
+    with pytest.raises(reading.DatasetError, match="second edit pair"):
         ds.VisualPromptDataset([], 8)
     with pytest.raises(ValueError, match="0 pixels"):
         ds.VisualPromptDataset(paths_only(["a", "a"]), 0)
@@ -678,7 +683,7 @@ def test_every_other_pair_serves_as_the_example_equally_often():
 
 def test_item(tmp_path):
     make_folder(tmp_path)
-    data = ds.VisualPromptDataset(ds.read_pairs(tmp_path), 8)
+    data = ds.VisualPromptDataset(reading.read_pairs(tmp_path), 8)
     for epoch in range(6):
         for i in range(len(data)):
             item, example = data[epoch, i], data.draw(i, epoch)
@@ -704,7 +709,7 @@ def test_draws_depend_on_seed_epoch_and_index_alone():
 
 def test_workers_change_nothing(tmp_path):
     make_folder(tmp_path)
-    data = ds.VisualPromptDataset(ds.read_pairs(tmp_path), 8, seed=1)
+    data = ds.VisualPromptDataset(reading.read_pairs(tmp_path), 8, seed=1)
     order = [(epoch, i) for epoch in range(2) for i in range(len(data))]
     alone = DataLoader(data, sampler=order, batch_size=2)
     helped = DataLoader(data, sampler=order, batch_size=2, num_workers=2)
@@ -720,7 +725,9 @@ def test_workers_change_nothing(tmp_path):
 def test_a_broken_picture_is_named_through_a_worker(tmp_path, workers):
     folder = make_folder(tmp_path, ["x", "x"])
     (folder / "images/1_out.png").write_bytes(b"broken")
-    loader = DataLoader(ds.VisualPromptDataset(ds.read_pairs(tmp_path), 8), batch_size=2, num_workers=workers)
+    loader = DataLoader(
+        ds.VisualPromptDataset(reading.read_pairs(tmp_path), 8), batch_size=2, num_workers=workers
+    )
     with pytest.raises(pictures.ImageError, match="not a picture") as caught:
         list(loader)
     assert str(caught.value).startswith(os.path.realpath(folder)) and "\n" not in str(caught.value)
@@ -752,7 +759,7 @@ def test_a_pair_of_two_frames_is_named_and_left_out_of_training(tmp_path, capsys
     exif[0x0112] = 6
     picture((24, 16)).save(folder / "images/7_in.png")
     picture((24, 16), 1).save(folder / "images/7_out.png", exif=exif)
-    data, broken = ds.VisualPromptDataset(ds.read_pairs(tmp_path), 8), {}
+    data, broken = ds.VisualPromptDataset(reading.read_pairs(tmp_path), 8), {}
     assert sum(len(batch["panels"]) for batch in read_all(data, SimpleNamespace(workers=0), broken)) == 24
     kept, _ = without(data, broken)
     printed = capsys.readouterr().out
@@ -789,15 +796,15 @@ def test_a_split_of_shards_is_read_as_one(tmp_path):
         ]
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "train" / "empty").mkdir()
-    pairs = ds.read_pairs(tmp_path, "train")
+    pairs = reading.read_pairs(tmp_path, "train")
     assert [pair.instruction for pair in pairs] == ["a"] * 3 + ["b"] * 2
     assert pairs[0].input == os.path.realpath(tmp_path / "train" / "a" / "0.png")
     (tmp_path / "train" / "b" / "metadata.jsonl").write_text("{}\n")
-    with pytest.raises(ds.DatasetError, match=r"train/b/metadata\.jsonl:1: has no 'input_file_name'"):
-        ds.read_pairs(tmp_path, "train")
+    with pytest.raises(reading.DatasetError, match=r"train/b/metadata\.jsonl:1: has no 'input_file_name'"):
+        reading.read_pairs(tmp_path, "train")
     # A split that is not there is not made of the others.
-    with pytest.raises(ds.DatasetError, match=r"has neither seen/metadata\.jsonl"):
-        ds.read_pairs(tmp_path, "seen")
+    with pytest.raises(reading.DatasetError, match=r"has neither seen/metadata\.jsonl"):
+        reading.read_pairs(tmp_path, "seen")
 
 
 def test_a_shard_may_not_lie_outside(tmp_path):
@@ -806,5 +813,5 @@ def test_a_shard_may_not_lie_outside(tmp_path):
     (tmp_path / "elsewhere" / "metadata.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "train" / "shard").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ds.DatasetError, match="not a relative path inside the folder"):
-        ds.read_pairs(tmp_path / "data", "train")
+    with pytest.raises(reading.DatasetError, match="not a relative path inside the folder"):
+        reading.read_pairs(tmp_path / "data", "train")

@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import VisualPromptDataset, read_pairs
+from dataset import VisualPromptDataset
 from evaluation import evaluate
 from pictures import load_image, to_panel
+from pictures.pairs import read_pairs
 from toy import failures, score, world
 
 

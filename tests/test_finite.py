@@ -19,9 +19,10 @@ import edit
 import train
 from apps import page as app
 from apps.pipeline import InstructGIEPipeline
-from dataset import VisualPromptDataset, read_pairs
+from dataset import VisualPromptDataset
 from evaluation import baselines, evaluate, metrics
 from pictures import tensor_to_image, to_bytes
+from pictures.pairs import read_pairs
 from toy import score
 from toy.pretrain.loop import save
 from toy.world import drawing

@@ -15,13 +15,13 @@ from PIL import Image
 from tiny import save_data
 
 import backbone
-import dataset as ds
 import edit
 import pictures
 import train
 from apps import pipeline
 from data_making import check
 from evaluation import evaluate
+from pictures import pairs as reading
 
 quick = settings(
     max_examples=100,
@@ -135,8 +135,8 @@ def test_metadata_is_read_or_refused_in_one_line(data, form, rows, is_damaged, c
     name = "metadata.jsonl" if form is as_jsonl else "metadata.csv"
     (data / "train" / name).write_bytes(choose.draw(damaged(text)) if is_damaged else text)
     try:
-        pairs = ds.read_pairs(data)
-    except ds.DatasetError as error:
+        pairs = reading.read_pairs(data)
+    except reading.DatasetError as error:
         assert in_one_line(error)
         return
     for pair in pairs:

@@ -37,6 +37,7 @@ from data_making import pictures as making
 from disk import other_settings
 from evaluation import baselines, evaluate
 from pictures import ImageError, load_image
+from pictures import pairs as reading
 from rcldm import cross_merge, cross_scan
 from sam_loss import selective_area_loss
 from training.checkpoint import load_checkpoint, save_checkpoint
@@ -182,8 +183,8 @@ def test_threads_do_not_spoil_each_others_limits(tmp_path):
 
 
 def refused(root, reason, split="train"):
-    with pytest.raises(ds.DatasetError, match=reason) as caught:
-        ds.read_pairs(root, split)
+    with pytest.raises(reading.DatasetError, match=reason) as caught:
+        reading.read_pairs(root, split)
     assert "\n" not in str(caught.value)
 
 

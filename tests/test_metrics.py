@@ -13,9 +13,9 @@ from PIL import Image
 from test_evaluate import FakeEditor
 
 import backbone
-from dataset import read_pairs
 from evaluation import evaluate, metrics
 from pictures import load_image
+from pictures.pairs import read_pairs
 from toy import world
 
 COUNT = 70  # more than the toy CLIP's 64 features

@@ -28,8 +28,9 @@ import rcldm
 import sam_loss
 import train
 import training.precompute as cache_module
-from dataset import VisualPromptDataset, read_pairs
+from dataset import VisualPromptDataset
 from disk import atomic_folder, atomic_write
+from pictures.pairs import read_pairs
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.monitor import LossMonitor
 from training.precompute import Frozen, precompute

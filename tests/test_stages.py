@@ -5,7 +5,8 @@ import torch
 
 import backbone
 from apps.pipeline import InstructGIEPipeline, seeded
-from dataset import VisualPromptDataset, read_pairs
+from dataset import VisualPromptDataset
+from pictures.pairs import read_pairs
 from toy import stages, world
 
 

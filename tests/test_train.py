@@ -22,7 +22,8 @@ import backbone
 import esm
 import train
 from apps.pipeline import InstructGIEPipeline
-from dataset import VisualPromptDataset, read_pairs
+from dataset import VisualPromptDataset
+from pictures.pairs import read_pairs
 from training.draws import draw_timesteps, keep_conditions
 from training.precompute import Frozen, gather_batch, precompute
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import backbone
-from dataset import read_pairs
 from pictures import load_image
+from pictures.pairs import read_pairs
 from toy import world
 from toy.world.__main__ import main
 

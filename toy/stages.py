@@ -29,9 +29,10 @@ from tqdm import tqdm
 import backbone
 import esm
 from apps.pipeline import InstructGIEPipeline, seeded
-from dataset import VisualPromptDataset, compose_grid, read_pairs
+from dataset import VisualPromptDataset, compose_grid
 from evaluation.evaluate import draw_queries
 from pictures import tensor_to_image
+from pictures.pairs import read_pairs
 from toy import score, world
 
 STAGES = ("vae", "u-net", "one step", "cut", "all steps")

@@ -24,9 +24,10 @@ import backbone
 import esm
 import liu
 import sam_loss
-from dataset import DatasetError, VisualPromptDataset
+from dataset import VisualPromptDataset
 from disk import atomic_write
 from pictures import ImageError, TableImage, check_finite, from_bytes, to_bytes
+from pictures.pairs import DatasetError
 from training.stopping import begin_worker
 
 
