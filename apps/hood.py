@@ -1,6 +1,6 @@
 """Under the hood of one edit, for a lecture: what the parts of the method see of it, in one picture.
 
-    hood = Hood("toy", panel=64)
+    hood = Hood(pipe.settings, pipe.panel)
     hood.draw(pair, query, answer, "make it night").save("hood.png")
 
 From left to right: Img_VPcon, which the prompt encoder reads; the areas that Mask2Former selects in the input
@@ -11,6 +11,8 @@ and in it they are drawn as arrows, of their true lengths and with their true an
 from __future__ import annotations
 
 import io
+import textwrap
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -28,15 +30,15 @@ INK, TINT = "#1f4e9c", "#d1495b"
 
 
 class Hood:
-    """preset: whose CLIP and segmenter look, and at which classes (its `person` where it names none).
-    panel: P, pixels along a panel's side."""
+    """settings: what `train.py` recorded, whose CLIP and segmenter look; the preset's where it names none, at
+    the preset's classes, or at `person`. panel: P, pixels along a panel's side."""
 
-    def __init__(self, preset: str, panel: int, device: torch.device | str = "cpu") -> None:
-        parts = backbone.preset(preset)
+    def __init__(self, settings: dict[str, Any], panel: int, device: torch.device | str = "cpu") -> None:
+        preset = backbone.preset(settings.get("backbone", "toy"))
         self.panel, self.device = panel, device
-        self.clip = backbone.load_clip(parts.clip, device)
-        segmenter, processor = backbone.load_segmenter(parts.segmenter, device)
-        self.areas = SelectiveAreas(segmenter, processor, parts.classes or ("person",))
+        self.clip = backbone.load_clip(settings.get("clip") or preset.clip, device)
+        parts = backbone.load_segmenter(settings.get("segmenter") or preset.segmenter, device)
+        self.areas = SelectiveAreas(*parts, preset.classes or ("person",))
 
     @torch.no_grad()
     def draw(
@@ -57,7 +59,8 @@ class Hood:
 
         figure = Figure(figsize=(11, 3.1), layout="constrained")
         axes = figure.subplots(1, 4)
-        figure.suptitle(f"l' = “{unified}”" if unified else "no instruction", fontsize=10)
+        words = textwrap.shorten(unified, 120, placeholder=" …")
+        figure.suptitle(f"l' = “{words}”" if words else "no instruction", fontsize=10, parse_math=False)
         show(axes[0], condition[0], "the condition")
         for ax, panel, area, name in zip(
             axes[1:3], panels[-2:], self.areas(panels[-2:]), ("input", "answer"), strict=True

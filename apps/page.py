@@ -10,6 +10,7 @@ asks for it; the page; the examples on it; the command.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import html
 import math
 import os
@@ -42,15 +43,14 @@ os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False
 
 import diffusers
 import transformers
-
-try:
-    import gradio as gr
-except ModuleNotFoundError as error:
-    raise SystemExit(f"apps.page: error: {error}; pip install -r requirements-dev.txt") from None
 from PIL import Image
 
 import backbone
-from apps.hood import Hood
+
+with backbone.one_line_errors("apps.page"):  # where one of requirements-dev.txt is missing
+    import gradio as gr
+
+    from apps.hood import Hood
 from apps.pipeline import InstructGIEPipeline
 from edit import SCHEDULERS, seeded
 from pictures import ImageError, fit_panel, load_image, tensor_to_image, unfit
@@ -58,6 +58,7 @@ from pictures.answers import grid_path, labelled_grid, save_png
 from toy import world
 
 PREVIEWS = 10  # at most as many of an edit's steps are shown
+LETTERS = 500  # of an instruction, at most
 CSS = """
 .drawn img { image-rendering: pixelated }
 .grid-wrap { padding-top: 2.25rem !important }
@@ -84,12 +85,8 @@ class Editor:
         """What `_edit` shows, as it comes. Raises gr.Error, whose message is one line."""
         stop = self.stop = Event()
         try:
-            yield from self._edit(stop, *wish)
-        except ValueError as error:
-            line = html.escape(" ".join(str(error).split()))  # Gradio shows it as HTML
-            raise gr.Error(line, print_exception=False) from None
-        except Exception as error:  # too little memory, for one; the page goes on
-            raise gr.Error(f"{type(error).__name__}: the server's terminal says more") from error
+            with told():
+                yield from self._edit(stop, *wish)
         finally:  # Gradio closes this where Stop is pressed, or the page is closed
             stop.set()
 
@@ -107,9 +104,12 @@ class Editor:
         scheduler: str,
     ) -> Iterator[tuple]:
         """Edits a picture. Yields what there is to see so far: the unified instruction, the steps with their
-        captions, the answer and the labelled grid. Raises ValueError for a wish that cannot be met."""
+        captions, the answer, the labelled grid, and what `look` takes. Raises ValueError for a wish that
+        cannot be met."""
         pipe, instruction = self.pipe, " ".join((instruction or "").split())
         example = [file for file in (before, after) if file]
+        if len(instruction) > LETTERS:
+            raise ValueError(f"an instruction has at most {LETTERS} letters, not {len(instruction)}")
         if query is None:
             raise ValueError("give a picture to edit")
         if len(example) == 1:
@@ -146,10 +146,10 @@ class Editor:
                 shown.put(None)
 
         job, previews = self.thread.submit(draw), []
-        yield unified, [], None, None
+        yield unified, [], None, None, None
         for preview in iter(shown.get, None):
             previews.append(preview)
-            yield unified, [*previews], None, None
+            yield unified, [*previews], None, None, None
         answer = job.result()
         if stop.is_set():  # the program ends
             return
@@ -161,19 +161,28 @@ class Editor:
         save_png(answer, path, record)
         grid = labelled_grid(pair, image, answer, instruction, pipe.panel)
         save_png(grid, grid_path(path), record)
-        yield unified, previews, str(path), str(grid_path(path))
+        yield unified, previews, str(path), str(grid_path(path)), (pair, image, answer, unified)
 
-    def look(
-        self, before: str | None, after: str | None, query: str | None, answer: str | None, unified: str
-    ) -> Image.Image:
-        """What the parts see of the edit that stands on the page. Raises gr.Error where there is none."""
-        if query is None or answer is None:
-            raise gr.Error("edit a picture first", print_exception=False)
-        pair = (picture(before), picture(after)) if before and after else None
-        if self.hood is None:
-            preset = self.pipe.settings.get("backbone", "toy")
-            self.hood = Hood(preset, self.pipe.panel, self.pipe.device)
-        return self.hood.draw(pair, picture(query), picture(answer), unified)
+    def look(self, made: tuple | None) -> Image.Image:
+        """What the parts see of the edit that was made last. Raises gr.Error where there is none."""
+        with told():
+            if made is None:
+                raise ValueError("edit a picture first")
+            if self.hood is None:
+                self.hood = Hood(self.pipe.settings, self.pipe.panel, self.pipe.device)
+            return self.hood.draw(*made)
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """What goes wrong is told on the page, in one line, and the page goes on. Raises gr.Error."""
+    try:
+        yield
+    except ValueError as error:
+        line = html.escape(" ".join(str(error).split()))  # Gradio shows it as HTML
+        raise gr.Error(line, print_exception=False) from None
+    except Exception as error:  # too little memory, for one
+        raise gr.Error(f"{type(error).__name__}: the server's terminal says more") from error
 
 
 def picture(file: str) -> Image.Image:
@@ -208,7 +217,7 @@ def build(editor: Editor, examples: list[list]) -> gr.Blocks:
             with gr.Column():
                 with gr.Row():
                     before, after, query = map(given, ("Example before", "Example after", "Input"))
-                instruction = gr.Textbox(label="Instruction", placeholder="make it night", max_length=500)
+                instruction = gr.Textbox(label="Instruction", placeholder="make it night", max_length=LETTERS)
                 with gr.Row():
                     go, stop = gr.Button("Edit", variant="primary"), gr.Button("Stop")
                 with gr.Accordion("Settings", open=False):
@@ -227,16 +236,16 @@ def build(editor: Editor, examples: list[list]) -> gr.Blocks:
                 shown = gr.Gallery(
                     label="Steps", interactive=False, columns=5, elem_classes="drawn", buttons=[], **fitted
                 )
-                answer = drawn("Answer", elem_classes="drawn", height=300, type="filepath")
+                answer = drawn("Answer", elem_classes="drawn", height=300)
                 grid = drawn("Grid")
         with gr.Accordion("Under the hood", open=False):
             look = gr.Button("Show what the model's parts see of this edit")
             hooded = drawn("The condition; the areas selected; the editing shifts")
         wish = [before, after, query, instruction, seed, steps, text, visual, scheduler]
-        seen = [unified, shown, answer, grid]
+        seen = [unified, shown, answer, grid, made := gr.State()]
         going = go.click(editor.edit, wish, seen, concurrency_limit=1, show_progress_on=unified)
         stop.click(None, cancels=going)
-        look.click(editor.look, [before, after, query, answer, unified], hooded)
+        look.click(editor.look, made, hooded)
     return page
 
 

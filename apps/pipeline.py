@@ -74,6 +74,8 @@ class InstructGIEPipeline(DiffusionPipeline):
         super().__init__()
         self.factor = backbone.vae_factor(vae)  # P / p
         panel = rcldm.config.panel if panel is None else panel
+        if panel is None:
+            raise backbone.BackboneError("the RCLDM does not tell its panels' size; give panel=P")
         backbone.check_fit(unet, vae, rcldm, panel)
         parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet}
         parts |= {"scheduler": scheduler, "rcldm": rcldm, "llm": llm, "llm_tokenizer": llm_tokenizer}
@@ -172,6 +174,8 @@ class InstructGIEPipeline(DiffusionPipeline):
         prompts, images, pairs = (given if len(given) == count else given * count for given in lists)
         if not any(prompts) and all(pair is None for pair in pairs):
             raise ValueError("nothing says which edit to make: give an instruction, an example or both")
+        if any(pair is not None and not (isinstance(pair, tuple) and len(pair) == 2) for pair in pairs):
+            raise ValueError("an example pair is a tuple (before, after); a list has one for each edit")
         if output_type not in ("pil", "pt", "latent"):
             raise ValueError(f'output_type must be "pil", "pt" or "latent", not {output_type!r}')
 

@@ -58,6 +58,8 @@ def load_editor(
     source, folder = folder, find_folder(folder)
     with clear_errors(source, "an editor's folder as train.py saves it", folder):
         settings = read_json(folder / "instructgie.json")
+        if lacking := {"stable_diffusion", "llm", "panel"} - settings.keys():
+            raise ValueError(f"instructgie.json lacks {min(lacking)}")
         kinds = {kind.__name__: kind for kind in RCLDM.__subclasses__()}
         kind = kinds.get(read_json(folder / "config.json").get("_class_name"), RCLDM)
         model = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)

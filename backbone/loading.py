@@ -90,6 +90,8 @@ def load_llm(
     with clear_errors(source, "a causal language model's folder", folder):
         model = _transformer(AutoModelForCausalLM, folder, dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise ValueError("its tokenizer has more words than it")
         return freeze(model, device), tokenizer
 
 

@@ -64,6 +64,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     return {"seconds": statistics.median(seconds[1:]), "bytes": peak_bytes(device)}
 
 
+@backbone.one_line_errors("bench.edit_time")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.edit_time", description=__doc__.split("\n")[0])
     parser.add_argument("--backbone", default="toy", choices=backbone.PRESETS)

@@ -54,6 +54,7 @@ def measure(backend: str, size: tuple[int, ...], device: str, repeat: int) -> di
     return {"seconds": min(seconds[1:]), "bytes": peak - before}
 
 
+@backbone.one_line_errors("bench.scan")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.scan", description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=["2,384,16,1024", "1,768,16,4096"], help="B,D,N,L")
@@ -71,7 +72,7 @@ def main() -> None:
         for name in names:
             row = apart(measure, name, tuple(map(int, size.split(","))), device, args.repeat)
             first = first or row
-            times = f"{1e3 * row['seconds']:.2f}", f"{row['seconds'] / first['seconds']:.2f}"
+            times = f"{1e3 * row['seconds']:.1f}", f"{row['seconds'] / first['seconds']:.1f}"
             sizes = f"{row['bytes'] / 2**20:.0f}", f"{row['bytes'] / max(1, first['bytes']):.1f}"
             print_row(size, name, *times, *sizes)
 

@@ -117,6 +117,7 @@ def measure(name: str, way: str, args: argparse.Namespace) -> dict[str, Any]:
     return {"steps": steps, "operations": counter.get_total_flops(), "bytes": peak, "weights": count}
 
 
+@backbone.one_line_errors("bench.train_step")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.train_step", description=__doc__.split("\n")[0])
     parser.add_argument("--backbone", default="toy", choices=backbone.PRESETS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -27,6 +28,9 @@ from pictures.pairs import EditPair, read_pairs
 def check(args: argparse.Namespace) -> None:
     """Prints what a split holds; exits with 1 where something should be mended."""
     pairs = read_pairs(args.data, args.split, args.columns)
+    read = {str(file) for pair in pairs for file in (pair.input, pair.output)}
+    if args.sheet and os.path.realpath(args.sheet) in read:
+        raise ValueError(f"--sheet {args.sheet}: would overwrite a picture that is read")
     looks = thread_map(_look, pairs, desc="check", unit="pair", mininterval=1)
     groups, seen, sizes = defaultdict(list), {}, Counter()
     broken, misfits, unchanged, twice = [], [], [], []

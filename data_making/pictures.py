@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import random
-import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -144,7 +143,8 @@ def images(args: argparse.Namespace) -> None:
     state, device = processes(args.device)
     texts = defaultdict(list)  # instruction → pairs of captions
     for record in read_texts(args.out / "texts.jsonl"):
-        texts[record["instruction"]] += record["pairs"]
+        there = texts[record["instruction"]]
+        there += [pair for pair in record["pairs"] if pair not in there]
     preset = backbone.preset(args.backbone)
     args.stable_diffusion = args.stable_diffusion or preset.stable_diffusion
     args.clip = args.clip or preset.clip
@@ -194,8 +194,6 @@ def draw_instruction(
             rows.append(row | {"input_file_name": files[0], "output_file_name": files[1]} | scores)
     enough = len(rows) >= 2  # an example for every query
     counts += Counter(instructions=1, pairs=len(rows)) if enough else Counter(thin=1)
-    if folder.exists():  # of other captions
-        shutil.rmtree(folder)
     with atomic_folder(folder) as new:
         if enough:
             for file, picture in pictures.items():

@@ -146,8 +146,11 @@ def read_texts(path: Path) -> list[dict]:
             continue
         try:
             record = json.loads(line)
-            pairs = [[str(before), str(after)] for before, after in record["pairs"]]
-            records.append({"instruction": str(record["instruction"]), "pairs": pairs})
+            pairs, texts = record["pairs"], [record["instruction"]]
+            texts += [text for pair in pairs for text in pair]
+            if not pairs or {len(pair) for pair in pairs} != {2} or {type(text) for text in texts} != {str}:
+                raise ValueError
+            records.append({"instruction": texts[0], "pairs": [list(pair) for pair in pairs]})
         except (ValueError, TypeError, KeyError):
             form = '{"instruction": "…", "pairs": [["caption", "edited caption"], …]}'
             raise ValueError(f"{path}:{number}: not an object of the form {form}") from None
@@ -187,6 +190,7 @@ def write_replies(model: nn.Module, tokenizer: Any, captions: list[str]) -> list
     output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **sampling)
     output = output[:, ids.shape[1] :]
     ended = torch.isin(output[:, -1], torch.tensor(tokenizer.all_special_ids, device=output.device))
+    ended |= output.shape[1] < LONGEST_REPLY  # all have, by whatever token their model ends a turn
     replies = []
     for text, is_whole in zip(tokenizer.batch_decode(output, skip_special_tokens=True), ended):
         reply, *more = text.lstrip().split("\n\n")  # behind a blank line a base model begins another
@@ -297,6 +301,8 @@ def texts(args: argparse.Namespace) -> None:
     state, device = processes(args.device)
     lines = args.seeds.read_text("utf-8").splitlines()
     seeds = list(dict.fromkeys(" ".join(line.split()) for line in lines if line.strip()))
+    if not seeds:
+        raise ValueError(f"{args.seeds}: holds no caption")
     source = args.llm or backbone.preset(args.backbone).writer
     examples = read_texts(args.finetune) if args.finetune else None
     settings = {"llm": source, "finetuned on": hash_of(examples) if examples else None}

@@ -279,7 +279,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--columns", **backbone.COLUMNS)
     add("--output", type=Path, default=Path("out/eval"), help="each split and mode gets a folder below it")
     add("--mode", nargs="+", choices=MODES, help="what is given besides the input (default: all it can take)")
-    add("--told", metavar="KEY", help="another text of the metadata than the method's own, as `paraphrase`")
+    add(
+        "--told",
+        metavar="KEY",
+        help="a text of the folder's metadata instead of the method's own, as `paraphrase`",
+    )
     add("--caption", metavar="WORD", help="only queries whose outputs' captions have this word, as `face`")
     add("--count", type=int, default=512, help="queries, or all where the split has fewer")
     add("--batch", type=int, default=32, help="edited at a time")

@@ -153,9 +153,9 @@ def measure(folder: Path, clip, tokenizer, features, device: torch.device) -> di
     return result
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table, of which all columns but the first hold numbers."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+def markdown(head: list[str], rows: list[list[str]], words: int = 1) -> str:
+    """A table, of which so many columns hold words, and all others numbers."""
+    lines = [head, ["---"] * words + ["---:"] * (len(head) - words), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

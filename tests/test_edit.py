@@ -173,10 +173,10 @@ INPUT, OUTPUT = ("--input", "x.png"), ("--output", "out")
         ((*PAIR, *INPUT, *OUTPUT, "--seed", "-1"), "--seed must be 0 … 4611686018427387904, not -1"),
         ((*PAIR, *INPUT, "--output", "out.png", "--num-images", "2"), "several go to a folder"),
         ((*PAIR, *INPUT, "--output", "out.jpg"), "one answer goes to a .png file"),
-        ((*PAIR, *INPUT, "--output", "notes"), "File exists: 'notes'"),
+        ((*PAIR, *INPUT, "--output", "notes"), "notes is a file; give a folder's name"),
         ((*PAIR, *INPUT, "--output", "x.png"), "overwrite a picture that is read"),
         ((*PAIR, *INPUT, "--output", "taken"), "cannot be written, a folder is there"),
-        ((*PAIR, *INPUT, "--output", "notes/a.png"), "File exists: 'notes'"),
+        ((*PAIR, *INPUT, "--output", "notes/a.png"), "notes is a file; give a folder's name"),
         (("--instruction", "a \udcff hat", *INPUT, *OUTPUT), "codec can't encode"),
         ((*PAIR, *INPUT, "--output", "."), "overwrite a picture that is read"),
         pytest.param(

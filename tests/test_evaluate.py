@@ -359,9 +359,9 @@ def test_the_floor_of_the_errors_is_the_vaes(tmp_path, monkeypatch):
     make_answers(tmp_path / "seen" / "pair", lambda before, after: after)
     (result,) = score.score([tmp_path / "seen" / "pair"], "a folder")
     assert result["mae_outside"] == 0 and 10 < result["vae_outside"] <= 20.01
-    assert "0.0 (VAE " in score.markdown([result])
+    assert "0.0 (VAE " in score.tables([result])
     assert 0 < result["vae_right"] <= 1
-    assert f") (VAE {100 * result['vae_right']:.1f})" in score.markdown([result])
+    assert f") (VAE {100 * result['vae_right']:.1f})" in score.tables([result])
 
 
 def test_scores_of_an_evaluated_copy(data, tmp_path, editor):

@@ -15,7 +15,7 @@ SCENE = world.Scene(
 
 @pytest.fixture(scope="module")
 def hood():
-    return Hood("toy", panel=64)
+    return Hood({}, panel=64)
 
 
 def test_it_shows_condition_areas_and_shifts(hood):
@@ -33,6 +33,7 @@ def test_it_shows_condition_areas_and_shifts(hood):
     plain = world.render(world.Edit("remove", "face").apply(SCENE))
     unframed = np.asarray(hood.draw(None, plain, plain, ""))[:, quarter : 3 * quarter]
     assert not (np.abs(unframed.astype(int) - (0xD1, 0x49, 0x5B)).sum(-1) < 30).any()
+    assert hood.draw(None, plain, plain, r"for $5 make it $\frac$ night " * 20).size == pictures[0].size
 
 
 def test_arrows_have_the_shifts_lengths_and_angle():

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch.utils import collect_env
 
@@ -112,12 +113,14 @@ def main(argv: list[str] | None = None) -> None:
     with backbone.one_line_errors("toy.doctor"):
         device = backbone.pick_device(args.device)
     tell_machine(device)
+    transformers.logging.disable_progress_bar()  # a report is pasted
     pipe = InstructGIEPipeline.from_pretrained(backbone.PRESETS["toy"].editor).to(device)
+    pipe.set_progress_bar_config(disable=True)
     truth = score.Truth(SCENE, EDIT)
     wrong = []
     for way in WAYS:
         right, numbers = judge(demo(pipe, way), truth)
-        print(f"by {way}: {'right' if right else 'WRONG'}; {numbers}")
+        print(f"by {way}: {'right' if right else 'WRONG'}; {numbers}", flush=True)
         if not right:
             wrong.append(f"by {way}")
     print("verdict:", f"WRONG {', '.join(wrong)}" if wrong else "right")

@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="PAGE.md", help="a .png goes beside it")
     args = parser.parse_args(argv)
     with backbone.one_line_errors("toy.failures"):
+        if args.out.suffix == ".png":
+            raise ValueError(f"--out {args.out}: give the page's name; the picture lies beside it")
         (result,) = score.score([args.folder])
         picture = args.out.with_suffix(".png")
         text = (

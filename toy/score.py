@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import backbone
 from evaluation.evaluate import read_answers
+from evaluation.metrics import markdown
 from pictures import image_to_tensor, load_image, tensor_to_image
 from toy import world
 
@@ -106,8 +107,11 @@ def read_queries(folder: Path) -> list[dict]:
     records = []
     for record in read_answers(folder, {"answer", "mode", "scene", "edit"}):
         is_other = record["mode"] == "other-pair"
-        told = record["example"]["edit"] if is_other else record["edit"]
-        scene, edit = world.scene_from_json(json.loads(record["scene"])), world.Edit(**json.loads(told))
+        try:
+            told = record["example"]["edit"] if is_other else record["edit"]
+            scene, edit = world.scene_from_json(json.loads(record["scene"])), world.Edit(**json.loads(told))
+        except (KeyError, TypeError):
+            raise ValueError(f"{folder}: not answers of the toy world") from None
         if not is_other or edit.apply(scene) is not None:
             records.append(record | {"scene": scene, "edit": edit})
     if not records:
@@ -184,16 +188,10 @@ def accuracy(rows: list[dict]) -> dict:
     return {"n": len(rows), "accuracy": right / len(rows), "interval": (interval.low, interval.high)}
 
 
-def table(rows: list[tuple[str, ...]], words: int) -> str:
-    """In Markdown. rows: the head first; words: so many columns hold words, and all others numbers."""
-    head, *rest = rows
-    marks = ["---"] * words + ["---:"] * (len(head) - words)
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, marks, *rest))
-
-
-def markdown(results: list[dict]) -> str:
+def tables(results: list[dict]) -> str:
     """One row a folder, and then one a family with the right answers of each folder."""
-    rows = [("split", "mode", "n", "accuracy, %", "chance, %", "MAE inside", "MAE outside", "MAE face")]
+    head = ["split", "mode", "n", "accuracy, %", "chance, %", "MAE inside", "MAE outside", "MAE face"]
+    rows = []
     for result in results:
         low, high = result["interval"]
         share = f"{100 * result['accuracy']:.1f} ({100 * low:.1f} … {100 * high:.1f})"
@@ -202,14 +200,15 @@ def markdown(results: list[dict]) -> str:
         errors = [(result[f"mae_{region}"], result[f"vae_{region}"]) for region in regions]
         errors = ("–" if error is None else f"{error:.1f} (VAE {floor:.1f})" for error, floor in errors)
         chance = f"{100 * result['chance']:.2f}"
-        rows.append((result["split"], result["mode"], str(result["n"]), share, chance, *errors))
+        rows.append([result["split"], result["mode"], str(result["n"]), share, chance, *errors])
     families = sorted({family for result in results for family in result["families"]})
-    by_family = [("right, by family", *(f"{result['split']}, {result['mode']}" for result in results))]
+    folders = ["right, by family", *(f"{result['split']}, {result['mode']}" for result in results)]
+    by_family = []
     for family in families:
         cells = (result["families"].get(family) for result in results)
         cells = ("–" if c is None else f"{round(c['accuracy'] * c['n'])} of {c['n']}" for c in cells)
-        by_family.append((family, *cells))
-    return f"{table(rows, words=2)}\n{table(by_family, words=1)}"
+        by_family.append([family, *cells])
+    return f"{markdown(head, rows, words=2)}\n{markdown(folders, by_family)}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -224,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        print(markdown(results), end="")
+        print(tables(results), end="")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import esm
 from apps.pipeline import InstructGIEPipeline, seeded
 from dataset import VisualPromptDataset, compose_grid
 from evaluation.evaluate import draw_queries
+from evaluation.metrics import markdown
 from pictures import tensor_to_image
 from pictures.pairs import read_pairs
 from toy import score, world
@@ -100,16 +101,16 @@ def measure(pipe: InstructGIEPipeline, data: VisualPromptDataset, mode: str, cou
     return scores
 
 
-def markdown(scores: dict[str, dict[str, list[dict]]]) -> str:
+def table(scores: dict[str, dict[str, list[dict]]]) -> str:
     """A row for each mode and stage."""
-    rows = [("mode", "stage", "n", "accuracy, %", "MAE inside", "MAE outside")]
+    rows = []
     for mode, by_stage in scores.items():
         for name, found in by_stage.items():
             errors = (score.mean(row[f"mae_{region}"] for row in found) for region in ("inside", "outside"))
             share = f"{100 * score.mean(row['right'] for row in found):.1f}"
             cells = ("–" if error is None else f"{error:.1f}" for error in errors)
-            rows.append((mode, name, str(len(found)), share, *cells))
-    return score.table(rows, words=2)
+            rows.append([mode, name, str(len(found)), share, *cells])
+    return markdown(["mode", "stage", "n", "accuracy, %", "MAE inside", "MAE outside"], rows, words=2)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         data = read_pairs(backbone.data_folder(args.data), "seen")
         data = VisualPromptDataset(data, size=pipe.panel, seed=0)
         scores = {m: measure(pipe, data, m, args.count) for m in dict.fromkeys(args.mode)}
-        print(markdown(scores), end="")
+        print(table(scores), end="")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -181,9 +181,12 @@ def precompute(
         tensors = {name: torch.cat(column) for name, column in columns.items() if column}
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda file: save_file(tensors, file, {"broken": json.dumps(broken)}))
-    with safe_open(path, "pt") as file:
-        broken = {int(k): reason for k, reason in json.loads(file.metadata()["broken"]).items()}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    try:
+        with safe_open(path, "pt") as file:
+            broken = {int(k): reason for k, reason in json.loads(file.metadata()["broken"]).items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except SafetensorError:
+        raise ValueError(f"{path}: damaged; remove it, and it is computed anew") from None
     if broken:
         data, rows = without(data, broken)
         tensors = {name: column[rows] for name, column in tensors.items()}

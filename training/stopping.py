@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -32,9 +33,7 @@ class Stop:
         if self.asked or not self.at_work:
             os._exit(128 + number)  # an exception may get lost: it is raised wherever the program just is
         self.asked = number
-        # Not to stdout: Ctrl-C at a terminal ends its `tee` first.
-        line = f"\n{signal.Signals(number).name}: ends after this step; again, and it ends at once"
-        print(line, file=sys.stderr, flush=True)
+        _say(f"\n{signal.Signals(number).name}: ends after this step; again, and it ends at once")
 
     def agree(self, accelerator: Any) -> None:
         """When one of several processes is asked to stop, all stop; else the others would wait for it."""
@@ -44,8 +43,13 @@ class Stop:
 
     def end(self, saved: str) -> None:
         """saved: what was saved last, for the message: "step 120"."""
-        print(f"stopped; --resume goes on after {saved}", file=sys.stderr, flush=True)
+        _say(f"stopped; --resume goes on after {saved}")
         raise SystemExit(128 + self.asked)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # Ctrl-C at a terminal ends its `tee` first
+        print(line, file=sys.stderr, flush=True)
 
 
 def begin_worker(worker: int) -> None:

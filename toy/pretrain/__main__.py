@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+import backbone
 from toy.pretrain.clip import train_clip, train_clip_eval
 from toy.pretrain.editor import train_editor
 from toy.pretrain.language import train_llm, train_writer
@@ -44,15 +45,16 @@ STAGES = {
 }
 
 
+@backbone.one_line_errors("toy.pretrain")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m toy.pretrain", description="Train the toy parts.")
     parser.add_argument("stages", nargs="*", choices=[[], *STAGES], default=[])
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--runs", type=Path, default=Path("runs/pretrain"), help="checkpoints")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args()
-    args.device = torch.device(args.device)
+    args.device = backbone.pick_device(args.device)
     for name in args.stages or STAGES:
         torch.manual_seed(args.seed)
         STAGES[name](args)
