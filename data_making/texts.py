@@ -146,11 +146,11 @@ def read_texts(path: Path) -> list[dict]:
             continue
         try:
             record = json.loads(line)
-            pairs, texts = record["pairs"], [record["instruction"]]
-            texts += [text for pair in pairs for text in pair]
-            if not pairs or {len(pair) for pair in pairs} != {2} or {type(text) for text in texts} != {str}:
+            instruction, pairs = record["instruction"], [list(pair) for pair in record["pairs"]]
+            kinds = [type(record["pairs"][0]), type(instruction), *(type(x) for pair in pairs for x in pair)]
+            if kinds[0] is not list or {*kinds[1:]} != {str} or {len(pair) for pair in pairs} != {2}:
                 raise ValueError
-            records.append({"instruction": texts[0], "pairs": [list(pair) for pair in pairs]})
+            records.append({"instruction": instruction, "pairs": pairs})
         except (ValueError, TypeError, KeyError):
             form = '{"instruction": "…", "pairs": [["caption", "edited caption"], …]}'
             raise ValueError(f"{path}:{number}: not an object of the form {form}") from None

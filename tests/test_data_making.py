@@ -83,6 +83,9 @@ def test_files_of_texts_are_read_strictly(tmp_path):
         "[]",
         '{"pairs": [["a", "b"]]}',
         '{"instruction": "x", "pairs": [["a"]]}',
+        '{"instruction": "x", "pairs": []}',
+        '{"instruction": "x", "pairs": ["ab"]}',
+        '{"instruction": null, "pairs": [["a", "b"]]}',
     ):
         file.write_text(json.dumps(EXAMPLES[0]) + "\n" + line + "\n")
         with pytest.raises(ValueError, match=r"texts\.jsonl:2: not an object of the form"):
@@ -485,6 +488,8 @@ def test_check_finds_what_is_broken_double_unchanged_and_thin(painted, tmp_path,
     out = tmp_path / "out"
     write_texts(out, records(3, pairs=4))
     images(out, "--min-image", "0", "--min-caption", "0", "--min-direction", "0")
+    picture = sorted(out.rglob("*.png"))[0]
+    assert program(check, out, "--sheet", picture)[0] == 2
     code, printed = program(check, out, "--sheet", tmp_path / "sheet.png")
     assert (
         code == 0

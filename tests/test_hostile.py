@@ -353,6 +353,20 @@ def test_a_part_that_does_not_fit_is_said_in_a_line(copy, kind, file, more, reas
         LOADERS[kind](root)
 
 
+def test_an_editor_without_a_setting_and_a_tokenizer_of_more_words_are_named(copy):
+    root = copy("editor")
+    settings = json.loads((root / "instructgie.json").read_text())
+    (root / "instructgie.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "llm"}))
+    with pytest.raises(backbone.BackboneError, match="lacks llm"):
+        draw_once(root)
+    root = copy("llm")
+    tokenizer = AutoTokenizer.from_pretrained(root)
+    tokenizer.add_tokens([f"word{k}" for k in range(9999)])
+    tokenizer.save_pretrained(root)
+    with pytest.raises(backbone.BackboneError, match="more words"):
+        backbone.load_llm(str(root))
+
+
 @pytest.mark.parametrize("kind", ["editor", "pipeline", "sd"])
 def test_weights_of_another_model_are_refused(copy, seeds, kind):
     root = copy(kind)

@@ -254,6 +254,15 @@ def test_on_a_full_disk_it_ends_in_a_line_and_the_last_checkpoint_stays(run, par
     assert equal(state(output), state(tmp_path / "whole"))
 
 
+def test_a_damaged_cache_is_a_line(run, tmp_path, capsys):
+    run(*QUICK, "--steps", "1", "--cache", str(tmp_path / "cache"))
+    for path in (tmp_path / "cache").glob("precomputed-*"):
+        path.write_bytes(b"")
+    with pytest.raises(SystemExit) as stopped:
+        run(*QUICK, "--steps", "1", "--cache", str(tmp_path / "cache"), output=tmp_path / "other")
+    assert stopped.value.code == 2 and "damaged; remove it" in capsys.readouterr().err
+
+
 def test_a_cache_that_cannot_be_written_is_a_line(run, tmp_path, capsys):
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(SystemExit) as stopped:
@@ -563,6 +572,7 @@ def test_it_saves_though_nobody_listens_any_more(parts, tmp_path):
     assert any("parameters to train" in line for line in lines)
     process.stdout.close()
     time.sleep(2)
+    process.stderr.close()
     process.terminate()
     assert process.wait(60) == 143
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) >= 1

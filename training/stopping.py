@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
@@ -48,8 +47,10 @@ class Stop:
 
 
 def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # Ctrl-C at a terminal ends its `tee` first
+    try:
         print(line, file=sys.stderr, flush=True)
+    except OSError:  # Ctrl-C at a terminal ends its `tee` first, which the progress bar must survive too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def begin_worker(worker: int) -> None:
