@@ -151,7 +151,7 @@ def read_texts(path: Path) -> list[dict]:
             if kinds[0] is not list or {*kinds[1:]} != {str} or {len(pair) for pair in pairs} != {2}:
                 raise ValueError
             records.append({"instruction": instruction, "pairs": pairs})
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, LookupError):
             form = '{"instruction": "…", "pairs": [["caption", "edited caption"], …]}'
             raise ValueError(f"{path}:{number}: not an object of the form {form}") from None
     if not records:

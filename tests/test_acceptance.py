@@ -136,7 +136,7 @@ def test_by_the_page(pipe, truth, tmp_path, way):
     wish |= {"Input": str(DEMO["input"]), "Instruction": words}
     if is_shown:
         wish |= {"Example before": str(DEMO["before"]), "Example after": str(DEMO["after"])}
-    *_, (_, steps, answer, grid) = click.fn(*wish.values())
+    *_, (_, steps, answer, grid, _) = click.fn(*wish.values())
     assert_right(load_image(answer), truth)
     assert_right(answer_of(load_image(grid)), truth)
     assert len(steps) == 10 and truth.score(np.asarray(load_image(steps[-1][0])))["right"]

@@ -428,7 +428,7 @@ def look(truth, steps, answers, grids):
 
 
 def test_the_look_at_the_page_finds_black_pictures(editor):
-    _, steps, answer, grid = edit(editor, steps=20)[-1]
+    _, steps, answer, grid, _ = edit(editor, steps=20)[-1]
     files = [file for file, _ in steps], [answer], [grid]
     steps, answers, grids = ([np.asarray(load_image(file)) for file in place] for place in files)
     truth = score.Truth(doctor.SCENE, doctor.EDIT)
