@@ -1,5 +1,5 @@
-"""The example wins: all eighteen answers where shown and told disagree make the shown edit. Half of the
-samples in training have no words, and the editor has learnt to do without.
+"""The example wins: all eighteen answers where shown and told disagree make the shown edit. In
+training three samples in ten have no words; where it sees an example, the editor has learnt to do without.
 
 Look at the distances, not at the vote alone. Where shown and told agree, they tell how near this editor comes
 to a picture at all. An answer much further off than that is none of the four, but a mixture for which nobody
