@@ -174,7 +174,8 @@ class InstructGIEPipeline(DiffusionPipeline):
         prompts, images, pairs = (given if len(given) == count else given * count for given in lists)
         if not any(prompts) and all(pair is None for pair in pairs):
             raise ValueError("nothing says which edit to make: give an instruction, an example or both")
-        if any(pair is not None and not (isinstance(pair, tuple | list) and len(pair) == 2) for pair in pairs):
+        whole = (pair is None or (isinstance(pair, tuple | list) and len(pair) == 2) for pair in pairs)
+        if not all(whole):
             raise ValueError("an example pair is a tuple (before, after); a list has one for each edit")
         if output_type not in ("pil", "pt", "latent"):
             raise ValueError(f'output_type must be "pil", "pt" or "latent", not {output_type!r}')
