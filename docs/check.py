@@ -42,7 +42,7 @@ SMALLER = {
     r"^make demo": "make -o .venv/installed demo",
     r"^pip install": "pip install --dry-run --quiet",
     r"^accelerate launch( --num_processes \d+)?": "accelerate launch --cpu --num_processes 1",
-    rf"^(?!.*--resume)(.*{TRAINER}.*)": r"rm -rf runs; \1",  # where a page's last one trained, too
+    rf"^(?!.*--resume)(.*{TRAINER}.*)": r"rm -rf runs/train; \1",  # where a page's last one trained, too
     rf"({TRAINER}.*)": r"\1 --data tiny --steps 2 --batch 4 --accumulate 1 --workers 0",
     r"(edit\.py --model runs/train/editor)$": r"\1 --instruction 'make it night' --input examples/input.png"
     " --output out",

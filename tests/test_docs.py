@@ -43,7 +43,7 @@ def test_what_is_shown_at_paper_size_is_run_at_the_toys():
     )
     run = check.smaller(shown)
     assert "sd15" not in run and "FOLDER" not in run and "#" not in run and "--data tiny --steps 2" in run
-    assert run.startswith("rm -rf runs; accelerate launch --cpu --num_processes 1 train.py")
+    assert run.startswith("rm -rf runs/train; accelerate launch --cpu --num_processes 1 train.py")
 
 
 @pytest.fixture
