@@ -343,13 +343,18 @@ def test_08_no_face_no_loss_and_no_nan(exercise):
     assert loss == 0 and (gradient == 0).all()
 
 
-def test_08_a_wrong_mouth(exercise):
+def two_mouths():
+    """Eight faces: latents with a smile, latents with a frown, and where the faces are, in pixels."""
     smile, frown = world.Edit("smile", "face"), world.Edit("frown", "face")
     found = scenes(2, 8, smile, frown)
     right, wrong = (torch.cat([tensor(edit.apply(scene)) for scene in found]) for edit in (smile, frown))
     classes = np.stack([world.render_classes(smile.apply(scene)) for scene in found])
     area = torch.from_numpy(classes == world.CLASSES.index("face"))[:, None].float()
-    target, predicted = (backbone.encode_images(stable_diffusion().vae, x) for x in (right, wrong))
+    return *(backbone.encode_images(stable_diffusion().vae, x) for x in (right, wrong)), area
+
+
+def test_08_a_wrong_mouth(exercise):
+    target, predicted, area = two_mouths()
     face, panel = exercise.selective_area_loss(predicted, target, area), (predicted - target).square().mean()
     print(f"the face covers {area.mean():.1%} of the panel; L {face:.4f}, mean over the panel {panel:.4f}")
     print(f"the loss is {face / panel:.1f} times as large; 1 / share is {1 / area.mean():.1f}")
@@ -617,12 +622,7 @@ def test_14_what_an_ablation_still_sees(exercise):
 
 
 def test_14_wrong_mouths_under_a_draft(exercise):
-    smile, frown = world.Edit("smile", "face"), world.Edit("frown", "face")
-    found = scenes(2, 8, smile, frown)
-    right, wrong = (torch.cat([tensor(edit.apply(scene)) for scene in found]) for edit in (smile, frown))
-    classes = np.stack([world.render_classes(smile.apply(scene)) for scene in found])
-    area = torch.from_numpy(classes == world.CLASSES.index("face"))[:, None].float()
-    truth, frowning = (backbone.encode_images(stable_diffusion().vae, x) for x in (right, wrong))
+    truth, frowning, area = two_mouths()
     noise = 0.1 * torch.randn(2, *truth.shape, generator=torch.Generator().manual_seed(0))
     taught, draft = truth + noise[0], truth + noise[1]
     untaught = frowning + noise[0]
