@@ -89,7 +89,7 @@ def data_folder(source: str) -> str:
         command = [sys.executable, "-m", "toy.world", "--out", folder]
         done = subprocess.run(command, cwd=HERE, stderr=subprocess.PIPE, text=True)
         if not folder.is_dir():  # where another process was faster, its folder is as good
-            reason = done.stderr.strip().rpartition("\n")[2]
+            reason = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
             way = "python -m toy.world --out FOLDER writes it elsewhere, for --data FOLDER"
             raise BackboneError(f"the toy world cannot be written ({reason}); {way}")
     return str(folder)

@@ -34,8 +34,6 @@ from rcldm import RCLDM
 from toy import world
 from training.draws import draw_timesteps, keep_conditions, step_generator
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def licence(source: str) -> str:
     """As the model's card has it, in its folder or on the hub."""
@@ -100,7 +98,7 @@ def seed_of_weak_noise(shape: torch.Size) -> int:
 def run(*command: object) -> None:
     print("$ python", *command, flush=True)
     start = time.monotonic()
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, *map(str, command)], cwd=backbone.HERE, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"{time.monotonic() - start:.0f} s; largest process so far {peak:.1f} GiB\n", flush=True)
 

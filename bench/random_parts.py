@@ -30,9 +30,7 @@ def save_stable_diffusion(folder: Path) -> None:
     ).half().save_pretrained(folder / "vae")
     text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
     CLIPTextModel(text).half().save_pretrained(folder / "text_encoder")
-    toy = backbone.find_folder(
-        backbone.preset("toy").stable_diffusion
-    )  # its few words, to the paper's length
+    toy = backbone.find_folder(backbone.preset("toy").stable_diffusion)  # its words, to the paper's length
     tokenizer = CLIPTokenizer.from_pretrained(toy / "tokenizer", model_max_length=77)
     tokenizer.save_pretrained(folder / "tokenizer")
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

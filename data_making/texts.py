@@ -25,7 +25,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +146,13 @@ def read_texts(path: Path) -> list[dict]:
             continue
         try:
             record = json.loads(line)
-            instruction, pairs = record["instruction"], [list(pair) for pair in record["pairs"]]
-            kinds = [type(record["pairs"][0]), type(instruction), *(type(x) for pair in pairs for x in pair)]
-            if kinds[0] is not list or {*kinds[1:]} != {str} or {len(pair) for pair in pairs} != {2}:
+            instruction, pairs = record["instruction"], record["pairs"]
+            if not pairs or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+                raise ValueError
+            if not all(isinstance(text, str) for text in (instruction, *chain(*pairs))):
                 raise ValueError
             records.append({"instruction": instruction, "pairs": pairs})
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, KeyError):
             form = '{"instruction": "…", "pairs": [["caption", "edited caption"], …]}'
             raise ValueError(f"{path}:{number}: not an object of the form {form}") from None
     if not records:

@@ -85,6 +85,7 @@ def test_files_of_texts_are_read_strictly(tmp_path):
         '{"instruction": "x", "pairs": [["a"]]}',
         '{"instruction": "x", "pairs": []}',
         '{"instruction": "x", "pairs": ["ab"]}',
+        '{"instruction": "x", "pairs": [["a", "b"], "ab"]}',
         '{"instruction": null, "pairs": [["a", "b"]]}',
     ):
         file.write_text(json.dumps(EXAMPLES[0]) + "\n" + line + "\n")

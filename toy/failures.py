@@ -18,7 +18,7 @@ from PIL import Image
 
 import backbone
 from disk import atomic_write
-from evaluation.evaluate import panel_rows
+from evaluation.evaluate import panel_rows, save_picture
 from pictures import load_image
 from toy import score
 
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         args.out.parent.mkdir(parents=True, exist_ok=True)
         page = sheet(args.folder, first_failures(result))
-        atomic_write(picture, lambda file: page.save(file, format="PNG"))
+        save_picture(page, picture)
         atomic_write(args.out, lambda file: file.write_text(text, encoding="utf-8"))
         print(args.out)
 

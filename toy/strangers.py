@@ -17,8 +17,7 @@ from PIL import Image, ImageDraw
 
 import backbone
 from apps.pipeline import InstructGIEPipeline, seeded
-from disk import atomic_write
-from evaluation.evaluate import panel_rows
+from evaluation.evaluate import panel_rows, save_picture
 from toy import world
 
 PICTURES = Path(__file__).with_name("strangers.txt")
@@ -80,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         lines = [(text, [*pair, picture, answer]) for text, pair, picture, answer in rows]
         page = panel_rows(lines, (), side=80, columns=3)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(args.out, lambda file: page.save(file, format="PNG"))
+        save_picture(page, args.out)
         print(args.out)
 
 

@@ -23,7 +23,7 @@ def read_scalars(folder: Path) -> dict[str, dict[int, tuple[float, float]]]:
     A step that was done twice, after a resume, counts as it was done last. Raises ValueError without files.
     """
     scalars: dict[str, dict[int, tuple[float, float]]] = {}
-    for path in sorted((folder / "tensorboard").glob("events.*"), key=lambda path: path.name):
+    for path in sorted((folder / "tensorboard").glob("events.*")):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
         for name in events.Tags()["scalars"]:
             new = {event.step: (event.wall_time, event.value) for event in events.Scalars(name)}
