@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
-import operator
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -48,10 +47,8 @@ def arguments() -> argparse.Namespace:
     add("--num-images", type=int, default=1, help="answers to each input, of seeds S, S + 1, …")
     add("--seed", type=int, default=0, help="of the first answer to each input")
     add("--steps", type=int, help="of the sampler (default: the editor's)")
-    add(
-        "--guidance-text", type=float, help="scale of the instruction; 1: no guidance (default: the editor's)"
-    )
-    add("--guidance-visual", type=float, help="scale of the example; 1: no guidance (default: the editor's)")
+    add("--guidance-text", type=float, help="scale of the instruction (default: the editor's; 1: none)")
+    add("--guidance-visual", type=float, help="scale of the example (default: the editor's; 1: none)")
     add("--scheduler", default="ddim", choices=SCHEDULERS, help="the sampler")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the models")
@@ -64,7 +61,6 @@ if __name__ == "__main__":
 
 import diffusers
 import torch
-import transformers
 from torch import Tensor, nn
 
 import backbone
@@ -131,12 +127,9 @@ def encode_branches(
     device: torch.device | None = None,
 ) -> Branches:
     """All that an edit needs once: condition grids (B, 3, 2P, 2P), instructions unified already."""
-    texts = {True: instructions, False: [""] * len(grids)}
-    embeddings = {
-        told: backbone.encode_text(sd, texts[told], device) for told in {told for told, _ in weights}
-    }
-    states = torch.cat([embeddings[told] for told, _ in weights])
-    condition = torch.cat([grids if pair else drop_example(grids) for _, pair in weights])
+    texts = [text if told else "" for told, _ in weights for text in instructions]
+    condition = torch.cat([grids if shown else drop_example(grids) for _, shown in weights])
+    states = backbone.encode_text(sd, texts, device)
     return Branches([*weights.values()], states, rcldm.encode_condition(condition))
 
 
@@ -145,18 +138,13 @@ def encode_branches(
 
 def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
     """A generator for each seed; on the CPU, so that a seed means the same noise on every device."""
-    return [torch.Generator().manual_seed(operator.index(seed)) for seed in seeds]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def seeded_noise(
-    sd: backbone.StableDiffusion, panel: int, seeds: list[int]
-) -> tuple[Tensor, list[torch.Generator]]:
-    """Noise (B, C, 2p, 2p) on the CPU, and the generators of `seeded` that drew it."""
-    generators = seeded(seeds)
-    side = 2 * panel // backbone.vae_factor(sd.vae)
-    return torch.stack(
-        [torch.randn(sd.unet.config.in_channels, side, side, generator=g) for g in generators]
-    ), generators
+def draw_noise(sd: backbone.StableDiffusion, panel: int, generators: list[torch.Generator]) -> Tensor:
+    """x_T, each grid's by a generator of its own: (B, C, 2p, 2p), on the CPU."""
+    shape = sd.unet.config.in_channels, *[2 * panel // backbone.vae_factor(sd.vae)] * 2
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
 @torch.no_grad()
@@ -172,7 +160,7 @@ def sample(
     """Draws the grids of B edits from noise (B, C, 2p, 2p): latents of that shape, float32.
 
     generator: of the fresh noise that some samplers add. after_step: for apps/pipeline.py; called with the
-    step's number, timestep, output and branches; returns the x_t and branches to go on with, None to end.
+    step's number, timestep and output; returns the x_t to go on with, and whether to go on.
     Raises ValueError where latents are not finite, with the step's number.
     """
     scheduler = sd.scheduler
@@ -188,17 +176,14 @@ def sample(
         predictions = sd.unet(inputs, t, branches.states, **residuals).sample.float()
         predictions = predictions.chunk(len(branches.weights))
         prediction = sum(weight * e for weight, e in zip(branches.weights, predictions))
-        try:
-            output = scheduler.step(prediction, t, x_t, **extra)
-        except NotImplementedError as error:  # not every sampler knows every kind of prediction
-            raise ValueError(f"{type(scheduler).__name__}: {error}; take another sampler") from error
+        output = scheduler.step(prediction, t, x_t, **extra)
         x_t = output.prev_sample
         if not x_t.isfinite().all():
             where = f"step {i + 1} of {len(scheduler.timesteps)}"
             raise ValueError(f"{where}: NaN or infinity; take float32, or another sampler or number of steps")
         if after_step is not None:
-            x_t, branches = after_step(i, t, output, branches)
-            if branches is None:
+            x_t, goes_on = after_step(i, t, output)
+            if not goes_on:
                 break
     return check_finite(x_t, "the grid as drawn")
 
@@ -224,13 +209,11 @@ def main() -> None:
     instruction = clean_instruction(args.instruction) if args.instruction.strip() else ""
     if not args.prompt_pair and not instruction:
         raise ValueError("nothing says which edit to make: give --prompt-pair, --instruction or both")
-    bounds = {(1, 10_000): "num_images", (1, math.inf): "steps", (0, 2**62): "seed"}
-    backbone.check_numbers(args, bounds)
+    backbone.check_numbers(args, {(1, 10_000): "num_images", (1, math.inf): "steps", (0, 2**62): "seed"})
     pair = tuple(map(load_image, args.prompt_pair or [])) or None
     inputs, targets = plan_answers(args.input, args.output, args.num_images, args.prompt_pair or [])
 
-    transformers.logging.disable_progress_bar()  # of every part's loading
-    diffusers.utils.logging.disable_progress_bar()
+    backbone.hide_progress_bars()
     device, dtype = backbone.pick_device(args.device), getattr(torch, args.dtype)
     model = args.model or backbone.PRESETS["toy"].editor
     sd, rcldm, llm, settings = backbone.load_parts(model, device, dtype, words=bool(instruction))
@@ -247,9 +230,10 @@ def main() -> None:
     example = torch.zeros(2, 3, panel, panel)
     if pair is not None:
         example = torch.stack([fit_panel(picture, panel)[0] for picture in pair])
-    weights = guidance_weights(
-        used["guidance_text"], used["guidance_visual"], bool(instruction), pair is not None
-    )
+    scales = used["guidance_text"], used["guidance_visual"]
+    weights = guidance_weights(*scales, bool(instruction), pair is not None)
+    record = {"instruction": instruction, "unified": unified, **used, "model": model, "device": device}
+    record |= {name: getattr(args, name) for name in ("prompt_pair", "scheduler", "dtype")}
 
     # [ours] One answer at a time. A batch would be faster, but rounds differently. One at a time,
     # each is the same to the last bit, whatever else is edited.
@@ -259,13 +243,11 @@ def main() -> None:
         grid = condition_grids(example[None], picture[None], torch.tensor([pair is not None]))
         branches = encode_branches(sd, rcldm, grid.to(device, dtype), [unified], weights)
         for seed, path in enumerate(paths, start=args.seed):
-            noise, generators = seeded_noise(sd, panel, [seed])
-            latents = sample(sd, rcldm, branches, noise.to(device), used["steps"], generators)
-            (answer,) = decode_answers(sd.vae, latents)
-            answer = tensor_to_image(unfit(answer, box))
-            record = {"instruction": instruction, "unified": unified, "input": source, "seed": seed, **used}
-            record |= {name: getattr(args, name) for name in ("prompt_pair", "scheduler", "dtype")}
-            record |= {"model": model, "device": device}
+            generators = seeded([seed])
+            noise = draw_noise(sd, panel, generators).to(device)
+            latents = sample(sd, rcldm, branches, noise, used["steps"], generators)
+            answer = tensor_to_image(unfit(decode_answers(sd.vae, latents)[0], box))
+            record |= {"input": source, "seed": seed}
             save_png(answer, path, record)
             if args.grid:
                 save_png(labelled_grid(pair, query, answer, instruction, panel), grid_path(path), record)

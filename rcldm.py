@@ -23,13 +23,14 @@ Img_VPcon is the condition grid, G_ven its encoder, l the instruction, l' the sa
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ControlNetModel, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding, ControlNetOutput
+from diffusers.models.controlnets import controlnet
 from torch import Tensor, nn
 
 # -------- 1. The selective scan ---------------------------------------------------------------------
@@ -90,8 +91,6 @@ def cross_scan(x: Tensor) -> Tensor:
 
 def cross_merge(ys: Tensor, height: int, width: int) -> Tensor:
     """The adjoint of `cross_scan`: each pixel sums its four scans. (B, 4, C, H·W) → (B, C, H, W)."""
-    if ys.dim() != 4 or ys.shape[1] != 4 or ys.shape[3] != height * width:
-        raise ValueError(f"ys must be (B, 4, C, {height}·{width}), got {(*ys.shape,)}")
     rows, columns = (ys[:, :2] + ys[:, 2:].flip(3)).unbind(1)  # a scan, and the one back
     return rows.unflatten(2, (height, width)) + columns.unflatten(2, (width, height)).mT
 
@@ -99,17 +98,14 @@ def cross_merge(ys: Tensor, height: int, width: int) -> Tensor:
 def four_scans(x: Tensor, *parameters: Tensor) -> Tensor:
     """The image x (B, D, H, W), scanned in four orders, the scans summed at each pixel: (B, D, H, W).
 
-    parameters: Δ, A, B, C, D and Δ's bias of `selective_scan`, with a group for each direction; Δ, B and C
-    stand in its order.
+    parameters: Δ, A, B, C, D and Δ's bias of `selective_scan`, with a group for each direction, in its order.
     """
     from scan_kernels import scan_image, scans_images_in_place
 
-    height, width = x.shape[2:]
     if scans_images_in_place(x):  # the same sum by a kernel that needs no copies of the image
-        pixels = torch.arange(height * width, device=x.device).view(1, 1, height, width)
-        visited = cross_scan(pixels)[0, :, 0]  # (K, L)  the pixel of each step
-        return scan_image(x, visited, *parameters, delta_softplus=True)
-    return cross_merge(selective_scan(cross_scan(x), *parameters, delta_softplus=True), height, width)
+        pixels = torch.arange(x[0, 0].numel(), device=x.device).view(1, 1, *x.shape[2:])
+        return scan_image(x, cross_scan(pixels)[0, :, 0], *parameters, delta_softplus=True)
+    return cross_merge(selective_scan(cross_scan(x), *parameters, delta_softplus=True), *x.shape[2:])
 
 
 # -------- 3. The VMamba block -----------------------------------------------------------------------
@@ -168,18 +164,6 @@ class SS2D(nn.Module):
         return self.out_proj(self.out_norm(y.permute(0, 2, 3, 1)))
 
 
-class _MLP(nn.Module):
-    """Two linear layers with GELU between them, under VMamba's names."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class VSSBlock(nn.Module):
     """VMamba's block, channels last: x + SS2D(norm(x)), then x + MLP(norm(x)). (B, H, W, C) → (B, H, W, C).
 
@@ -191,8 +175,15 @@ class VSSBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(hidden_dim)
         self.op = SS2D(hidden_dim, ssm_d_state, ssm_ratio)
-        self.norm2 = nn.LayerNorm(hidden_dim) if mlp_ratio > 0 else None
-        self.mlp = _MLP(hidden_dim, int(hidden_dim * mlp_ratio)) if mlp_ratio > 0 else None
+        self.norm2 = self.mlp = None
+        if mlp_ratio > 0:
+            wide = int(mlp_ratio * hidden_dim)
+            layers = {
+                "fc1": nn.Linear(hidden_dim, wide),
+                "act": nn.GELU(),
+                "fc2": nn.Linear(wide, hidden_dim),
+            }
+            self.norm2, self.mlp = nn.LayerNorm(hidden_dim), nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.op(self.norm(x))
@@ -213,13 +204,6 @@ class VSSBlock(nn.Module):
 # -------- 4. Zero-VMamba ----------------------------------------------------------------------------
 
 
-def _zero(module: nn.Linear) -> nn.Linear:
-    """The layer with its weight and bias set to exactly zero."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
-
-
 class ZeroVMamba(nn.Module):
     """Zero-VMamba behind the trainable copy: zero_proj(VSSBlock(x)), (B, C, H, W) → (B, C, H, W).
 
@@ -232,7 +216,7 @@ class ZeroVMamba(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.block = VSSBlock(channels, ssm_d_state=1, ssm_ratio=1.0, mlp_ratio=0.0)
-        self.zero_proj = _zero(nn.Linear(channels, channels))
+        self.zero_proj = controlnet.zero_module(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.zero_proj(self.block(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
@@ -280,10 +264,9 @@ class VisualPromptEncoder(nn.Module):
         self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride, padding=1) for a, b in pairwise(widths))
         self.stem_norms = nn.ModuleList(nn.LayerNorm(b) for b in widths[1:])
         self.place_proj = nn.Linear(27, width, bias=False)
-        blocks = (VSSBlock(width, d_state, ssm_ratio=1.0, mlp_ratio=2.0) for _ in range(depth))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(VSSBlock(width, d_state, 1.0, mlp_ratio=2.0) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.zero_proj = _zero(nn.Linear(width, out_channels))
+        self.zero_proj = controlnet.zero_module(nn.Linear(width, out_channels))
         self.gradient_checkpointing = False
 
     def forward(self, grid: Tensor) -> Tensor:
@@ -354,7 +337,7 @@ class RCLDM(ModelMixin, ConfigMixin):
         if config.design == "conv":
             levels = config.factor.bit_length()  # ControlNet's own widths at factor 8
             widths = (16, 32, 96, *[256] * levels)[:levels]
-            return ControlNetConditioningEmbedding(channels, block_out_channels=widths)
+            return controlnet.ControlNetConditioningEmbedding(channels, block_out_channels=widths)
         raise ValueError(f"unknown design {config.design!r}: choose one of vmamba, conv")
 
     @classmethod
@@ -388,7 +371,7 @@ class RCLDM(ModelMixin, ConfigMixin):
         conditioning_scale: float = 1.0,
         return_dict: bool = True,
         **kwargs,
-    ) -> ControlNetOutput | tuple[list[Tensor], Tensor]:
+    ) -> controlnet.ControlNetOutput | tuple[list[Tensor], Tensor]:
         """The residuals that `UNet2DConditionModel` adds to its skip features and its middle block's output.
 
         sample: noisy latents of the whole grid (B, latent channels, h, w). timestep: one, or (B,).

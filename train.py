@@ -204,6 +204,36 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lr * min(1, (step + 1) / WARMUP) * max(cosine, 0.01)
 
 
+def read_data(
+    args: argparse.Namespace, classes: tuple[str, ...] | None, device: torch.device
+) -> tuple[VisualPromptDataset, Losses, Validation]:
+    """The pairs of `train`, and with the frozen parts, which read all of them once, the losses. Segmenter and
+    language model have then done their work, and their memory is free again.
+
+    classes: whose areas the segmenter selects; None asks the language model for them.
+    """
+    source = backbone.data_folder(args.data)
+    data = VisualPromptDataset(read_pairs(source, "train", args.columns), args.panel, args.seed)
+    sd = backbone.load_stable_diffusion(args.stable_diffusion, device)
+    if args.panel % (factor := backbone.vae_factor(sd.vae)):
+        raise ValueError(f"--panel {args.panel}: give a multiple of {factor}, as the autoencoder needs")
+    clip = None if args.no_esm else backbone.load_clip(args.clip, device)
+    llm = areas = unifier = None
+    if not args.no_liu or not (args.no_sam or classes):
+        llm = backbone.load_llm(args.llm, device)
+    if not args.no_sam:
+        segmenter, processor = backbone.load_segmenter(args.segmenter, device)
+        names = segmenter.config.id2label.values()
+        classes = classes or sam_loss.propose_classes(*llm, names)  # [figure] Mask2Former and LLM
+        areas = sam_loss.SelectiveAreas(segmenter, processor, classes)
+    data, precomputed = precompute(data, Frozen(sd.vae, clip, areas), args, device)
+    if not args.no_liu:
+        unifier = liu.InstructionUnifier(*llm, cache=ReplyCache(args.cache / "liu", *llm))
+    texts, rows = read_instructions(data, sd, unifier)
+    validation = Validation(data, source, unifier, args)
+    return data, Losses(args, sd, clip, precomputed, texts, rows), validation
+
+
 def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_model=RCLDM.from_unet):
     """held: closes what is left open (lock, progress bar, log), also after an error. new_model: makes the
     RCLDM for a U-Net; evaluation/vit.py has another.
@@ -220,35 +250,15 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
     device, is_main = accelerator.device, accelerator.is_main_process
     device = torch.device("cpu") if device.type == "cpu" else device  # not "cpu:0", which safetensors refuses
     backbone.choose_attention(device, args.precision)
+    if is_main:
+        held.enter_context(locked(args.output))
     with accelerator.main_process_first():  # the first process computes, the others find it cached
-        source = backbone.data_folder(args.data)
-        data = VisualPromptDataset(read_pairs(source, "train", args.columns), args.panel, args.seed)
-        sd = backbone.load_stable_diffusion(args.stable_diffusion, device)
-        factor = backbone.vae_factor(sd.vae)
-        if args.panel % factor:
-            raise ValueError(f"--panel {args.panel}: give a multiple of {factor}, as the autoencoder needs")
-        clip = None if args.no_esm else backbone.load_clip(args.clip, device)
-        llm = areas = unifier = None
-        if not args.no_liu or not (args.no_sam or preset.classes):
-            llm = backbone.load_llm(args.llm, device)
-        if not args.no_sam:
-            segmenter, processor = backbone.load_segmenter(args.segmenter, device)
-            names = segmenter.config.id2label.values()
-            classes = preset.classes or sam_loss.propose_classes(*llm, names)  # [figure] Mask2Former and LLM
-            areas = sam_loss.SelectiveAreas(segmenter, processor, classes)
-        if is_main:
-            held.enter_context(locked(args.output))
-        data, precomputed = precompute(data, Frozen(sd.vae, clip, areas), args, device)
-        if not args.no_liu:
-            unifier = liu.InstructionUnifier(*llm, cache=ReplyCache(args.cache / "liu", *llm))
-        texts, rows = read_instructions(data, sd, unifier)
-        validation = Validation(data, source, unifier, args)
-    areas = segmenter = unifier = llm = None  # they have done their work: their memory is free again
-    losses_of = Losses(args, sd, clip, precomputed, texts, rows)
+        data, losses_of, validation = read_data(args, preset.classes, device)
+    sd, clip = losses_of.sd, losses_of.clip
 
     torch.manual_seed(args.seed)
     design = "conv" if args.no_rcldm else "vmamba"
-    model = new_model(sd.unet, design=design, factor=factor, panel=args.panel).to(device)
+    model = new_model(sd.unet, design=design, factor=backbone.vae_factor(sd.vae), panel=args.panel).to(device)
     if args.init:
         try:
             model.load_state_dict(backbone.load_editor(args.init)[0].state_dict())
@@ -270,7 +280,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
     rank, processes = accelerator.process_index, accelerator.num_processes
     steps = range(start * args.accumulate, args.steps * args.accumulate)
     order = draw_order(len(data), args.batch, args.seed, steps, rank, processes)
-    loader = load_batches(data, precomputed, order, args.workers)
+    loader = load_batches(data, losses_of.precomputed, order, args.workers)
     log = SummaryWriter(args.output / "tensorboard") if is_main else None
     if log:
         held.callback(log.close)
@@ -354,9 +364,9 @@ class Validation:
         panels = self.panels.to(sd.unet.device)  # (N, 4, 3, P, P)
         grids = edit.condition_grids(panels[:, :2], panels[:, 2])
         branches = edit.encode_branches(sd, model.eval(), grids, self.texts, {(True, True): 1.0})
-        noise, generators = edit.seeded_noise(sd, panels.shape[-1], range(len(panels)))
-        steps = backbone.SAMPLING["steps"]
-        drawn = edit.sample(sd, model, branches, noise.to(panels.device), steps, generators)
+        generators = edit.seeded(range(len(panels)))
+        noise = edit.draw_noise(sd, panels.shape[-1], generators).to(panels.device)
+        drawn = edit.sample(sd, model, branches, noise, backbone.SAMPLING["steps"], generators)
         answers = edit.decode_answers(sd.vae, drawn)
         shown = torch.stack([*panels[:, :3].unbind(1), answers, panels[:, 3]], 1)  # (N, 5, 3, P, P)
         picture = torch.cat([torch.cat(list(row), -1) for row in shown], -2).cpu().clamp(-1, 1)

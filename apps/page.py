@@ -42,7 +42,6 @@ if __name__ == "__main__":
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}  # it reads them early
 
 import diffusers
-import transformers
 from PIL import Image
 
 import backbone
@@ -269,8 +268,7 @@ def toy_examples(folder: Path) -> list[list]:
 def main() -> None:
     args = arguments()
     backbone.check_numbers(args, {(1, 65535): "port"})
-    transformers.logging.disable_progress_bar()  # of every part's loading
-    diffusers.utils.logging.disable_progress_bar()
+    backbone.hide_progress_bars()
     model, device = args.model or backbone.PRESETS["toy"].editor, backbone.pick_device(args.device)
     pipe = InstructGIEPipeline.from_pretrained(model).to(device)
     pipe.set_progress_bar_config(disable=True)

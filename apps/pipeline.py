@@ -254,13 +254,13 @@ class InstructGIEPipeline(DiffusionPipeline):
         self._interrupt = False
         with self.progress_bar(total=used["steps"]) as progress:
 
-            def after_step(i: int, t: Tensor, output: Any, branches: edit.Branches) -> tuple:
+            def after_step(i: int, t: Tensor, output: Any) -> tuple[Tensor, bool]:
                 progress.update()
                 tensors = {"latents": output.prev_sample}
                 tensors["pred_original_sample"] = getattr(output, "pred_original_sample", None)
                 if callback is not None:
                     tensors |= callback(self, i, t, tensors) or {}
-                return tensors["latents"], None if self._interrupt else branches
+                return tensors["latents"], not self._interrupt
 
             return edit.sample(sd, self.rcldm, branches, noise, used["steps"], generator, after_step)
 

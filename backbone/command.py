@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 
 from backbone.folders import BackboneError
 
@@ -35,6 +37,12 @@ def pick_device(name: str = "auto") -> torch.device:
     if name not in there:
         raise BackboneError(f"--device {name[:80]}: no such device here; use --device auto or cpu")
     return torch.device(name)
+
+
+def hide_progress_bars() -> None:
+    """Of every part's loading."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
 
 
 def choose_attention(device: torch.device, precision: str) -> None:
@@ -78,7 +86,11 @@ def one_line_errors(program: str) -> Iterator[None]:
         raise SystemExit(2) from None
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         line = " ".join(str(error).split())
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in line:
+        if isinstance(
+            error, NotImplementedError
+        ):  # a sampler of a kind of prediction, a device of an operator
+            line = f"not possible here: {line}"
+        elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in line:
             line = f"the memory does not suffice ({line[-200:]}); ask for less at a time, or smaller pictures"
         elif isinstance(error, RuntimeError):
             raise

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from torch.utils import collect_env
 
@@ -113,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     with backbone.one_line_errors("toy.doctor"):
         device = backbone.pick_device(args.device)
     tell_machine(device)
-    transformers.logging.disable_progress_bar()  # a report is pasted
+    backbone.hide_progress_bars()
     pipe = InstructGIEPipeline.from_pretrained(backbone.PRESETS["toy"].editor).to(device)
     pipe.set_progress_bar_config(disable=True)
     truth = score.Truth(SCENE, EDIT)
