@@ -25,6 +25,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -205,12 +207,13 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def read_data(
-    args: argparse.Namespace, classes: tuple[str, ...] | None, device: torch.device
+    args: argparse.Namespace, classes: tuple[str, ...] | None, device: torch.device, lock: Callable
 ) -> tuple[VisualPromptDataset, Losses, Validation]:
     """The pairs of `train`, and with the frozen parts, which read all of them once, the losses. Segmenter and
     language model have then done their work, and their memory is free again.
 
-    classes: whose areas the segmenter selects; None asks the language model for them.
+    classes: whose areas the segmenter selects; None asks the language model for them. lock: called once all
+    parts are there, before the long work.
     """
     source = backbone.data_folder(args.data)
     data = VisualPromptDataset(read_pairs(source, "train", args.columns), args.panel, args.seed)
@@ -226,6 +229,7 @@ def read_data(
         names = segmenter.config.id2label.values()
         classes = classes or sam_loss.propose_classes(*llm, names)  # [figure] Mask2Former and LLM
         areas = sam_loss.SelectiveAreas(segmenter, processor, classes)
+    lock()
     data, precomputed = precompute(data, Frozen(sd.vae, clip, areas), args, device)
     if not args.no_liu:
         unifier = liu.InstructionUnifier(*llm, cache=ReplyCache(args.cache / "liu", *llm))
@@ -250,10 +254,9 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
     device, is_main = accelerator.device, accelerator.is_main_process
     device = torch.device("cpu") if device.type == "cpu" else device  # not "cpu:0", which safetensors refuses
     backbone.choose_attention(device, args.precision)
-    if is_main:
-        held.enter_context(locked(args.output))
     with accelerator.main_process_first():  # the first process computes, the others find it cached
-        data, losses_of, validation = read_data(args, preset.classes, device)
+        lock = partial(held.enter_context, locked(args.output)) if is_main else lambda: None
+        data, losses_of, validation = read_data(args, preset.classes, device, lock)
     sd, clip = losses_of.sd, losses_of.clip
 
     torch.manual_seed(args.seed)
