@@ -1,8 +1,9 @@
 """Contribution 5: the visual prompt dataset, as training reads and composes it.
 
-The paper shows the model one finished edit and asks for the same edit of another picture. Both stand in one
-image, a 2×2 grid of square panels. Its dataset figure calls the step "data processing" (phase 2): among the
-image pairs of one instruction two are drawn at random; one becomes the example row, the other the query row.
+The paper shows the model one finished edit and asks for the same edit of another picture. [paper] Both stand
+in one image, a 2×2 grid of square panels. [figure] Its dataset figure calls the step "data processing" (phase
+2): two image pairs of one instruction are drawn at random. One becomes the example row, the other the query
+row.
 
         Img_train                              Img_VPcon, the condition
     +----------------+----------------+        +----------------+----------------+
@@ -12,8 +13,8 @@ image pairs of one instruction two are drawn at random; one becomes the example 
     +----------------+----------------+        +----------------+----------------+
         P columns        P columns
 
-First the grids, then the dataset that draws the two rows. `read_pairs` in pictures/pairs.py finds the pairs
-that it is given; `data_making/` holds phase 1, which makes them.
+The file defines the grids, then the dataset that draws the two rows. `read_pairs` in pictures/pairs.py reads
+the pairs from disk; `data_making/` is phase 1, which makes them.
 
 Symbols: P panel size (pixels, or latent pixels); C channels. Images are RGB in [-1, 1], where grey is 0.
 """
@@ -81,8 +82,8 @@ def mask_query(grid: Tensor, fill: float = 0.0) -> Tensor:
 def drop_example(grid: Tensor, fill: float = 0.0) -> Tensor:
     """A copy of the grid (..., C, 2P, 2P) whose example row is `fill`, so that the instruction stands alone.
 
-    [ours] An absent example looks like an absent answer, flat grey. Training drops examples at random to
-    make possible guidance by the example, and edits by instruction alone.
+    [ours] An absent example looks like an absent answer, flat grey. Training drops examples at random. This
+    enables guidance by the example, and edits by instruction alone.
     """
     dropped = grid.clone()
     dropped[..., : _panel_size(grid), :] = fill

@@ -1,4 +1,4 @@
-"""Edits pictures: shown one finished edit, or told in words, or both, the model makes the same edit of yours.
+"""Edits pictures: given one finished edit, an instruction, or both, the model makes the same edit to yours.
 
     python edit.py --prompt-pair before.png after.png --input mine.jpg --output out.png
     python edit.py --instruction "make it night" --input mine.jpg --output out.png
@@ -126,7 +126,7 @@ def encode_branches(
     weights: dict[tuple[bool, bool], float],
     device: torch.device | None = None,
 ) -> Branches:
-    """All that an edit needs once: condition grids (B, 3, 2P, 2P), instructions unified already."""
+    """Encodes condition grids (B, 3, 2P, 2P) and unified instructions, once per edit."""
     texts = [text if told else "" for told, _ in weights for text in instructions]
     condition = torch.cat([grids if shown else drop_example(grids) for _, shown in weights])
     states = backbone.encode_text(sd, texts, device)

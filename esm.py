@@ -1,16 +1,15 @@
 """Editing-shift matching (ESM), the second contribution of InstructGIE. Only training uses it.
 
 The paper (summary, section 2; figure 2, "editing shift module") asks that the model's edit *mean* the same
-as the true one. CLIP puts every image at a point T(image); an edit moves the image from one point to
-another, and that movement is its editing shift. The loss compares the query's predicted shift with its true
-one:
+as the true one. [paper] [figure] CLIP maps every image to a point T(image). An edit moves the image to
+another point, and this movement is its editing shift. The loss compares the query's predicted shift with its
+true shift: [ours]
 
     s = T(answer) − T(input)                               the editing shift; T has unit length
     L_es = |s_pred − s_true|² / (|s_pred|² + |s_true|²)    0: the true edit, 1: nothing done, 2: the opposite
 
-A training step has no answer yet, only a noise prediction. The way from one to the other, differentiable
-throughout, is this file's order: noise prediction → x̂_0 → answer panel → VAE decoder → CLIP → shift →
-loss.
+A training step has no answer yet, only a noise prediction. This file follows the differentiable path between
+the two: noise prediction → x̂_0 → answer panel → VAE decoder → CLIP → shift → loss.
 """
 
 import torch
@@ -71,7 +70,7 @@ def decode_answer(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def clip_preprocess(clip: CLIP, images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] → (B, 3, S, S), float32: the size, mean and deviation that `clip` knows.
+    """Images (B, 3, H, W) in [-1, 1] → (B, 3, S, S), float32, with the size, mean and deviation of `clip`.
 
     [ours] The panel is squeezed to CLIP's square where open_clip would crop it: an edit at the border
     counts too.
@@ -89,8 +88,7 @@ def clip_preprocess(clip: CLIP, images: Tensor) -> Tensor:
 def embed(clip: CLIP, images: Tensor) -> Tensor:
     """T(image): images (B, 3, H, W) in [-1, 1] → embeddings (B, E) of unit length, float32.
 
-    A tensor that is (B, E) already comes back as it is: embed a data set once, and pass embeddings from
-    then on.
+    A (B, E) tensor is returned unchanged, so a dataset can be embedded once and passed as embeddings.
     """
     if images.ndim == 2:
         return images
@@ -118,13 +116,13 @@ def editing_shift_loss(
     weight: (B,) in [0, 1], see `noise_weight`. Returns the mean of weight · distance over the samples of
     positive weight; where there are none, 0 with zero gradients.
 
-    [ours] The figure embeds all four panels without saying which shifts meet. The example row is given,
-    not predicted, so it has nothing to learn from: the query row's two shifts are compared.
-    [ours] Their cosine alone would call a tenth of an edit as good as all of it, and tells a copy of the
-    input nothing; their plain distance lets large edits drown the small ones. The distance relative to both
-    lengths, which is 1 − cosine · 2r / (1 + r²) for shifts of length ratio r, asks for direction and
-    strength, and is smooth even where a shift is zero. `eps` matters below lengths of about 0.03, where the
-    true edit is to change nothing.
+    [ours] The figure embeds all four panels and does not name the compared shifts. The example row is given,
+    not predicted, and teaches nothing: the query row's two shifts are compared.
+    [ours] Their cosine alone would rate a tenth of an edit like the whole edit, and would give a copy of the
+    input no gradient. Their plain distance would let large edits drown small ones. The distance relative to
+    both lengths measures direction and strength, and is smooth even at a zero shift. For shifts of length
+    ratio r it is 1 − cosine · 2r / (1 + r²). `eps` matters below lengths of about 0.03, for true edits that
+    change nothing.
     """
     with torch.no_grad():
         before, after = embed(clip, before), embed(clip, after)

@@ -1,8 +1,8 @@
 """Language instruction unification (LIU), the third contribution of InstructGIE. Training and editing use it.
 
-The paper (summary, section 2; figure 2, "Instruction Unification Module U") lets a frozen, light language
-model rewrite every instruction into one standard form before the text encoder reads it, so that different
-phrasings of one command become one condition:
+In the paper (summary, section 2; figure 2, "Instruction Unification Module U") a frozen, light language
+model rewrites every instruction in one standard form. [paper] [figure] The text encoder reads only this form,
+so different phrasings of one command become one condition:
 
     l' = U(l)          U("Maybe night view looks better") = U("turn day to night, please") = "make it night"
 
@@ -55,7 +55,7 @@ def chat_prompt(instruction: str) -> list[dict[str, str]]:
 
 
 def few_shot_prompt(instruction: str) -> str:
-    """The same as one text, which a model without a chat template goes on writing."""
+    """The same prompt as one text, for a model without a chat template to continue."""
     shown = "".join(f"Wish: {wish}\nCommand: {command}\n\n" for wish, command in EXAMPLES)
     return f"{RULES}\n\n{shown}Wish: {instruction}\nCommand:"
 
@@ -73,7 +73,7 @@ def standard_form(reply: str) -> str:
 
 
 def fault(reply: str, instruction: str) -> str | None:
-    """What is wrong with a `standard_form` of the instruction, or None. Its meaning no rule can check."""
+    """What is wrong with a `standard_form` of the instruction, or None. No rule can check its meaning."""
     words = len(reply.split())
     if not reply:
         return "it is empty"
@@ -101,11 +101,11 @@ class InstructionUnifier:
 
     model: any causal LM of transformers; it is put in evaluation mode and frozen. tokenizer: the model's
     own; its chat template is used where it has one, and `eos_token` pads where it has no `pad_token`.
-    cache: of raw replies, with `load` and `append`, such as training/replies.py's; None remembers them for
-    this object's life only. max_new_tokens: the reply's length at most. batch_size: instructions at a time.
+    cache: of raw replies, with `load` and `append`, such as training/replies.py's; None keeps them only for
+    this object's life. max_new_tokens: the reply's greatest length. batch_size: instructions at a time.
 
-    An instruction can steer no wording but its own: each is a conversation for itself, and a template's
-    control tokens, written into it, are left out.
+    An instruction can steer only its own wording: each is a separate conversation, without the control tokens
+    of the template.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class InstructionUnifier:
     ):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self.device: torch.device | None = None  # where the model works, should that not be where it is
+        self.device: torch.device | None = None  # where the model works, if it lies elsewhere now
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self._cache = cache
@@ -192,7 +192,7 @@ class InstructionUnifier:
         return list(filter(str.strip, dict.fromkeys([*added, *self.tokenizer.all_special_tokens])))
 
     def _without_control_tokens(self, text: str) -> str:
-        """A tokenizer would read them as such, and a chat template refuse them."""
+        """The text without control tokens: a tokenizer would obey them, and a chat template refuse them."""
         # What is left may make another.
         while found := [token for token in self._control_tokens if token in text]:
             for token in found:

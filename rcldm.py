@@ -3,14 +3,14 @@
 The visual prompt is a 2×2 grid: an example pair above, the query and its grey answer panel below. To read the
 edit off the example, the network must relate panels that lie half an image apart. [paper] So VMamba stands
 where ControlNet has convolutions, for its larger effective receptive field. Its cost is linear in the area.
-Marks, in all files: [paper] its public summary says so, [figure] its figures show it, [ours] our choice.
+Marks in all files: [paper] the paper's public summary, [figure] its figures, [ours] our choice.
 
     condition grid → VisualPromptEncoder → + → trainable copy of the U-Net's encoder → ZeroVMamba links
                         (0 at the start)   ↑                                            (0 at the start)
                                      noisy latents            frozen U-Net's skip features + residuals ↲
 
 VMamba (Liu et al., 2024) runs Mamba's selective state space model (Gu and Dao, 2023) over the pixels in four
-orders. Each channel keeps a state h of N numbers; Δ, B and C are read off the input:
+orders. Each channel keeps a state h of N numbers; Δ, B and C are computed from the input:
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t        y_t = C_t · h_t + D u_t        A < 0: the state forgets
 
@@ -96,7 +96,7 @@ def cross_merge(ys: Tensor, height: int, width: int) -> Tensor:
 
 
 def four_scans(x: Tensor, *parameters: Tensor) -> Tensor:
-    """The image x (B, D, H, W), scanned in four orders, the scans summed at each pixel: (B, D, H, W).
+    """Scans the image x (B, D, H, W) in four orders, and sums the scans at each pixel: (B, D, H, W).
 
     parameters: Δ, A, B, C, D and Δ's bias of `selective_scan`, with a group for each direction, in its order.
     """
@@ -114,7 +114,7 @@ def four_scans(x: Tensor, *parameters: Tensor) -> Tensor:
 class _PerDirection(nn.Linear):
     """K linear layers without bias, their weights stacked (K·D, R): (K, ·, R) → (K, ·, D).
 
-    A layer of its own, and called as one: so the hooks that cast, move or load a layer's weights reach it.
+    It is a module of its own, so the hooks that cast, move or load a layer's weights reach it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,8 +167,8 @@ class SS2D(nn.Module):
 class VSSBlock(nn.Module):
     """VMamba's block, channels last: x + SS2D(norm(x)), then x + MLP(norm(x)). (B, H, W, C) → (B, H, W, C).
 
-    Arguments and parameters are named as VMamba's. So the blocks of its released ImageNet weights (v2; tiny,
-    small, base) load with `strict=True`: ssm_ratio is 1 in those called s1, and 2 in s2. No MLP at ratio 0.
+    Arguments and parameters have VMamba's names, so the blocks of its released ImageNet weights (v2; tiny,
+    small, base) load with `strict=True`. ssm_ratio is 1 in those called s1, and 2 in s2. No MLP at ratio 0.
     """
 
     def __init__(self, hidden_dim: int, ssm_d_state: int = 1, ssm_ratio: float = 2.0, mlp_ratio: float = 4.0):
@@ -286,19 +286,19 @@ class VisualPromptEncoder(nn.Module):
 
 class RCLDM(ModelMixin, ConfigMixin):
     """A ControlNet whose two additions are made of VMamba: the condition's encoder before the copy of the
-    U-Net's encoder, and the links behind it. [paper] It is called as `ControlNetModel` is.
+    U-Net's encoder, and the links behind it. [paper] [figure] It is called as `ControlNetModel` is.
 
     Args:
         unet_encoder: configuration of the trainable copy, as `ControlNetModel` takes it; `from_unet` has it.
-        design: what stands in the two places. "vmamba": `VisualPromptEncoder` and `ZeroVMamba` links, the
-            paper's; "conv": ControlNet's own convolutional encoder and zero convolutions (`--no-rcldm`).
+        design: of both additions. "vmamba", the paper's: `VisualPromptEncoder` and `ZeroVMamba` links;
+            "conv": ControlNet's own convolutional encoder and zero convolutions (`--no-rcldm`).
         factor: image pixels per latent along a side, a power of two (8 for Stable Diffusion).
         prompt_encoder_depth, _width, _d_state: of the `VisualPromptEncoder`.
         panel: P, pixels along the side of the panels that it is trained for, if known.
 
-    Untrained, every design leaves the U-Net's output exactly as it is: the condition comes in through a
-    projection that is zero and goes out through projections that are zero. The optimiser's first step moves
-    the links' projections, the second the links, the copy and the encoder's projection, the third the rest.
+    Untrained, every design leaves the U-Net's output exactly as it is, because the condition enters through a
+    zero projection and leaves through zero projections. The optimiser's first step moves the links'
+    projections, the second the links, the copy and the encoder's projection, the third the rest.
     """
 
     _supports_gradient_checkpointing = True
@@ -319,9 +319,9 @@ class RCLDM(ModelMixin, ConfigMixin):
         super().__init__()
         if factor < 1 or factor & (factor - 1):
             raise ValueError(f"factor must be a power of two, got {factor}")
-        # diffusers builds the copy of the U-Net's encoder, and runs it. The ways in and out of it are ours.
+        # diffusers builds and runs the copy of the U-Net's encoder. Its first and last projections are ours.
         self.trainable_copy = copy = ControlNetModel(**unet_encoder)
-        copy.controlnet_cond_embedding = nn.Identity()  # it is handed features, which an edit makes only once
+        copy.controlnet_cond_embedding = nn.Identity()  # it gets features, which an edit computes once
         self.prompt_encoder = self.new_prompt_encoder(copy.config.block_out_channels[0])
         if design == "vmamba":
             links = [*copy.controlnet_down_blocks, copy.controlnet_mid_block]  # zero convolutions until here
@@ -329,7 +329,7 @@ class RCLDM(ModelMixin, ConfigMixin):
             copy.controlnet_down_blocks = nn.ModuleList(down)
 
     def new_prompt_encoder(self, channels: int) -> nn.Module:
-        """By this config's design; evaluation/vit.py has another. channels: of the U-Net's first level."""
+        """The encoder of this design; evaluation/vit.py has another. channels: of the U-Net's first level."""
         config = self.config
         if config.design == "vmamba":
             size = config.prompt_encoder_depth, config.prompt_encoder_width, config.prompt_encoder_d_state
@@ -347,7 +347,7 @@ class RCLDM(ModelMixin, ConfigMixin):
         options_of_copy = ControlNetModel._get_init_keys(ControlNetModel) - {"self"}
         model = cls({name: copy.config[name] for name in sorted(options_of_copy)}, design, **options)
         weights = {name: w for name, w in copy.state_dict().items() if not name.startswith("controlnet_")}
-        model.trainable_copy.load_state_dict(weights, strict=False)  # lacks only the ways in and out
+        model.trainable_copy.load_state_dict(weights, strict=False)  # lacks only input and output projections
         return model
 
     def encode_condition(self, grid: Tensor) -> Tensor:

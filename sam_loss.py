@@ -1,9 +1,9 @@
 """Selective-area matching (SAM), the fourth contribution of InstructGIE. Only training uses it.
 
-The paper (summary, section 2; figure 2, "Mask2Former" and "LLM", "masked GT" and "masked output") looks
-closer at the areas where people notice corrupted detail first, such as faces. A language model says which
-of a segmenter's classes they are, the segmenter finds them in the training images, and the loss compares
-prediction and truth there alone:
+People notice corrupted detail first in some areas, such as faces. The paper (summary, section 2; figure 2,
+"Mask2Former" and "LLM", "masked GT" and "masked output") looks closer at them. [paper] [figure] A language
+model names the segmenter's classes for such areas. [ours] The segmenter finds them in the training images,
+and the loss compares prediction and truth only there:
 
     L_sam = Σ m · |x̂_0 − x_0|² / Σ m        over the answer panel's latent; m: the area, 0 … 1
 
@@ -32,11 +32,10 @@ from transformers import (
 def propose_classes(
     llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: Iterable[str]
 ) -> tuple[str, ...]:
-    """The classes, of all that the segmenter knows, which a language model holds worth a closer look.
+    """The segmenter's classes that a language model considers worth a closer look.
 
-    labels: `segmenter.config.id2label.values()`. Returns some of them; whatever else the reply holds is
-    dropped. Where nothing is left, returns ("person",) with a warning, or raises ValueError if `labels` has
-    no person.
+    labels: `segmenter.config.id2label.values()`. Returns some of them, and drops the rest of the reply. If
+    none is left, returns ("person",) with a warning, or raises ValueError if `labels` has no person.
 
     [ours] The figure draws an LLM here, and the paper does not say what it decides. Without an image it can
     decide one thing: in which kinds of thing people notice corrupted detail.
@@ -125,8 +124,8 @@ def panoptic_area(
     the query of the largest class probability times mask probability, and a query that loses a fifth of its
     mask to others is dropped.
 
-    It stands here because `post_process_panoptic_segmentation` of transformers also deals out the pixels
-    that no query claims: where a face is all that was found, it can get the whole image.
+    `post_process_panoptic_segmentation` of transformers does not serve here. It also assigns the pixels that
+    no query claims, so a face that is found alone can get the whole image.
     """
     probability, label = class_logits.softmax(-1).max(-1)  # (Q,)
     kept = (label != class_logits.shape[-1] - 1) & (probability > threshold)
@@ -154,7 +153,7 @@ def selective_area_loss(
     Samples with an empty area or weight 0 do not count; where none counts the loss is 0 with zero
     gradients.
 
-    [ours] Pass the area of the true answer. What must look right is what should be there, not what was.
+    [ours] Pass the area of the true answer: the loss protects the desired content, not the input's.
     [ours] Latents are compared, not pixels: nothing is decoded, and the unit is that of the diffusion
     loss. A latent pixel counts by the share of its patch that the area covers.
     [ours] The mean over the area, not the panel, so that a small face counts as much as a large one.

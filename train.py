@@ -16,8 +16,8 @@
 
 [ours] The VAE encodes each panel alone. [ours] L_es and L_sam see x̂_0 where the figure draws the output
 image. [ours] The losses are summed with weights λ.
-The file reads from top to bottom: settings, one step's losses, the loop, the validation. What the frozen
-parts make of the data is computed once, before the first step: training/precompute.py.
+The file reads from top to bottom: settings, one step's losses, the loop, the validation. The frozen parts
+process the data once, before the first step, in training/precompute.py.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ VALIDATION_PICTURES = 6
 class Losses:
     """L = L_dm + λ_es · L_es + λ_sam · L_sam, for batches of the data loader.
 
-    precomputed: of every pair, by the frozen parts. texts (U + 1, T, D): embeddings of the unified
-    instructions, then of the empty text. rows: which of them each pair has.
+    precomputed: the frozen parts' outputs for every pair. texts (U + 1, T, D): embeddings of the unified
+    instructions, then of the empty text. rows: the row of `texts` for each pair.
     """
 
     def __init__(
@@ -239,8 +239,8 @@ def read_data(
 
 
 def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_model=RCLDM.from_unet):
-    """held: closes what is left open (lock, progress bar, log), also after an error. new_model: makes the
-    RCLDM for a U-Net; evaluation/vit.py has another.
+    """held: closes the lock, the progress bar and the log, also after an error. new_model: makes the RCLDM
+    for a U-Net; evaluation/vit.py has another.
     """
     preset = fill_in(args)
     device = backbone.pick_device(args.device)

@@ -1,4 +1,4 @@
-"""Draws the figures of the pages on the first four contributions, from the code and the shipped toy weights.
+"""Draws the figures of the pages on the contributions, from the code and the shipped toy weights.
 
     python docs/figures.py                                # all of them, into docs/
     python docs/figures.py --only esm --output out        # one, elsewhere
@@ -7,6 +7,7 @@
     esm      editing shifts of real pairs in a plane, and what L_es says of right and wrong answers
     liu      a dozen ways to ask for four edits, before unification and after
     sam      the areas that the segmenter finds, and what they weigh in the latent
+    dataset  two pairs of an instruction as a grid, as its condition, and as the condition without an example
 
 The four edits of `liu` are picked; all else that is shown is chosen by a rule that its function tells. Each
 prints the numbers that its page quotes, a line each.
@@ -39,7 +40,7 @@ import esm
 import liu
 import rcldm
 import sam_loss
-from dataset import VisualPromptDataset
+from dataset import VisualPromptDataset, compose_grid, drop_example, mask_query
 from disk import atomic_write
 from pictures import image_to_tensor, tensor_to_image
 from pictures.pairs import EditPair, read_pairs
@@ -349,6 +350,32 @@ def face_of_answer(pair: EditPair) -> Tensor:
     return torch.from_numpy(classes == world.CLASSES.index("face"))
 
 
+# --- The dataset --------------------------------------------------------------------------------------------
+
+
+def draw_dataset(args: argparse.Namespace) -> Figure:
+    """The first pairs of the first two edits as queries, each with the example that epoch 0 draws."""
+    data = read(args)
+    instructions = {pair.instruction for pair in data.pairs}
+    print(f"dataset: {len(data)} pairs of {len(instructions)} instructions, {len(data.left_out)} left out")
+    first: dict[str, int] = {}  # edit -> its first pair
+    for i, pair in enumerate(data.pairs):
+        first.setdefault(pair.extra["canonical"], i)
+    queries = list(first.values())[:2]
+    figure, axes = plt.subplots(1, 3 * len(queries), figsize=(WIDTH, 1.75))
+    for i, row in zip(queries, axes.reshape(len(queries), 3)):
+        instruction, example = data.pairs[i].instruction, data.draw(i)
+        print(f"dataset: {instruction}: query {i}, example {example}")
+        grid = compose_grid(*data.load_panels(example, i))
+        condition = mask_query(grid)
+        grids = {"Img_train": grid, "Img_VPcon": condition, "no example": drop_example(condition)}
+        for ax, (name, picture) in zip(row, grids.items()):
+            show_picture(ax, picture)
+            ax.set_title(name)
+        row[1].set_xlabel(instruction)
+    return figure
+
+
 # --- The command --------------------------------------------------------------------------------------------
 
 FIGURES: dict[str, Callable[[argparse.Namespace], Figure]] = {
@@ -356,6 +383,7 @@ FIGURES: dict[str, Callable[[argparse.Namespace], Figure]] = {
     "esm": draw_esm,
     "liu": draw_liu,
     "sam": draw_sam,
+    "dataset": draw_dataset,
 }
 
 

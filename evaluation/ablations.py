@@ -112,9 +112,9 @@ ROWS = [(each, name) for sets in TABLES.values() for each, names in sets.items()
 TITLES = {
     "seen": "New scenes, `seen`",
     "unseen_combination": "Combinations never trained, `unseen_combination`",
-    "example": "The example pair alone, no words: what RCLDM is for",
-    "paraphrase": "Words alone, in ways that no model has heard: what LIU is for",
-    "faces": "Pictures with faces: what SAM is for",
+    "example": "The example pair alone, without words, where RCLDM should help",
+    "paraphrase": "Words alone, in wordings new to every model, where LIU should help",
+    "faces": "Pictures with faces, where SAM should help",
 }
 
 
@@ -262,8 +262,8 @@ def write_page(args: argparse.Namespace) -> None:
     for heading, sets in TABLES.items():
         parts.append(f"{heading}\n")
         parts += [f"{TITLES[each]}:\n\n{table(each, names, args)}" for each, names in sets.items()]
-    parts.append(f"## How far each lies from the full method\n\n{differences(args)}")
-    parts.append(f"## What each encoder looks at\n\n{receptive_fields(args)}")
+    parts.append(f"## Differences from the full method\n\n{differences(args)}")
+    parts.append(f"## Receptive fields of the encoders\n\n{receptive_fields(args)}")
     page = PAGE.read_text(encoding="utf-8")
     if page.count(start) != 1 or page.count(end) != 1:
         raise ValueError(f"{PAGE}: its two marks are gone; restore {start.strip()} and {end.strip()}")

@@ -101,7 +101,7 @@ def test_the_page_keeps_what_is_written_around_the_tables(programs):
         "| without RCLDM | `example` | +0.4877 ± 0.0000 (2 of 2) | +0.000 ± 0.277 (2 of 2) | +2.58 | -0.14 |"
     )
     assert line in page and "| InstructPix2Pix | `unseen_combination` | +0.4877 ± 0.0000 (2 of 2) |" in page
-    assert "## What each encoder looks at\n\nNot measured yet.\n" in page
+    assert "## Receptive fields of the encoders\n\nNot measured yet.\n" in page
 
 
 def test_what_learnt_longer_is_set_beside_ours_that_learnt_as_long(programs):
