@@ -55,38 +55,33 @@ def compose_grid(example_before: Tensor, example_after: Tensor, query: Tensor, a
     return torch.cat([top, bottom], dim=-2)
 
 
-def split_grid(grid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The inverse of `compose_grid`: views (..., C, P, P) of example before, example after, query and answer.
+def answer_panel(grid: Tensor) -> Tensor:
+    """The lower-right panel (..., C, P, P) of a grid (..., C, 2P, 2P), as a view: the answer to the query.
 
-    Raises ValueError, as all the functions on grids do, for a grid that is not square or has odd sides.
+    Raises ValueError, as all functions on grids do, for a grid that is not square or has odd sides.
     """
     p = _panel_size(grid)
-    return grid[..., :p, :p], grid[..., :p, p:], grid[..., p:, :p], grid[..., p:, p:]
+    return grid[..., p:, p:]
 
 
-def answer_panel(grid: Tensor) -> Tensor:
-    """The lower-right panel (..., C, P, P) of a grid (..., C, 2P, 2P), as a view: the answer to the query."""
-    return split_grid(grid)[3]
-
-
-def mask_query(grid: Tensor, fill: float = 0.0) -> Tensor:
-    """Img_VPcon: a copy of the grid (..., C, 2P, 2P) whose answer panel is `fill`, 0 being grey in [-1, 1].
+def mask_query(grid: Tensor) -> Tensor:
+    """Img_VPcon: a copy of the grid (..., C, 2P, 2P) whose answer panel is grey, which is 0 in [-1, 1].
 
     Source: the paper's architecture figure. For images only: a latent of zeros is not the latent of grey.
     """
     masked = grid.clone()
-    answer_panel(masked).fill_(fill)
+    answer_panel(masked).zero_()
     return masked
 
 
-def drop_example(grid: Tensor, fill: float = 0.0) -> Tensor:
-    """A copy of the grid (..., C, 2P, 2P) whose example row is `fill`, so that the instruction stands alone.
+def drop_example(grid: Tensor) -> Tensor:
+    """A copy of the grid (..., C, 2P, 2P) whose example row is grey, so that the instruction stands alone.
 
     [ours] An absent example looks like an absent answer, flat grey. Training drops examples at random. This
     enables guidance by the example, and edits by instruction alone.
     """
     dropped = grid.clone()
-    dropped[..., : _panel_size(grid), :] = fill
+    dropped[..., : _panel_size(grid), :] = 0
     return dropped
 
 
@@ -114,8 +109,6 @@ class VisualPromptDataset(Dataset):
     """
 
     def __init__(self, pairs: Sequence[EditPair], size: int, seed: int = 0) -> None:
-        if size < 1:
-            raise ValueError(f"a panel of {size} pixels is no panel")
         self.size, self.seed = size, seed
         count = Counter(pair.instruction for pair in pairs)
         self.left_out = [instruction for instruction, n in count.items() if n == 1]

@@ -20,20 +20,11 @@ Symbols: B samples; P panel size in pixels, p in latent pixels; C latent channel
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-SCHEDULERS = {  # diffusers' names
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-a": "EulerAncestralDiscreteScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
 
 
 def arguments() -> argparse.Namespace:
@@ -49,7 +40,7 @@ def arguments() -> argparse.Namespace:
     add("--steps", type=int, help="of the sampler (default: the editor's)")
     add("--guidance-text", type=float, help="scale of the instruction (default: the editor's; 1: none)")
     add("--guidance-visual", type=float, help="scale of the example (default: the editor's; 1: none)")
-    add("--scheduler", default="ddim", choices=SCHEDULERS, help="the sampler")
+    add("--scheduler", default="ddim", help="the sampler: ddim, euler, euler-a, dpm++ or unipc")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the models")
     add("--grid", action="store_true", help="write the labelled grid beside each answer")
@@ -59,7 +50,6 @@ def arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     arguments()  # answers --help and misspelt options before the imports below, which take seconds
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -116,6 +106,14 @@ class Branches:
     states: Tensor
     condition: Tensor
 
+    def repeat(self, x: Tensor) -> Tensor:
+        """The same latents for every branch: (B, C, 2p, 2p) → (K·B, C, 2p, 2p)."""
+        return x.repeat(len(self.weights), 1, 1, 1)
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        """The weighted sum over the branches: (K·B, C, 2p, 2p) → (B, C, 2p, 2p)."""
+        return sum(weight * e for weight, e in zip(self.weights, predictions.chunk(len(self.weights))))
+
 
 @torch.no_grad()
 def encode_branches(
@@ -166,17 +164,12 @@ def sample(
     scheduler = sd.scheduler
     backbone.set_timesteps(scheduler, steps, noise.device)
     x_t = check_finite(noise, "the noise").float() * scheduler.init_noise_sigma
-    taken = inspect.signature(scheduler.step).parameters
-    extra = {"generator": generator} if "generator" in taken else {}
     for i, t in enumerate(scheduler.timesteps):
-        inputs = torch.cat([x_t] * len(branches.weights))
-        inputs = scheduler.scale_model_input(inputs, t).to(sd.unet.dtype)
+        inputs = scheduler.scale_model_input(branches.repeat(x_t), t).to(sd.unet.dtype)
         down, mid = rcldm(inputs, t, branches.states, branches.condition, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        predictions = sd.unet(inputs, t, branches.states, **residuals).sample.float()
-        predictions = predictions.chunk(len(branches.weights))
-        prediction = sum(weight * e for weight, e in zip(branches.weights, predictions))
-        output = scheduler.step(prediction, t, x_t, **extra)
+        prediction = branches.combine(sd.unet(inputs, t, branches.states, **residuals).sample.float())
+        output = backbone.sampler_step(scheduler, prediction, t, x_t, generator)
         x_t = output.prev_sample
         if not x_t.isfinite().all():
             where = f"step {i + 1} of {len(scheduler.timesteps)}"
@@ -217,8 +210,7 @@ def main() -> None:
     device, dtype = backbone.pick_device(args.device), getattr(torch, args.dtype)
     model = args.model or backbone.PRESETS["toy"].editor
     sd, rcldm, llm, settings = backbone.load_parts(model, device, dtype, words=bool(instruction))
-    scheduler = getattr(diffusers, SCHEDULERS[args.scheduler]).from_config(sd.scheduler.config)
-    sd, panel = sd._replace(scheduler=scheduler), settings["panel"]
+    sd, panel = sd._replace(scheduler=backbone.new_sampler(args.scheduler, sd.scheduler)), settings["panel"]
     given = {name: getattr(args, name) for name in backbone.SAMPLING}
     used = {name: settings[name] if value is None else value for name, value in given.items()}
 

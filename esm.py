@@ -65,8 +65,7 @@ def decode_answer(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     frozen, but gradients pass through it to the latents.
     """
     panel = latents[..., latents.shape[-2] // 2 :, latents.shape[-1] // 2 :]
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return vae.decode((panel / vae.config.scaling_factor + shift).to(vae.dtype)).sample.float()
+    return vae.decode((panel / vae.config.scaling_factor).to(vae.dtype)).sample.float()
 
 
 def clip_preprocess(clip: CLIP, images: Tensor) -> Tensor:
@@ -113,8 +112,8 @@ def editing_shift_loss(
 
     before, predicted, after: the query's input, the answer decoded from x̂_0, the true answer; each as
     images (B, 3, H, W) in [-1, 1] or as embeddings (B, E). Gradients flow to `predicted` alone.
-    weight: (B,) in [0, 1], see `noise_weight`. Returns the mean of weight · distance over the samples of
-    positive weight; where there are none, 0 with zero gradients.
+    weight: (B,) in [0, 1], see `noise_weight`. Returns the mean of weight · distance over all B samples, so
+    that a batch may be split.
 
     [ours] The figure embeds all four panels and does not name the compared shifts. The example row is given,
     not predicted, and teaches nothing: the query row's two shifts are compared.
@@ -129,8 +128,7 @@ def editing_shift_loss(
     shift, true_shift = editing_shift(clip, before, predicted), editing_shift(clip, before, after)  # (B, E)
     squares = shift.square().sum(-1) + true_shift.square().sum(-1)
     distance = (shift - true_shift).square().sum(-1) / (squares + eps)  # (B,)
-    weight = torch.ones_like(distance) if weight is None else weight
-    return (weight * distance).sum() / (weight > 0).sum().clamp_min(1)
+    return (distance if weight is None else weight * distance).mean()
 
 
 def main() -> None:

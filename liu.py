@@ -6,7 +6,7 @@ so different phrasings of one command become one condition:
 
     l' = U(l)          U("Maybe night view looks better") = U("turn day to night, please") = "make it night"
 
-This file's order: the standard form and the prompt that asks for it, which replies are usable, the unifier.
+This file's order: the standard form and the prompt that asks for it, the unifier, which replies are usable.
 """
 
 import re
@@ -58,35 +58,6 @@ def few_shot_prompt(instruction: str) -> str:
     """The same prompt as one text, for a model without a chat template to continue."""
     shown = "".join(f"Wish: {wish}\nCommand: {command}\n\n" for wish, command in EXAMPLES)
     return f"{RULES}\n\n{shown}Wish: {instruction}\nCommand:"
-
-
-MAX_WORDS = 30
-_TALK = re.compile(
-    r"(i|i'm|sorry|sure|ok|okay|of course|certainly|unfortunately|yes|as an ai|here's|here is|please)\b"
-)
-_MARKUP = re.compile(r"<\||\|>|</?\w+>|\[/?inst\]|\b(wish|command|user|assistant|system):", re.IGNORECASE)
-
-
-def standard_form(reply: str) -> str:
-    """A reply without what small models like to add: surrounding space and quotes, capitals, a full stop."""
-    return reply.strip().strip("\"'“”‘’`").strip().rstrip(".").lower()
-
-
-def fault(reply: str, instruction: str) -> str | None:
-    """What is wrong with a `standard_form` of the instruction, or None. No rule can check its meaning."""
-    words = len(reply.split())
-    if not reply:
-        return "it is empty"
-    if len(reply.splitlines()) > 1:
-        return "it has more than one line"
-    # A short wish may grow to a full command, "night" to "make it night"; a long one should hardly grow.
-    if words > min(MAX_WORDS, max(12, 3 * len(instruction.split()))):
-        return f"it is too long ({words} words)"
-    if _MARKUP.search(reply) or (words > 3 and reply[:30] in RULES.lower()):
-        return "it repeats the prompt"
-    if _TALK.match(reply) or reply.endswith("?"):
-        return "it talks instead of commanding"
-    return None
 
 
 # In full, because a model folder may hold settings of its own: sampling would give one wording many forms,
@@ -198,6 +169,35 @@ class InstructionUnifier:
             for token in found:
                 text = text.replace(token, " ")
         return text
+
+
+MAX_WORDS = 30
+_TALK = re.compile(
+    r"(i|i'm|sorry|sure|ok|okay|of course|certainly|unfortunately|yes|as an ai|here's|here is|please)\b"
+)
+_MARKUP = re.compile(r"<\||\|>|</?\w+>|\[/?inst\]|\b(wish|command|user|assistant|system):", re.IGNORECASE)
+
+
+def standard_form(reply: str) -> str:
+    """A reply without what small models like to add: surrounding space and quotes, capitals, a full stop."""
+    return reply.strip(" \t\n\"'“”‘’`.").lower()
+
+
+def fault(reply: str, instruction: str) -> str | None:
+    """What is wrong with a `standard_form` of the instruction, or None. No rule can check its meaning."""
+    words = len(reply.split())
+    if not reply:
+        return "it is empty"
+    if len(reply.splitlines()) > 1:
+        return "it has more than one line"
+    # A short wish may grow to a full command, "night" to "make it night"; a long one should hardly grow.
+    if words > min(MAX_WORDS, max(12, 3 * len(instruction.split()))):
+        return f"it is too long ({words} words)"
+    if _MARKUP.search(reply) or (words > 3 and reply[:30] in RULES.lower()):
+        return "it repeats the prompt"
+    if _TALK.match(reply) or reply.endswith("?"):
+        return "it talks instead of commanding"
+    return None
 
 
 def main() -> None:

@@ -103,8 +103,7 @@ def four_scans(x: Tensor, *parameters: Tensor) -> Tensor:
     from scan_kernels import scan_image, scans_images_in_place
 
     if scans_images_in_place(x):  # the same sum by a kernel that needs no copies of the image
-        pixels = torch.arange(x[0, 0].numel(), device=x.device).view(1, 1, *x.shape[2:])
-        return scan_image(x, cross_scan(pixels)[0, :, 0], *parameters, delta_softplus=True)
+        return scan_image(x, cross_scan, *parameters, delta_softplus=True)
     return cross_merge(selective_scan(cross_scan(x), *parameters, delta_softplus=True), *x.shape[2:])
 
 
@@ -285,8 +284,8 @@ class VisualPromptEncoder(nn.Module):
 
 
 class RCLDM(ModelMixin, ConfigMixin):
-    """A ControlNet whose two additions are made of VMamba: the condition's encoder before the copy of the
-    U-Net's encoder, and the links behind it. [paper] [figure] It is called as `ControlNetModel` is.
+    """[paper] [figure] A ControlNet whose two additions are made of VMamba: the condition's encoder before the
+    copy of the U-Net's encoder, and the links behind it. It is called as `ControlNetModel` is.
 
     Args:
         unet_encoder: configuration of the trainable copy, as `ControlNetModel` takes it; `from_unet` has it.
@@ -297,8 +296,8 @@ class RCLDM(ModelMixin, ConfigMixin):
         panel: P, pixels along the side of the panels that it is trained for, if known.
 
     Untrained, every design leaves the U-Net's output exactly as it is, because the condition enters through a
-    zero projection and leaves through zero projections. The optimiser's first step moves the links'
-    projections, the second the links, the copy and the encoder's projection, the third the rest.
+    zero projection and leaves through zero projections. The first gradient reaches the
+    links' projections, the second the links, the copy and the encoder's projection, the third the rest.
     """
 
     _supports_gradient_checkpointing = True
@@ -382,9 +381,8 @@ class RCLDM(ModelMixin, ConfigMixin):
         Returns `ControlNetOutput`, or without `return_dict` (down_block_res_samples, mid_block_res_sample).
         Raises ValueError for a condition of another size.
         """
-        features = controlnet_cond
-        if features.shape[1] == 3:
-            features = self.encode_condition(features)
+        is_picture = controlnet_cond.shape[1] == 3
+        features = self.encode_condition(controlnet_cond) if is_picture else controlnet_cond
         if features.shape[2:] != sample.shape[2:] or len(features) not in (1, len(sample)):
             shapes = f"{(*controlnet_cond.shape,)} to latents {(*sample.shape,)}"
             raise ValueError(f"the condition does not fit: {shapes}, factor {self.config.factor}")

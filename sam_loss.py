@@ -6,6 +6,7 @@ model names the segmenter's classes for such areas. [ours] The segmenter finds t
 and the loss compares prediction and truth only there:
 
     L_sam = Σ m · |x̂_0 − x_0|² / Σ m        over the answer panel's latent; m: the area, 0 … 1
+                                            |·|²: the mean over channels
 
 This file's order: which classes, where they are in an image, the loss.
 """
@@ -53,9 +54,9 @@ def propose_classes(
     else:
         inputs = tokenizer(f"{request}\nNames:", return_tensors="pt")
     tokens = inputs["input_ids"].to(llm.device)  # (1, T)
-    output = llm.generate(
-        input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=96, do_sample=False
-    )
+    # In full, because a model folder may hold settings of its own, such as a penalty on repeated words.
+    greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": 96}
+    output = llm.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **greedy)
     reply = tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
     named = {_plain(name) for name in re.split(r"[,;\n]", reply)}
     chosen = tuple(label for label in labels if _plain(label) in named)
@@ -79,23 +80,19 @@ class SelectiveAreas:
     """Where images show the chosen classes: `areas = SelectiveAreas(…)(images)`.
 
     model: a Mask2Former for panoptic segmentation; it is put in evaluation mode and frozen. processor: its
-    own; without one, images are normalised at the size they have. classes: names in
-    `model.config.id2label`. threshold: the least probability of a segment's class.
+    own. classes: names in `model.config.id2label`. threshold: the least probability of a segment's class.
     Raises ValueError for a class that the model does not know, with names close to it.
-
-    [ours] `person` is the default, because the paper's example is the human face.
     """
 
     def __init__(
         self,
         model: Mask2FormerForUniversalSegmentation,
-        processor: Mask2FormerImageProcessor | None = None,
-        classes: Iterable[str] = ("person",),
+        processor: Mask2FormerImageProcessor,
+        classes: Iterable[str],
         threshold: float = 0.5,
     ):
         self.model = model.eval().requires_grad_(False)
-        self.processor = processor or Mask2FormerImageProcessor(do_resize=False)
-        self.classes, self.threshold = tuple(classes), threshold
+        self.processor, self.classes, self.threshold = processor, tuple(classes), threshold
         ids = {label.lower(): index for index, label in model.config.id2label.items()}
         for name in self.classes:
             if name.lower() not in ids:
@@ -150,7 +147,7 @@ def selective_area_loss(
 
     predicted, target: (B, C, h, w), x̂_0 and x_0 of the answer panel. area: (B, 1, H, W) in [0, 1], of the
     image or of the latent. weight: (B,) ≥ 0, how far x̂_0 can be trusted at each sample's noise level.
-    Samples with an empty area or weight 0 do not count; where none counts the loss is 0 with zero
+    Returns the mean over all B samples, so that a batch may be split; an empty area adds 0, with zero
     gradients.
 
     [ours] Pass the area of the true answer: the loss protects the desired content, not the input's.
@@ -162,8 +159,7 @@ def selective_area_loss(
     covered = area.sum((1, 2, 3))  # (B,), in latent pixels
     square = (predicted.float() - target.float()).square().mean(1, keepdim=True)  # (B, 1, h, w)
     error = (area * square).sum((1, 2, 3)) / covered.clamp_min(1e-6)  # (B,)
-    weight = (covered > 0).float() * (1.0 if weight is None else weight)
-    return (weight * error).sum() / (weight > 0).sum().clamp_min(1)
+    return (error if weight is None else weight * error).mean()
 
 
 def main() -> None:

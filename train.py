@@ -90,8 +90,8 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--accumulate", type=int, default=1, help="batches per optimiser step")
     add("--lr", type=float, help="peak (default: the preset's); warm-up, then cosine to a hundredth of it")
     add("--answer-weight", type=float, default=4.0, help="of the answer panel in L_dm; the others have 1")
-    add("--es-weight", type=float, default=0.05, help="λ_es")
-    add("--sam-weight", type=float, default=0.1, help="λ_sam")
+    add("--es-weight", type=float, default=0.6, help="λ_es")
+    add("--sam-weight", type=float, default=1.8, help="λ_sam")
     # [ours] Conditioning dropout teaches edits by the example alone and by the instruction alone (with both,
     # a model need not look at either). It also makes guidance possible.
     add(
@@ -115,8 +115,6 @@ WARMUP = 50  # steps
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0  # the largest norm of the gradient
 EMA_DECAY = 0.998
-# [ours] L_es sees one answer in so many of a batch, and one at least: decoder and CLIP are the dearest parts.
-ES_SHARE = 32
 CHECKPOINTS = 2  # that stay
 VALIDATION_PICTURES = 6
 
@@ -143,23 +141,24 @@ class Losses:
     ) -> None:
         self.args, self.sd, self.clip = args, sd, clip
         self.precomputed, self.texts, self.rows = precomputed, texts, rows
-        grey = torch.zeros(1, 2, 3, args.panel, args.panel, device=sd.vae.device)
-        self.grey = Frozen(sd.vae, None, None).encode(grey).latents[0, 0]  # (C, p, p)
+        grey = backbone.encode_images(sd.vae, torch.zeros(1, 3, args.panel, args.panel, device=sd.vae.device))
+        self.grey_row = torch.cat([grey[0], grey[0]], dim=-1)  # (C, p, 2p)
 
     def compose(self, batch: dict, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Precomputed]:
-        """The condition grids Img_VPcon, their latents x_0, l' as embeddings (B, T, D), and what is
-        precomputed of the query pairs."""
-        count, device = len(batch["index"]), self.sd.unet.device
-        keep_text, keep_example = keep_conditions(count, self.args.drop, g)
+        """The condition grids Img_VPcon, their latents x_0, l' as embeddings (B, T, D), and the precomputed
+        outputs for the query pairs."""
+        device = self.sd.unet.device
         panels, example, query = gather_batch(batch, self.precomputed, device)
         condition = mask_query(compose_grid(*panels.unbind(1)))  # (B, 3, 2P, 2P)
-        latents = example.latents.clone()
-        gone = ~keep_example
-        condition[gone] = drop_example(condition[gone])
-        # [ours] An absent example is grey in the target too: the model is not asked to invent one.
-        latents[gone] = self.grey.to(latents)
-        x_0 = compose_grid(*latents.unbind(1), *query.latents.unbind(1))  # (B, C, 2p, 2p)
-        row = torch.where(keep_text, self.rows[batch["index"]], len(self.texts) - 1)
+        x_0 = compose_grid(*example.latents.unbind(1), *query.latents.unbind(1))  # (B, C, 2p, 2p)
+        row = self.rows[batch["index"]]
+
+        # [ours] Conditioning dropout. A missing example is grey in the target too: the model is not asked to
+        # invent one. The last row is the empty text.
+        keep_text, keep_example = keep_conditions(len(row), self.args.drop, g)
+        row = torch.where(keep_text, row, len(self.texts) - 1)
+        condition[~keep_example] = drop_example(condition[~keep_example])
+        x_0[~keep_example, :, : len(self.grey_row[0])] = self.grey_row
         return condition, x_0, self.texts[row.to(self.texts.device)].to(device), query
 
     def __call__(self, model: nn.Module, batch: dict, g: torch.Generator) -> dict[str, Tensor]:
@@ -168,8 +167,7 @@ class Losses:
         noise = torch.randn(x_0.shape, generator=g)
         t = draw_timesteps(len(x_0), scheduler.config.num_train_timesteps, g)
         trust = esm.noise_weight(t, scheduler)  # (B,)
-        # Chosen on the CPU: `nonzero` on a GPU would wait for it.
-        to_decode = trust.nonzero()[: math.ceil(len(t) / ES_SHARE), 0]
+        to_decode = trust.nonzero()[:, 0]  # (S,)  on the CPU: on a GPU it would wait
         noise, t, trust, to_decode = (x.to(device) for x in (noise, t, trust, to_decode))
         x_t = scheduler.add_noise(x_0, noise, t)
 
@@ -189,7 +187,8 @@ class Losses:
             if len(to_decode):
                 before, after = query.embeddings[to_decode].unbind(1)
                 answers = esm.decode_answer(self.sd.vae, x_0_hat[to_decode])
-                losses["es"] = esm.editing_shift_loss(self.clip, before, answers, after, trust[to_decode])
+                of_decoded = esm.editing_shift_loss(self.clip, before, answers, after, trust[to_decode])
+                losses["es"] = len(to_decode) / len(t) * of_decoded
         if not args.no_sam:
             panels = answer_panel(x_0_hat), answer_panel(x_0)
             losses["sam"] = sam_loss.selective_area_loss(*panels, query.areas, trust)

@@ -41,7 +41,6 @@ if __name__ == "__main__":
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}  # it reads them early
 
-import diffusers
 from PIL import Image
 
 import backbone
@@ -51,7 +50,7 @@ with backbone.one_line_errors("apps.page"):  # where one of requirements-dev.txt
 
     from apps.hood import Hood
 from apps.pipeline import InstructGIEPipeline
-from edit import SCHEDULERS, seeded
+from edit import seeded
 from pictures import ImageError, fit_panel, load_image, tensor_to_image, unfit
 from pictures.answers import grid_path, labelled_grid, save_png
 from toy import world
@@ -75,7 +74,7 @@ class Editor:
 
     def __init__(self, pipe: InstructGIEPipeline, model: str, folder: Path) -> None:
         self.pipe, self.model, self.folder = pipe, model, folder
-        self.schedule = pipe.scheduler.config  # as it came: each edit chooses its sampler
+        self.schedule = pipe.scheduler  # as it came: each edit chooses its sampler
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.stop = Event()  # set, it ends the edit in hand after the step in hand
         self.hood: Hood | None = None  # CLIP and the segmenter are loaded when somebody looks
@@ -135,7 +134,7 @@ class Editor:
                 shown.put((str(path), f"{step}"))
 
         def draw() -> Image.Image:
-            pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(self.schedule)
+            pipe.scheduler = backbone.new_sampler(scheduler, self.schedule)
             settings = {"num_inference_steps": steps, "guidance_scale": guidance_text}
             settings |= {"visual_guidance_scale": guidance_visual, "generator": seeded([seed])}
             try:
@@ -226,7 +225,7 @@ def build(editor: Editor, examples: list[list]) -> gr.Blocks:
                     with gr.Row():
                         text = gr.Slider(0, 10, usual["guidance_text"], label="Guidance by the instruction")
                         visual = gr.Slider(0, 10, usual["guidance_visual"], label="Guidance by the example")
-                    scheduler = gr.Dropdown(list(SCHEDULERS), value="ddim", label="Scheduler")
+                    scheduler = gr.Dropdown(list(backbone.SAMPLERS), value="ddim", label="Scheduler")
                 if examples:
                     gr.Examples(examples, [before, after, query, instruction])
             with gr.Column():

@@ -29,11 +29,14 @@ from backbone.folders import (
     local_folder,
 )
 from backbone.latents import (
+    SAMPLERS,
     cut_off,
     decode_latents,
     encode_images,
     encode_text,
+    new_sampler,
     prediction_target,
+    sampler_step,
     set_timesteps,
     vae_factor,
 )

@@ -36,7 +36,10 @@ def pick_device(name: str = "auto") -> torch.device:
     name = there[0] if name == "auto" else name
     if name not in there:
         raise BackboneError(f"--device {name[:80]}: no such device here; use --device auto or cpu")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None:  # accelerate takes the current one
+        torch.cuda.set_device(device)
+    return device
 
 
 def hide_progress_bars() -> None:

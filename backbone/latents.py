@@ -1,15 +1,25 @@
-"""Pictures and latents, texts and their embeddings, and the timesteps of an edit."""
+"""Pictures and latents, texts and their embeddings, and the sampler of an edit."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
 from backbone.loading import StableDiffusion
+
+SAMPLERS = {  # diffusers' names
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
 
 
 @torch.no_grad()
@@ -53,6 +63,13 @@ def decode_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     return images.clamp(-1, 1).where(images.isfinite(), math.nan)
 
 
+def new_sampler(name: str, scheduler: Any) -> Any:
+    """The sampler of `SAMPLERS` by this name, with another's noise levels and kind of prediction."""
+    if name not in SAMPLERS:
+        raise ValueError(f"--scheduler {name[:40]}: no such sampler; take one of {', '.join(SAMPLERS)}")
+    return getattr(diffusers, SAMPLERS[name]).from_config(scheduler.config)
+
+
 def set_timesteps(scheduler: Any, steps: int, device: str | torch.device | None = None) -> None:
     """The timesteps of an edit, each within those of training and no two alike.
 
@@ -73,6 +90,14 @@ def set_timesteps(scheduler: Any, steps: int, device: str | torch.device | None 
     is_twice = sigmas is not None and scheduler.order == 1 and (sigmas.diff() == 0).any()
     if timesteps.max() >= most or is_twice:
         raise ValueError(f"{steps} steps are more than this sampler has timesteps for: take fewer")
+
+
+def sampler_step(
+    scheduler: Any, prediction: torch.Tensor, t: torch.Tensor, x_t: torch.Tensor, generator: Any
+):
+    """The output of the scheduler's `step`, x_t → x_(t-1). generator: for those that add fresh noise."""
+    takes_one = "generator" in inspect.signature(scheduler.step).parameters
+    return scheduler.step(prediction, t, x_t, **({"generator": generator} if takes_one else {}))
 
 
 def vae_factor(vae: nn.Module) -> int:

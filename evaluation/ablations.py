@@ -69,8 +69,8 @@ ARMS = {
     "no-esm": Arm("without ESM", ("train.py", "--no-esm"), paper=(9.23, 0.15)),
     "no-liu": Arm("without LIU", ("train.py", "--no-liu"), paper=(10.37, None)),
     "no-sam": Arm("without SAM", ("train.py", "--no-sam"), paper=(11.31, None)),
-    "es-10x": Arm("ESM, ten times the weight", ("train.py", "--es-weight", "0.5")),
-    "sam-10x": Arm("SAM, ten times the weight", ("train.py", "--sam-weight", "1")),
+    "es-10x": Arm("ESM, ten times the weight", ("train.py", "--es-weight", "6")),
+    "sam-10x": Arm("SAM, ten times the weight", ("train.py", "--sam-weight", "18")),
     "sdedit": Arm("SDEdit", (), "sdedit", ("--guidance-text", "4"), paper=(21.67, 0.11)),
     "instruct-pix2pix": Arm(
         "InstructPix2Pix",

@@ -7,8 +7,8 @@ segmenter marked, and over nothing else:
     L = Σ m · |x̂_0 - x_0|² / Σ m        |·|² the mean over channels, Σ over places; m from 0 to 1
 
 The mask is made of pixels and the latents are not: a place of the latent stands for a square of pixels, and
-counts by the share of it that is marked. Of a batch, the samples that mark anything are averaged; where none
-does, the loss is 0 and has gradients of 0, not NaN.
+counts by the share of it that is marked. The loss of a batch is the mean over its samples. A sample that
+marks nothing has loss 0 and gradients of 0, not NaN.
 
 Question: a face is drawn with the wrong mouth. How much larger is this loss than the mean over the panel, and
 what does the ratio tell?

@@ -16,6 +16,7 @@ Shapes: B batch · D channels · L length · N numbers of state per channel
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -73,12 +74,15 @@ def scans_images_in_place(image: Tensor) -> bool:
 
 
 @torch.compiler.disable
-def scan_image(image: Tensor, orders: Tensor, *rest: Tensor, delta_softplus: bool = False) -> Tensor:
+def scan_image(image: Tensor, cross_scan: Callable, *rest: Tensor, delta_softplus: bool = False) -> Tensor:
     """One scan over the image in each order, summed at each pixel, without a copy of the image for any.
 
-    image (B, P, H, W); orders (G, L) int64, the pixel at each step. rest: Δ (B, G, P, L), A, B, C, D and Δ's
-    bias as `fast_scan` takes them, in the order of the steps. Returns the image's shape and dtype.
+    image (B, P, H, W). cross_scan: images (B, P, H, W) → sequences (B, G, P, L), here of the pixels' numbers.
+    rest: Δ (B, G, P, L), A, B, C, D and Δ's bias as `fast_scan` takes them, in the order of the steps.
+    Returns the image's shape and dtype.
     """
+    pixels = torch.arange(image[0, 0].numel(), device=image.device).view(1, 1, *image.shape[2:])
+    orders = cross_scan(pixels)[0, :, 0]  # (G, L) int64, the pixel at each step
     u = image.flatten(2).unsqueeze(1)  # (B, 1, P, L)
     return _module("numba").scan(u, *rest, delta_softplus, orders).view_as(image)
 

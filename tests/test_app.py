@@ -25,7 +25,7 @@ from PIL import Image
 import backbone
 from apps import page as app
 from apps.pipeline import InstructGIEPipeline, seeded
-from edit import SCHEDULERS, labelled_grid
+from edit import labelled_grid
 from pictures import load_image
 from toy import doctor, score
 
@@ -111,14 +111,14 @@ def test_of_many_steps_ten_are_shown(editor):
     assert [caption for _, caption in steps] == ["3", "6", "9", "12", "15", "18", "21", "24", "25"]
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", backbone.SAMPLERS)
 def test_every_sampler_shows_its_steps_whichever_came_before(editor, scheduler):
     if scheduler == "euler-a":  # diffusers has it for no U-Net that predicts x_0, as the toy one does
         assert "prediction_type not implemented yet: sample" in error(editor, scheduler=scheduler).message
         return
     shown = edit(editor, scheduler=scheduler, steps=3)
     assert len(shown[-1][1]) == 3 and shown[-1][2]
-    assert type(editor.pipe.scheduler).__name__ == SCHEDULERS[scheduler]
+    assert type(editor.pipe.scheduler).__name__ == backbone.SAMPLERS[scheduler]
 
 
 def test_stopped_an_edit_ends_after_the_step_in_hand_and_the_next_one_is_whole(editor):

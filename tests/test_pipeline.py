@@ -21,7 +21,7 @@ import backbone
 import edit
 import liu
 from apps.pipeline import InstructGIEPipeline, fit_panel, seeded, unfit
-from dataset import split_grid
+from dataset import answer_panel
 from pictures import image_to_tensor, load_image, tensor_to_image, to_panel
 from rcldm import RCLDM
 from training import precompute
@@ -80,7 +80,7 @@ def test_an_untrained_editor_is_the_bare_unet_to_the_last_bit(folders, edits):
     assert drawn.shape == (3, 4, 8, 8) and torch.equal(drawn, x)
 
 
-@pytest.mark.parametrize("scheduler", edit.SCHEDULERS.values())
+@pytest.mark.parametrize("scheduler", backbone.SAMPLERS.values())
 def test_a_sample_depends_on_its_own_seed_alone(folders, edits, scheduler):
     editor = load(folders / "editor")
     editor.scheduler = getattr(diffusers, scheduler).from_config(editor.scheduler.config)
@@ -160,7 +160,7 @@ def test_the_answer_is_the_lower_right_panel_decoded_alone(editor, edits):
     latents = draw(editor, edits)
     answers = editor.decode_answers(latents)
     assert answers.shape == (3, 3, P, P) and answers.abs().max() <= 1
-    assert torch.equal(backbone.decode_latents(editor.vae, split_grid(latents)[3]), answers)
+    assert torch.equal(backbone.decode_latents(editor.vae, answer_panel(latents)), answers)
     latents[..., :4, :] = 0  # another example row
     assert torch.equal(editor.decode_answers(latents), answers)
 
@@ -469,7 +469,7 @@ def test_schedulers_are_swapped_as_usual(pipe, pictures):
             pipe.scheduler = kind.from_config(config)
             drawn[kind.__name__] = answers(pipe, pictures, num_inference_steps=4)
             assert pipe.config.scheduler == ("diffusers", kind.__name__)
-    assert set(edit.SCHEDULERS.values()) <= set(drawn) and len(drawn) >= 12
+    assert set(backbone.SAMPLERS.values()) <= set(drawn) and len(drawn) >= 12
     assert all(found.isfinite().all() for found in drawn.values())
 
 

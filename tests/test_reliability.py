@@ -468,7 +468,7 @@ def test_the_cache_knows_every_picture_row_and_weight(parts, tmp_path, monkeypat
         save_table(data, range(24))
         shutil.rmtree(data / "train")
     vae, clip = backbone.load_stable_diffusion(str(parts / "sd")).vae, backbone.load_clip(str(parts / "clip"))
-    areas = sam_loss.SelectiveAreas(*backbone.load_segmenter(str(parts / "segmenter")))
+    areas = sam_loss.SelectiveAreas(*backbone.load_segmenter(str(parts / "segmenter")), ["person"])
     frozen, seen = Frozen(vae, clip, areas), []
     read_all = cache_module.read_all
     monkeypatch.setattr(cache_module, "read_all", lambda *args: seen.append(None) or read_all(*args))

@@ -15,6 +15,7 @@ from transformers import (
 
 from sam_loss import SelectiveAreas, panoptic_area, propose_classes, selective_area_loss
 
+AS_THEY_ARE = Mask2FormerImageProcessor(do_resize=False)
 LABELS = ("person", "cat", "sky", "wall-other-merged")
 
 
@@ -101,7 +102,9 @@ def test_area_is_scaled_to_the_image():
     assert area.shape == (32, 16) and area[:15].all() and not area[17:].any()
 
 
-@pytest.mark.parametrize("processor", [None, Mask2FormerImageProcessor(size={"height": 96, "width": 96})])
+@pytest.mark.parametrize(
+    "processor", [AS_THEY_ARE, Mask2FormerImageProcessor(size={"height": 96, "width": 96})]
+)
 def test_areas_of_images(segmenter, images, processor):
     areas = SelectiveAreas(segmenter, processor, LABELS, threshold=0.0)
     result = areas(images)
@@ -113,10 +116,10 @@ def test_areas_of_images(segmenter, images, processor):
 
 def test_unknown_class_is_named_with_the_ones_close_to_it(segmenter):
     with pytest.raises(ValueError, match=r"'persons'.*person"):
-        SelectiveAreas(segmenter, classes=["cat", "persons"])
+        SelectiveAreas(segmenter, AS_THEY_ARE, ["cat", "persons"])
     with pytest.raises(ValueError, match=r"'zebra'.*sky"):
-        SelectiveAreas(segmenter, classes=["zebra"])
-    SelectiveAreas(segmenter, classes=["Person"])
+        SelectiveAreas(segmenter, AS_THEY_ARE, ["zebra"])
+    SelectiveAreas(segmenter, AS_THEY_ARE, ["Person"])
 
 
 # --- The proposal -------------------------------------------------------------------------------------------
@@ -177,9 +180,21 @@ def test_loss_by_hand():
     area[1, 0, 1, 1] = 1  # one pixel, an error of 1 in both channels: 1
     predicted[1, 0, 1, 1] = 3.0  # … of 3 and 1: (9 + 1) / 2 = 5
     assert selective_area_loss(predicted, target, area) == pytest.approx((1 + 5) / 2)
-    assert selective_area_loss(predicted, target, area, torch.tensor([0.5, 0.0])) == pytest.approx(0.5)
+    assert selective_area_loss(predicted, target, area, torch.tensor([0.5, 0.0])) == pytest.approx(0.25)
     area[0] = 0
-    assert selective_area_loss(predicted, target, area) == pytest.approx(5)
+    assert selective_area_loss(predicted, target, area) == pytest.approx(5 / 2)
+
+
+def test_a_batch_may_be_split():
+    """Over processes, or over the batches of a step, some of which may hold no area at all."""
+    g = torch.Generator().manual_seed(0)
+    predicted, target = torch.randn(2, 4, 4, 8, 8, generator=g)
+    area, weight = torch.zeros(4, 1, 16, 16), torch.tensor([0.0, 1.0, 0.5, 1.0])
+    area[1:3, :, 2:9, 4:7] = 1
+    whole = selective_area_loss(predicted, target, area, weight)
+    for size in (1, 2):
+        parts = [x.split(size) for x in (predicted, target, area, weight)]
+        torch.testing.assert_close(torch.stack([*map(selective_area_loss, *parts)]).mean(), whole)
 
 
 def test_loss_takes_the_share_that_the_area_covers():

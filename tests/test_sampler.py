@@ -7,7 +7,6 @@ import torch
 from diffusers import DDIMScheduler
 
 import backbone
-import edit
 
 T = 1000
 SD15 = {  # stable-diffusion-v1-5/stable-diffusion-v1-5, scheduler/scheduler_config.json
@@ -91,7 +90,7 @@ def test_ddim_is_finite_and_exact_at_every_number_of_steps(name):
     assert refused == ([] if name == "toy" else [T])  # Stable Diffusion's would begin at timestep 1000
 
 
-OTHERS = [kind for kind in edit.SCHEDULERS.values() if kind != "DDIMScheduler"]
+OTHERS = [kind for kind in backbone.SAMPLERS.values() if kind != "DDIMScheduler"]
 
 
 def draw(scheduler, steps):
