@@ -278,6 +278,16 @@ def test_the_fingerprint_of_a_large_file_has_its_size_and_blocks_from_all_over(t
     assert len({*found, backbone.fingerprint(tmp_path, "llm")}) == 5
 
 
+def test_a_gpu_of_a_number_is_the_current_one(monkeypatch):
+    """accelerate knows no other way to be told which."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert backbone.pick_device("auto") == torch.device("cuda") and chosen == []
+    assert backbone.pick_device("cuda:1") == torch.device("cuda:1") == chosen[0]
+
+
 TOGETHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
