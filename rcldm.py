@@ -284,8 +284,8 @@ class VisualPromptEncoder(nn.Module):
 
 
 class RCLDM(ModelMixin, ConfigMixin):
-    """[paper] [figure] A ControlNet whose two additions are VMamba: the condition's encoder before the copy of
-    the U-Net's encoder, and the links behind it. It is called as `ControlNetModel` is.
+    """[paper] [figure] A ControlNet whose two additions are VMamba: the condition's encoder before the copy
+    of the U-Net's encoder, and the links behind it. It is called as `ControlNetModel` is.
 
     Args:
         unet_encoder: configuration of the trainable copy, as `ControlNetModel` takes it; `from_unet` has it.
