@@ -6,7 +6,16 @@ Every part is a preset's, a Hugging Face hub id or a local folder, and all three
     clip = load_clip(preset("sd15").clip, device)
 """
 
-from backbone.command import COLUMNS, PATIENCE, check_numbers, choose_attention, one_line_errors, pick_device
+from backbone.command import (
+    COLUMNS,
+    PATIENCE,
+    check_numbers,
+    choose_attention,
+    markdown,
+    new_parser,
+    one_line_errors,
+    pick_device,
+)
 from backbone.editor import SAMPLING, Parts, check_fit, load_editor, load_parts
 from backbone.folders import (
     FOLDERS,
