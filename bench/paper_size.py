@@ -4,8 +4,8 @@
     python -m bench.paper_size --real        # with the preset's parts, from the hub or from folders
     python -m bench.paper_size --real --stable-diffusion FOLDER --device cuda --precision bf16
 
-Each part is found or downloaded, named with its size and licence, and loaded. The untrained RCLDM must leave
-the U-Net's prediction as it is, to the last bit. Then `train.py` takes a step with all four losses and
+Each part is found or downloaded, loaded, and named with its size. The untrained RCLDM must leave the U-Net's
+prediction as it is, to the last bit. Then `train.py` takes a step with all four losses and
 `edit.py` draws an edit; each says its time and memory. What fails, fails there, in one line.
 
 Without `--real` the parts are those of bench/random_parts.py. The pictures are the toy world's.
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from PIL import Image
 from torch import nn
 
@@ -33,17 +32,6 @@ from bench import random_parts
 from rcldm import RCLDM
 from toy import world
 from training.draws import draw_timesteps, keep_conditions, step_generator
-
-
-def licence(source: str) -> str:
-    """As the model's card has it, in its folder or on the hub."""
-    folder = backbone.local_folder(source)
-    if folder and not (folder / "README.md").is_file():
-        return "not told"
-    try:
-        return ModelCard.load(folder / "README.md" if folder else source).data.license or "not told"
-    except Exception as error:  # of the hub's client, whose kinds are many
-        return f"not known ({type(error).__name__})"
 
 
 def millions(model: nn.Module) -> float:
@@ -55,14 +43,10 @@ def load(part: str, source: str, device: torch.device) -> Any:
     BackboneError."""
     start = time.monotonic()
     loaded = getattr(backbone, f"load_{part}")(source, device)
-    models = [x for x in (loaded if isinstance(loaded, tuple) else [loaded]) if isinstance(x, nn.Module)]
-    folder = backbone.find_folder(source, {"clip": ["open_clip*"], **backbone.FOLDERS}.get(part))
-    files = [*folder.rglob("*.safetensors")]
-    size = sum(file.stat().st_size for file in files) / 2**30
-    print(f"{part}: {source}, in {folder}, {time.monotonic() - start:.0f} s")
-    print(f"    {len(files)} safetensors files, {size:.2f} GiB; licence: {licence(source)}")
-    for model in models:
-        print(f"    {type(model).__name__}: {millions(model):.0f} M parameters", flush=True)
+    print(f"{part}: {source}, {time.monotonic() - start:.0f} s")
+    for model in loaded if isinstance(loaded, tuple) else [loaded]:
+        if isinstance(model, nn.Module):
+            print(f"    {type(model).__name__}: {millions(model):.0f} M parameters", flush=True)
     return loaded
 
 
@@ -129,7 +113,7 @@ PARTS = ("stable_diffusion", "clip", "segmenter", "llm")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.paper_size", description=__doc__.split("\n")[0])
+    parser = backbone.new_parser("bench.paper_size", __doc__)
     add = parser.add_argument
     add("--backbone", default="sd15", choices=backbone.PRESETS)
     add("--real", action="store_true", help="the preset's parts, not random weights")
