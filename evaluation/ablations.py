@@ -2,11 +2,10 @@
 
     make results                                         # all arms, three seeds; hours on a CPU, resumable
     python -m evaluation.ablations --seeds 0 --only full no-esm    # a part of it
-    python -m evaluation.ablations --table    # only writes docs/results.md from what is measured
 
 Each arm is a command of `train.py`, `vit.py` or `baselines.py`, each set of answers one of `evaluate.py`,
-measured by `metrics.py` and `toy.score`. This file calls these programs and gathers what they wrote. All
-arms of a seed see the same number of grids, or of edits, drawn in the same order.
+measured by `metrics.py` and `toy.score`. This file calls these programs and gathers what they wrote into
+docs/results.md. All arms of a seed see the same number of grids, or of edits, drawn in the same order.
 
 Every contribution is measured where it should show: RCLDM where the instruction is withheld and only the
 example tells, ESM on everything, LIU on paraphrases that no model has seen, SAM on faces.
@@ -22,11 +21,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-import torch
-
 import backbone
-from disk import atomic_write, other_settings
-from evaluation.metrics import interval, markdown
+from disk import other_settings, write_text
 
 PAGE = backbone.HERE / "docs" / "results.md"
 NOT_YET = "Not measured yet.\n"
@@ -40,7 +36,6 @@ class Arm(NamedTuple):
     asked once. method, sampling: of evaluate.py.
 
     paper: the paper's FID and CLIP directional similarity, on photographs.
-    times: the budget, this often. beside: the arm of the same budget that the differences are taken from.
     """
 
     label: str
@@ -48,8 +43,6 @@ class Arm(NamedTuple):
     method: str = "instructgie"
     sampling: tuple[str, ...] = ()
     paper: tuple[float | None, float | None] = (None, None)
-    times: int = 1
-    beside: str = "full"
 
 
 SETS = {
@@ -88,17 +81,8 @@ ARMS = {
     ),
     "shipped": Arm("InstructGIE as shipped, trained longer", trainer=()),
 }
-# What learns is set beside the baselines at two budgets: who leads might hang on when one stops.
-LONGER = {
-    f"{name}-3x": ARMS[name]._replace(
-        label=f"{ARMS[name].label}, 3 × the budget", paper=(None, None), times=3, beside="full-3x"
-    )
-    for name in ("instruct-pix2pix", "prompt-diffusion", "full")
-}
-ARMS |= LONGER
-
 # The tables, by their heading: which arms stand beside the full one on which answers.
-COMPARED = ("sdedit", "instruct-pix2pix", "prompt-diffusion", "full", *LONGER, "shipped")
+COMPARED = ("sdedit", "instruct-pix2pix", "prompt-diffusion", "full", "shipped")
 TABLES = {
     "## Beside the baselines": {"seen": COMPARED, "unseen_combination": COMPARED},
     "## Without each contribution": {
@@ -108,7 +92,6 @@ TABLES = {
         "faces": ("full", "no-sam", "sam-10x"),
     },
 }
-ROWS = [(each, name) for sets in TABLES.values() for each, names in sets.items() for name in names]
 TITLES = {
     "seen": "New scenes, `seen`",
     "unseen_combination": "Combinations never trained, `unseen_combination`",
@@ -148,7 +131,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> str | None:
     ours = arm.method == "instructgie"
     if not (folder / "done").exists():
         begun = ("--resume",) if ours and folder.exists() else ()
-        budget = ("--steps", arm.times * args.steps, "--batch", args.batch, "--precision", args.precision)
+        budget = ("--steps", args.steps, "--batch", args.batch, "--precision", args.precision)
         call(*arm.trainer, "--output", folder, *begun, "--seed", seed, *budget)
         (folder / "done").touch()
     return str(folder / ("editor" if ours else "pipeline"))
@@ -157,7 +140,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> str | None:
 def measure(name: str, seed: int, model: str | None, args: argparse.Namespace) -> None:
     """Answers every set of the arm and measures the answers, unless that is done."""
     arm = ARMS[name]
-    for each in dict.fromkeys(each for each, other in ROWS if other == name):
+    for each in [each for each in SETS if any(name in sets.get(each, ()) for sets in TABLES.values())]:
         out = args.out / f"{name}-{seed}" / each
         if (out / "score.json").exists():
             continue
@@ -171,15 +154,15 @@ def measure(name: str, seed: int, model: str | None, args: argparse.Namespace) -
 # --- The tables ---------------------------------------------------------------------------------------------
 
 
-def gather(name: str, each: str, args: argparse.Namespace) -> dict[int, dict]:
-    """What was measured of an arm's answers, by the seeds that are there."""
-    rows = {}
+def gather(name: str, each: str, args: argparse.Namespace) -> list[dict]:
+    """What was measured of an arm's answers, of the seeds that are there."""
+    rows = []
     for seed in args.seeds:
         out = args.out / f"{name}-{seed}" / each
         if (out / "score.json").exists():
             (measured,) = json.loads((out / "metrics.json").read_text())["results"]
             (scored,) = json.loads((out / "score.json").read_text())
-            rows[seed] = measured | scored
+            rows.append(measured | scored)
     return rows
 
 
@@ -200,7 +183,7 @@ def table(each: str, names: tuple[str, ...], args: argparse.Namespace) -> str:
     head += ["paper: FID", "DirSim"]
     rows = []
     for name in names:
-        found = [*gather(name, each, args).values()]
+        found = gather(name, each, args)
         if not found:
             continue
         cells = [
@@ -211,38 +194,7 @@ def table(each: str, names: tuple[str, ...], args: argparse.Namespace) -> str:
         cells += [cell(found, f"mae_{region}", 1) for region in ("inside", "outside", "face")]
         cells += ["–" if number is None else f"{number:.2f}" for number in ARMS[name].paper]
         rows.append([ARMS[name].label, f"{len(found)} × {found[0]['n']}", *cells])
-    return markdown(head, rows) if rows else NOT_YET
-
-
-def difference(rows: dict[int, dict], full: dict[int, dict], key: str, digits: int) -> str:
-    """How far a metric lies above the full arm's of the same seed: mean, interval, and how many seeds say so.
-
-    The interval is of the queries: a paired bootstrap of the mean. An arm of one seed meets all of the full
-    one's.
-    """
-    only = next(iter(rows.values())) if len(rows) == 1 else None
-    pairs = [(rows.get(seed, only), full[seed]) for seed in full if only or seed in rows]
-    apart = [mine[key] - theirs[key] for mine, theirs in pairs]
-    mean = fmean(apart)
-    draws = torch.tensor([[row[f"{key}_draws"] for row in pair] for pair in pairs], dtype=torch.float64)
-    low, high = interval(mean, (draws[:, 0] - draws[:, 1]).mean(0))
-    alike = sum((value > 0) == (mean > 0) for value in apart)
-    return f"{mean:+.{digits}f} ± {(high - low) / 2:.{digits}f} ({alike} of {len(apart)})"
-
-
-def differences(args: argparse.Namespace) -> str:
-    """A row for each arm and set: FID and directional similarity less those of its budget's full arm."""
-    head = ["", "answers", "FID (clip)", "CLIP DirSim", "paper: FID", "DirSim"]
-    rows = []
-    for each, name in ROWS:
-        arm = ARMS[name]
-        full, found = gather(arm.beside, each, args), gather(name, each, args)
-        if name in ("full", "full-3x", "shipped") or not found or not full:
-            continue
-        cells = [difference(found, full, "fid", 4), difference(found, full, "directional_similarity", 3)]
-        cells += [f"{a - b:+.2f}" if a else "–" for a, b in zip(arm.paper, ARMS["full"].paper)]
-        rows.append([arm.label, f"`{each}`", *cells])
-    return markdown(head, rows) if rows else NOT_YET
+    return backbone.markdown(head, rows) if rows else NOT_YET
 
 
 def receptive_fields(args: argparse.Namespace) -> str:
@@ -262,23 +214,16 @@ def write_page(args: argparse.Namespace) -> None:
     for heading, sets in TABLES.items():
         parts.append(f"{heading}\n")
         parts += [f"{TITLES[each]}:\n\n{table(each, names, args)}" for each, names in sets.items()]
-    parts.append(f"## How far each lies from the full method\n\n{differences(args)}")
     parts.append(f"## What each encoder looks at\n\n{receptive_fields(args)}")
-    page = PAGE.read_text(encoding="utf-8")
-    if page.count(start) != 1 or page.count(end) != 1:
-        raise ValueError(f"{PAGE}: its two marks are gone; restore {start.strip()} and {end.strip()}")
-    before, rest = page.split(start)
+    before, rest = PAGE.read_text(encoding="utf-8").split(start)
     text = before + start + "\n" + "\n".join(parts) + "\n" + end + rest.split(end)[1]
-    atomic_write(PAGE, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(PAGE, text)
     print(f"the tables are in {PAGE}")
 
 
+@backbone.one_line_errors("evaluation.ablations")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.ablations",
-        description="Train and measure all arms of the paper's tables.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = backbone.new_parser("evaluation.ablations", __doc__)
     add = parser.add_argument
     add("--only", nargs="+", default=list(ARMS), choices=ARMS, help="these arms")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -288,15 +233,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--precision", default="bf16", choices=("no", "bf16"))
     add("--runs", type=Path, default=Path("runs/ablations"), help="what is trained")
     add("--out", type=Path, default=Path("out/ablations"), help="answers and numbers")
-    add("--table", action="store_true", help="only write the page")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("evaluation.ablations"):
-        check_budget(args)
-        for seed in args.seeds if not args.table else ():
-            for name in args.only:
-                if ARMS[name].trainer or seed == args.seeds[0]:
-                    measure(name, seed, train(name, seed, args), args)
-        write_page(args)
+    check_budget(args)
+    for seed in args.seeds:
+        for name in args.only:
+            if ARMS[name].trainer or seed == args.seeds[0]:
+                measure(name, seed, train(name, seed, args), args)
+    write_page(args)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ Beside it stands that of the true output. Intervals hold 95 %, by a bootstrap ov
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +25,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import backbone
 import esm
-from disk import atomic_write
+from disk import write_text
 from evaluation.evaluate import read_answers
 from pictures import check_finite, load_image, to_bytes, to_panel
 
@@ -48,41 +47,31 @@ def directional_similarity(before: Tensor, after: Tensor, said_before: Tensor, s
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> float:
-    """Fréchet's distance of the normal distributions fitted to features (N, d) and (M, d), squared as in FID.
+    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½): torchmetrics' FID, of features (N, d) and (M, d)."""
+    from torchmetrics.image.fid import FrechetInceptionDistance  # of requirements-dev.txt
 
-    |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½). With Σ = XᵀX, the trace of that root is the sum of the singular
-    values of X₁X₂ᵀ, or of R₁R₂ᵀ where X = QR: a matrix of the smaller of d and the numbers of pictures.
+    given = nn.Identity()
+    given.num_features = one.shape[1]
+    fid = FrechetInceptionDistance(given)
+    fid.update(one.double(), real=True)
+    fid.update(other.double(), real=False)
+    return max(0.0, fid.compute().item())  # of equal clouds 0, but for a rounding to either side
+
+
+def bootstrap(statistic: Callable[[Tensor], float], count: int) -> tuple[float, tuple[float, float]]:
+    """A statistic of all queries, which takes their indices, and its 95 % interval, by drawing the queries
+    500 times with repetition.
+
+    [ours] 1.96 standard deviations of the draws to either side. Quantiles of the draws would not do: a
+    distance grows with every repetition, and nearly all draws lie above its value.
     """
-    apart, roots = 0.0, []
-    for sign, features in ((1, one.double()), (-1, other.double())):
-        apart = apart + sign * features.mean(0)
-        x = (features - features.mean(0)) / (len(features) - 1) ** 0.5
-        roots.append(torch.linalg.qr(x, mode="r").R)
-    own = sum(root.square().sum() for root in roots)
-    common = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
-    distance = apart.square().sum() + own - 2 * common  # of equal clouds 0, but for a rounding to either side
-    return distance.clamp(min=0).item()
+    from scipy import stats  # here, because it is of requirements-dev.txt
 
-
-def bootstrap(statistic: Callable[[Tensor], float], count: int, draws: int = 500) -> Tensor:
-    """The statistic of so many draws of the queries with repetition, (draws,); it takes their indices.
-
-    Those of two methods' answers to the same queries are of the same draws: subtract them for the spread of
-    a difference.
-    """
-    g = torch.Generator().manual_seed(0)
-    drawn = [statistic(torch.randint(count, (count,), generator=g)) for _ in range(draws)]
-    return torch.tensor(drawn, dtype=torch.float64)
-
-
-def interval(whole: float, draws: Tensor) -> tuple[float, float]:
-    """A 95 % interval of a statistic, of its value for all queries and its bootstrap.
-
-    [ours] 1.96 standard deviations of the draws to either side of that value. Quantiles of the draws would
-    not do: a distance grows with every repetition, and nearly all draws lie above it.
-    """
-    half = 1.96 * draws.std().item()
-    return whole - half, whole + half
+    whole = statistic(torch.arange(count))
+    options = {"n_resamples": 500, "vectorized": False, "method": "percentile", "rng": 0}
+    drawn = stats.bootstrap([range(count)], lambda i: statistic(torch.as_tensor(i)), **options)
+    half = 1.96 * drawn.standard_error
+    return whole, (whole - half, whole + half)
 
 
 # --- Features of saved pictures -----------------------------------------------------------------------------
@@ -123,7 +112,7 @@ def embed_all(records: list[dict], folder: Path, clip, tokenizer, features, devi
 
 @torch.no_grad()
 def measure(folder: Path, clip, tokenizer, features, device: torch.device) -> dict[str, Any]:
-    """The metrics of one folder of answers, each with its interval and its bootstrap, and the truth's."""
+    """The metrics of one folder of answers, each with its interval, and the truth's."""
     records = read_answers(folder, {"answer", "input", "output", "input_caption", "output_caption"})
     if any(not row["input_caption"] or not row["output_caption"] for row in records):
         raise ValueError(f"{folder}: directional similarity needs both captions of every query")
@@ -145,18 +134,9 @@ def measure(folder: Path, clip, tokenizer, features, device: torch.device) -> di
     result: dict[str, Any] = {"folder": str(folder), "n": n}
     result |= {"split": folder.resolve().parent.name, "mode": records[0].get("mode") or folder.resolve().name}
     for name, statistic in statistics.items():
-        result[name] = statistic(torch.arange(n))
-        draws = bootstrap(statistic, n)
-        result[f"{name}_interval"] = interval(result[name], draws)
-        result[f"{name}_draws"] = draws.tolist()
+        result[name], result[f"{name}_interval"] = bootstrap(statistic, n)
     result["true_directional_similarity"] = true_direction.mean().item()
     return result
-
-
-def markdown(head: list[str], rows: list[list[str]], words: int = 1) -> str:
-    """A table, of which so many columns hold words, and all others numbers."""
-    lines = [head, ["---"] * words + ["---:"] * (len(head) - words), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def table(results: list[dict], features: str) -> str:
@@ -169,33 +149,27 @@ def table(results: list[dict], features: str) -> str:
             cells.append(f"{result[name]:.3f} ({low:.3f} … {high:.3f})")
         truth = f"{result['true_directional_similarity']:.3f}"
         rows.append([f"{result['split']}, {result['mode']}", str(result["n"]), *cells, truth])
-    return markdown(["", "n", f"FID ({features})", "CLIP DirSim", "the truth's"], rows)
+    return backbone.markdown(["", "n", f"FID ({features})", "CLIP DirSim", "the truth's"], rows)
 
 
+@backbone.one_line_errors("evaluation.metrics")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.metrics",
-        description="The paper's metrics of saved answers.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = backbone.new_parser("evaluation.metrics", __doc__)
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="with answers.jsonl")
     add("--clip", default=backbone.preset("toy").clip_eval, help="folder or hub id of an open_clip model")
     add("--features", default="clip", choices=("clip", "inception"), help="of the FID")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--json", type=Path, metavar="OUT", help="all numbers, those of the bootstrap among them")
+    add("--json", type=Path, metavar="OUT", help="all numbers")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("evaluation.metrics"):
-        device = backbone.pick_device(args.device)
-        clip, tokenizer = backbone.load_clip(args.clip, device), backbone.load_clip_tokenizer(args.clip)
-        features = inception(device) if args.features == "inception" else None
-        results = [measure(folder, clip, tokenizer, features, device) for folder in args.folders]
-        if args.json:
-            found = {"clip": args.clip, "features": args.features, "results": results}
-            text = json.dumps(found, indent=1, allow_nan=False) + "\n"
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(args.json, lambda file: file.write_text(text, encoding="utf-8"))
-        print(table(results, args.features), end="")
+    device = backbone.pick_device(args.device)
+    clip, tokenizer = backbone.load_clip(args.clip, device), backbone.load_clip_tokenizer(args.clip)
+    features = inception(device) if args.features == "inception" else None
+    results = [measure(folder, clip, tokenizer, features, device) for folder in args.folders]
+    if args.json:
+        found = {"clip": args.clip, "features": args.features, "results": results}
+        write_text(args.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
+    print(table(results, args.features), end="")
 
 
 if __name__ == "__main__":

@@ -233,7 +233,7 @@ def test_equal_clouds_are_no_less_than_nothing_apart():
     """What vanishes on paper rounds to either side of zero."""
     for seed in range(20):
         cloud = torch.randn(50, 8, generator=torch.Generator().manual_seed(seed))
-        assert 0 <= metrics.frechet_distance(cloud, cloud.flip(0)) < 1e-12
+        assert 0 <= metrics.frechet_distance(cloud, cloud.flip(0)) < 1e-6
 
 
 def test_a_line_of_answers_is_json(tmp_path):
