@@ -26,14 +26,15 @@ def save_stable_diffusion(folder: Path) -> None:
         sample_size=512,
         scaling_factor=0.18215,
     )
-    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+    text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
     toy = backbone.find_folder(backbone.preset("toy").stable_diffusion)  # its words, to the paper's length
     tokenizer = CLIPTokenizer.from_pretrained(toy / "tokenizer", model_max_length=77)
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    parts = vae, CLIPTextModel(text), tokenizer, unet, DDIMScheduler(**schedule, set_alpha_to_one=False)
+    scheduler = DDIMScheduler(**schedule, set_alpha_to_one=False, clip_sample=False, steps_offset=1)
+    parts = vae.half(), text.half(), tokenizer, unet.half(), scheduler
     pipe = StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
-    pipe.to(dtype=torch.float16).save_pretrained(folder)
+    pipe.save_pretrained(folder)
 
 
 def save_clip(folder: Path) -> None:
