@@ -12,6 +12,8 @@ from backbone.command import (
     check_numbers,
     choose_attention,
     hide_progress_bars,
+    markdown,
+    new_parser,
     one_line_errors,
     pick_device,
 )

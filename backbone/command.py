@@ -1,4 +1,4 @@
-"""What the programs share: devices, bounds of options, and errors of one line."""
+"""What the programs share: devices, bounds of options, tables, and errors of one line."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ COLUMNS: dict[str, Any] = {
     "metavar": ("BEFORE", "AFTER", "INSTRUCTION"),
     "help": "the dataset's names of these columns, or keys of its metadata (default: the usual ones)",
 }
+
+
+def new_parser(program: str, doc: str) -> argparse.ArgumentParser:
+    """Of `python -m program`, described by the first line of its docstring; --help tells the defaults."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {program}",
+        description=doc.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -73,6 +82,12 @@ def check_numbers(args: argparse.Namespace, bounds: dict[tuple[float, float], st
                 raise ValueError(f"{option} must be a finite number, not {value}")
             if not least <= value <= most:
                 raise ValueError(f"{option} must be {wanted}, not {str(value)[:40]}")
+
+
+def markdown(head: list[str], rows: list[list[str]], words: int = 1) -> str:
+    """A table, of which so many columns hold words, and all others numbers."""
+    lines = [head, ["---"] * words + ["---:"] * (len(head) - words), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 @backbone.one_line_errors("bench.edit_time")
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.edit_time", description=__doc__.split("\n")[0])
+    parser = backbone.new_parser("bench.edit_time", __doc__)
     parser.add_argument("--backbone", default="toy", choices=backbone.PRESETS)
     parser.add_argument("--batch", type=int, default=4, help="edits drawn at once")
     parser.add_argument("--steps", type=int, default=20)

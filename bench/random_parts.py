@@ -14,12 +14,10 @@ import backbone
 
 
 def save_stable_diffusion(folder: Path) -> None:
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    unet.half().save_pretrained(folder / "unet")
-    AutoencoderKL(
+    vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -27,14 +25,16 @@ def save_stable_diffusion(folder: Path) -> None:
         latent_channels=4,
         sample_size=512,
         scaling_factor=0.18215,
-    ).half().save_pretrained(folder / "vae")
-    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
-    CLIPTextModel(text).half().save_pretrained(folder / "text_encoder")
+    )
+    text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
     toy = backbone.find_folder(backbone.preset("toy").stable_diffusion)  # its words, to the paper's length
     tokenizer = CLIPTokenizer.from_pretrained(toy / "tokenizer", model_max_length=77)
-    tokenizer.save_pretrained(folder / "tokenizer")
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    DDIMScheduler(**schedule, set_alpha_to_one=False).save_pretrained(folder / "scheduler")
+    scheduler = DDIMScheduler(**schedule, set_alpha_to_one=False, clip_sample=False, steps_offset=1)
+    parts = vae.half(), text.half(), tokenizer, unet.half(), scheduler
+    pipe = StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
+    pipe.save_pretrained(folder)
 
 
 def save_clip(folder: Path) -> None:

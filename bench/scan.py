@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import torch
@@ -56,7 +55,7 @@ def measure(backend: str, size: tuple[int, ...], device: str, repeat: int) -> di
 
 @backbone.one_line_errors("bench.scan")
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.scan", description=__doc__.split("\n")[0])
+    parser = backbone.new_parser("bench.scan", __doc__)
     parser.add_argument("--sizes", nargs="+", default=["2,384,16,1024", "1,768,16,4096"], help="B,D,N,L")
     parser.add_argument("--repeat", type=int, default=10, help="timed runs after one that is not")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")

@@ -119,7 +119,7 @@ def measure(name: str, way: str, args: argparse.Namespace) -> dict[str, Any]:
 
 @backbone.one_line_errors("bench.train_step")
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.train_step", description=__doc__.split("\n")[0])
+    parser = backbone.new_parser("bench.train_step", __doc__)
     parser.add_argument("--backbone", default="toy", choices=backbone.PRESETS)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=20, help="timed steps after one that is not")

@@ -16,12 +16,12 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean, median
 
-from PIL import Image, ImageDraw, ImageFont
 from tqdm.contrib.concurrent import thread_map
 
 import backbone
 from disk import atomic_write
 from pictures import ImageError, load_image, misfit
+from pictures.answers import panel_rows
 from pictures.pairs import EditPair, read_pairs
 
 
@@ -92,19 +92,12 @@ def _look(pair: EditPair) -> tuple[tuple[int, int], str, str, str] | ImageError:
 
 
 def draw_sheet(groups: dict[str, list[EditPair]], path: Path) -> None:
-    """Writes a picture with the first two good pairs of each of the first 60 instructions, a row of four
-    panels under its words; three rows side by side."""
-    side, line, gap, font = 96, 16, 12, ImageFont.load_default(size=11)
-    shown = list(groups.items())[:60]
-    width, height, columns = 4 * side + gap, side + line, min(3, len(shown))
-    sheet = Image.new("RGB", (columns * width + gap, -(-len(shown) // columns) * height + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for k, (instruction, group) in enumerate(shown):
-        x, y = gap + k % columns * width, k // columns * height
-        draw.text((x + 2, y + 1), instruction, "black", font)
-        for j, file in enumerate(file for pair in group[:2] for file in (pair.input, pair.output)):
-            panel = load_image(file).resize((side, side), Image.Resampling.BICUBIC)
-            sheet.paste(panel, (x + j * side, y + line))
+    """Writes a picture with the first two good pairs of each of the first 60 instructions."""
+    rows = []
+    for instruction, group in list(groups.items())[:60]:
+        files = [file for pair in group[:2] for file in (pair.input, pair.output)]
+        rows.append((instruction, list(map(load_image, files))))
+    sheet = panel_rows(rows, (), side=96, columns=min(3, len(rows)))
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, sheet.save)
     print(f"contact sheet: {path}")

@@ -27,6 +27,12 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text whole or not at all, and makes its folder. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A new folder to write to, which takes the place of `path` when all is written, and only then.

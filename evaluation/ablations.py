@@ -26,7 +26,7 @@ import torch
 
 import backbone
 from disk import atomic_write, other_settings
-from evaluation.metrics import interval, markdown
+from evaluation.metrics import interval
 
 PAGE = backbone.HERE / "docs" / "results.md"
 NOT_YET = "Not measured yet.\n"
@@ -211,7 +211,7 @@ def table(each: str, names: tuple[str, ...], args: argparse.Namespace) -> str:
         cells += [cell(found, f"mae_{region}", 1) for region in ("inside", "outside", "face")]
         cells += ["–" if number is None else f"{number:.2f}" for number in ARMS[name].paper]
         rows.append([ARMS[name].label, f"{len(found)} × {found[0]['n']}", *cells])
-    return markdown(head, rows) if rows else NOT_YET
+    return backbone.markdown(head, rows) if rows else NOT_YET
 
 
 def difference(rows: dict[int, dict], full: dict[int, dict], key: str, digits: int) -> str:
@@ -242,7 +242,7 @@ def differences(args: argparse.Namespace) -> str:
         cells = [difference(found, full, "fid", 4), difference(found, full, "directional_similarity", 3)]
         cells += [f"{a - b:+.2f}" if a else "–" for a, b in zip(arm.paper, ARMS["full"].paper)]
         rows.append([arm.label, f"`{each}`", *cells])
-    return markdown(head, rows) if rows else NOT_YET
+    return backbone.markdown(head, rows) if rows else NOT_YET
 
 
 def receptive_fields(args: argparse.Namespace) -> str:

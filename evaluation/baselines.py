@@ -1,11 +1,8 @@
-"""The three editors that the paper compares itself with, small, for `evaluate.py --method`.
+"""The editors that the paper compares itself with, trained on edits for `evaluate.py --method`.
 
     python -m evaluation.baselines instruct-pix2pix --steps 6000 --output runs/instruct-pix2pix
-    python -m evaluation.baselines prompt-diffusion --steps 6000 --output runs/prompt-diffusion
     python -m evaluation.evaluate runs/instruct-pix2pix/pipeline --method instruct-pix2pix
     python -m evaluation.evaluate --method sdedit    # needs no training
-    python -m evaluation.evaluate timbrooks/instruct-pix2pix --method instruct-pix2pix --backbone sd15 \
-        --data FOLDER
 
 SDEdit (Meng et al., 2022): the query with noise, from which Stable Diffusion draws what the output's caption
 says. It sees neither the instruction nor the example.
@@ -17,7 +14,7 @@ Prompt Diffusion (Wang et al., 2023): a ControlNet whose condition is the sum of
 example pair, six channels, and of the query, three. The U-Net draws the answer alone, and its decoder
 learns too. [ours] It is told the instruction, as we are; its authors told it the caption of the output.
 
-Both of the latter are saved as diffusers' pipelines.
+Both of the latter are saved as diffusers' pipelines. A stopped training goes on where it stood.
 
 Symbols: B samples; P panel size in pixels, p in latent pixels; C latent channels. Images are in [-1, 1].
 """
@@ -252,12 +249,9 @@ def train(args: argparse.Namespace) -> None:
     print(f"the baseline is in {args.output / 'pipeline'}")
 
 
+@backbone.one_line_errors("evaluation.baselines")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.baselines",
-        description="Train a baseline on edits; a stopped run goes on where it stood.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = backbone.new_parser("evaluation.baselines", __doc__)
     add = parser.add_argument
     add("method", choices=("instruct-pix2pix", "prompt-diffusion"))
     add("--backbone", default="toy", help=f"preset of pretrained parts: {', '.join(backbone.PRESETS)}")
@@ -272,10 +266,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--workers", type=int, default=1, help="processes that decode pictures")
     add("--cache", type=Path, default=Path("data/cache"), help="what the frozen parts computed")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("evaluation.baselines"):
-        bounds = {(1, math.inf): "steps", (1, 4096): "batch", (0, 1): "lr"}
-        backbone.check_numbers(args, bounds | {(0, 256): "workers", (0, 2**32): "seed"})
-        train(args)
+    bounds = {(1, math.inf): "steps", (1, 4096): "batch", (0, 1): "lr"}
+    backbone.check_numbers(args, bounds | {(0, 256): "workers", (0, 2**32): "seed"})
+    train(args)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@
     python -m toy.score out/eval/seen/both            # exact metrics of what is saved
 
 Below `--output` each split and mode has a folder: `<k>.png` the answer to query k, lossless; `answers.jsonl`
-with a line for each; `settings.json`; `pictures/`, where the dataset is a table, with the inputs and outputs.
-A run that was stopped goes on where it stood when it is started again.
+with a line for each, written when all are drawn; `settings.json`; `pictures/`, where the dataset is a table,
+with the inputs and outputs. Answers that lie there already are replaced.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import re
@@ -23,16 +22,17 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
 import backbone
 import evaluation.vit  # noqa: F401  so that its editors load
 from apps.pipeline import InstructGIEPipeline
 from dataset import VisualPromptDataset
-from disk import atomic_write, locked, other_settings
+from disk import write_text
 from evaluation.baselines import InstructPix2Pix, PromptDiffusion, SDEdit
-from pictures import TableImage, load_image, picture_digest, tensor_to_image
+from pictures import TableImage, load_image, tensor_to_image
+from pictures.answers import panel_rows, save_png
 from pictures.pairs import read_pairs
 
 # What the editor is given besides the query. "other-pair" is a pair of another instruction, and no words: who
@@ -108,13 +108,8 @@ def place(picture: str | TableImage, folder: Path) -> str:
     if not isinstance(picture, TableImage):
         return picture
     name = f"pictures/{quote(picture.column.column_names[0], safe='')}_{picture.row:06d}.png"
-    (folder / "pictures").mkdir(exist_ok=True)
-    save_picture(load_image(picture), folder / name)
+    save_png(load_image(picture), folder / name)
     return name
-
-
-def save_picture(image: Image.Image, path: Path) -> None:
-    atomic_write(path, lambda file: image.save(file, format="PNG"))
 
 
 def describe(data: VisualPromptDataset, query: Query, folder: Path) -> dict[str, Any]:
@@ -151,29 +146,6 @@ def read_answers(folder: Path, keys: set[str]) -> list[dict[str, Any]]:
     return records
 
 
-def fingerprint_queries(data: VisualPromptDataset, queries: list[Query]) -> str:
-    """Of the texts and the pictures' bytes of all pairs that the queries ask for and show."""
-    digest = hashlib.sha256()
-    for pair in (data.pairs[index] for query in queries for index in (query.index, query.example)):
-        pictures = picture_digest(pair.input), picture_digest(pair.output)
-        texts = pair.instruction, pair.input_caption, pair.output_caption, pair.extra
-        digest.update(repr((pictures, texts)).encode())
-    return digest.hexdigest()[:16]
-
-
-def fingerprint_model(model: str) -> str:
-    """Of a local model's files, so that answers of one trained anew do not mix with the old one's.
-
-    An editor's Stable Diffusion and language model lie elsewhere: its settings have their fingerprints.
-    """
-    digest, folder = hashlib.sha256(), backbone.local_folder(model)  # a hub id has no such folder
-    for file in sorted(folder.rglob("*")) if folder else ():
-        if file.suffix in (".json", ".safetensors"):
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
 # --- Answers ------------------------------------------------------------------------------------------------
 
 
@@ -187,21 +159,20 @@ def answer_all(
     sampling: dict[str, Any],
     batch: int,
 ) -> None:
-    """Answers every query that has no answer in `folder` yet: a batch's pictures first, then its lines.
+    """Answers every query: its picture goes to `folder` as it is drawn, the lines when all are.
 
     told: which text of a pair the editor is told, unless the mode withholds it: the instruction, a caption,
     or a further key of the metadata.
     """
     path = folder / "answers.jsonl"
-    records = read_answers(folder, {"answer"}) if path.exists() else []
-    if len(records) == len(queries):
-        return
+    path.unlink(missing_ok=True)  # its pictures are replaced
     pairs = [data.pairs[query.index] for query in queries]
     texts = [pair.extra.get(told) or getattr(pair, told, None) for pair in pairs]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"the dataset has no {told!r} for some queries, and the editor is to be told it")
     unified = [""] * len(texts) if mode.endswith("pair") else editor.unify(texts)
-    for start in tqdm(range(len(records), len(queries), batch), desc=folder.name, unit="batch"):
+    records: list[dict[str, Any]] = []
+    for start in tqdm(range(0, len(queries), batch), desc=folder.name, unit="batch"):
         now, words = queries[start : start + batch], unified[start : start + batch]
         panels = torch.stack([data.load_panels(query.example, query.index) for query in now])
         answers = editor.answer(
@@ -214,10 +185,10 @@ def answer_all(
         )
         for query, text, answer in zip(now, words, answers):
             name = f"{len(records):05d}.png"
-            save_picture(tensor_to_image(answer), folder / name)
+            save_png(tensor_to_image(answer), folder / name)
             records.append({"answer": name, "mode": mode, "unified": text} | describe(data, query, folder))
-        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
-        atomic_write(path, lambda file, lines=lines: file.write_text(lines, encoding="utf-8"))
+    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    write_text(path, lines)
 
 
 def contact_sheet(data: VisualPromptDataset, queries: list[Query], folder: Path, mode: str) -> Image.Image:
@@ -241,35 +212,12 @@ def contact_sheet(data: VisualPromptDataset, queries: list[Query], folder: Path,
     return panel_rows(rows, names, side=96, columns=min(2, len(queries)))
 
 
-def panel_rows(
-    rows: list[tuple[str, list[Image.Image]]], names: tuple[str, ...], side: int, columns: int
-) -> Image.Image:
-    """Words above panels of `side` pixels for each row, `columns` rows side by side; `names` heads them."""
-    line, gap, font = 16, 12, ImageFont.load_default(size=11)
-    head, across = (line, len(names)) if names else (0, len(rows[0][1]))
-    width, height = across * side + gap, side + line
-    size = columns * width + gap, -(-len(rows) // columns) * height + head + gap
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for k, (words, panels) in enumerate(rows):
-        x, y = gap + k % columns * width, head + k // columns * height
-        for j, name in enumerate(names if k < columns else ()):
-            draw.text((x + j * side + 2, 1), name, "grey", font)
-        draw.text((x + 2, y + 1), words, "black", font)
-        for j, panel in enumerate(panels):
-            sheet.paste(panel.resize((side, side), Image.Resampling.BICUBIC), (x + j * side, y + line))
-    return sheet
-
-
 # --- The program --------------------------------------------------------------------------------------------
 
 
+@backbone.one_line_errors("evaluation.evaluate")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.evaluate",
-        description="Edit a split of a dataset and keep every answer.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = backbone.new_parser("evaluation.evaluate", __doc__)
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="folder or hub id (default: the preset's, if it has one)")
     add("--method", default="instructgie", choices=METHODS, help="what kind of editor MODEL is")
@@ -279,11 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--columns", **backbone.COLUMNS)
     add("--output", type=Path, default=Path("out/eval"), help="each split and mode gets a folder below it")
     add("--mode", nargs="+", choices=MODES, help="what is given besides the input (default: all it can take)")
-    add(
-        "--told",
-        metavar="KEY",
-        help="a text of the folder's metadata instead of the method's own, as `paraphrase`",
-    )
+    add("--told", metavar="KEY", help="a text of the metadata instead of the method's, as `paraphrase`")
     add("--caption", metavar="WORD", help="only queries whose outputs' captions have this word, as `face`")
     add("--count", type=int, default=512, help="queries, or all where the split has fewer")
     add("--batch", type=int, default=32, help="edited at a time")
@@ -296,9 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--sheet", type=int, default=0, metavar="N", help="write sheet.png, with the first N queries")
     args = parser.parse_args(argv)
     bounds = {(1, math.inf): "count batch", (0, math.inf): "sheet", (0, 2**62): "seed"}
-    with backbone.one_line_errors("evaluation.evaluate"):
-        backbone.check_numbers(args, bounds)
-        run(args)
+    backbone.check_numbers(args, bounds)
+    run(args)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -320,31 +263,15 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--{strange[0].replace('_', '-')}: {args.method} samples without it")
     sampling = {name: editor.settings[name] for name in SAMPLING if name in editor.settings} | given
     told = args.told or method.told
-    settings = {
-        "method": args.method,
-        "model": str(model),
-        "model_fingerprint": fingerprint_model(model),
-        "data": str(source),
-        "split": args.split,
-        "count": min(args.count, len(data)),
-        "seed": args.seed,
-        "panel": editor.panel,
-        "told": told,
-        "caption": args.caption,
-        **sampling,
-    }
+    settings = vars(args) | {"model": model, "data": source, "told": told, "panel": editor.panel} | sampling
     for mode in modes:
         folder = args.output / args.split / mode
         queries = draw_queries(data, args.count, args.seed, mode, args.caption)
-        now = {**settings, "mode": mode, "queries_fingerprint": fingerprint_queries(data, queries)}
-        with locked(folder):
-            begun = (folder / "answers.jsonl").exists()
-            if other := other_settings(folder / "settings.json", now, anew=not begun):
-                said = ", ".join(f"{name} {there}, now {mine}" for name, (there, mine) in other.items())
-                raise ValueError(f"{folder} holds answers of other settings ({said}); give another --output")
-            answer_all(editor, data, queries, folder, mode, told, sampling, args.batch)
-            if args.sheet > 0:
-                save_picture(contact_sheet(data, queries[: args.sheet], folder, mode), folder / "sheet.png")
+        answer_all(editor, data, queries, folder, mode, told, sampling, args.batch)
+        text = json.dumps(settings | {"mode": mode}, indent=2, default=str) + "\n"
+        write_text(folder / "settings.json", text)
+        if args.sheet:
+            save_png(contact_sheet(data, queries[: args.sheet], folder, mode), folder / "sheet.png")
         print(f"{len(queries)} answers in {folder}", flush=True)
 
 

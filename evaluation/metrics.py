@@ -153,12 +153,6 @@ def measure(folder: Path, clip, tokenizer, features, device: torch.device) -> di
     return result
 
 
-def markdown(head: list[str], rows: list[list[str]], words: int = 1) -> str:
-    """A table, of which so many columns hold words, and all others numbers."""
-    lines = [head, ["---"] * words + ["---:"] * (len(head) - words), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def table(results: list[dict], features: str) -> str:
     """A row for each folder."""
     rows = []
@@ -169,7 +163,7 @@ def table(results: list[dict], features: str) -> str:
             cells.append(f"{result[name]:.3f} ({low:.3f} … {high:.3f})")
         truth = f"{result['true_directional_similarity']:.3f}"
         rows.append([f"{result['split']}, {result['mode']}", str(result["n"]), *cells, truth])
-    return markdown(["", "n", f"FID ({features})", "CLIP DirSim", "the truth's"], rows)
+    return backbone.markdown(["", "n", f"FID ({features})", "CLIP DirSim", "the truth's"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,9 +24,9 @@ from torch import Tensor
 
 import backbone
 from dataset import VisualPromptDataset, compose_grid, mask_query
-from evaluation.evaluate import draw_queries, panel_rows, save_picture
-from evaluation.metrics import markdown
+from evaluation.evaluate import draw_queries
 from evaluation.vit import ViTRCLDM
+from pictures.answers import panel_rows, save_png
 from pictures.pairs import read_pairs
 from rcldm import RCLDM
 
@@ -80,26 +80,22 @@ def fields(args: argparse.Namespace) -> dict[str, Tensor]:
     return {name: receptive_field(model, grids) for name, model in models.items()}
 
 
+@backbone.one_line_errors("evaluation.receptive_field")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.receptive_field",
-        description="Effective receptive fields of the condition's encoders.",
-    )
+    parser = backbone.new_parser("evaluation.receptive_field", __doc__)
     add = parser.add_argument
     add("editors", nargs="*", metavar="EDITOR", help="folders of editors, as train.py saves them")
     add("--count", type=int, default=64, help="grids to average over")
     add("--out", type=Path, help="a .png of the fields")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("evaluation.receptive_field"):
-        backbone.check_numbers(args, {(1, math.inf): "count"})
-        found = fields(args)
-        head = ["encoder", *(f"{100 * share:g} % of it in" for share in SHARES)]
-        rows = [[name, *(f"{100 * area(field, s):.2f} %" for s in SHARES)] for name, field in found.items()]
-        print(markdown(head, rows), end="")
-        if args.out:
-            panels = [(name, [picture(field)]) for name, field in found.items()]
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            save_picture(panel_rows(panels, (), side=192, columns=len(panels)), args.out)
+    backbone.check_numbers(args, {(1, math.inf): "count"})
+    found = fields(args)
+    head = ["encoder", *(f"{100 * share:g} % of it in" for share in SHARES)]
+    rows = [[name, *(f"{100 * area(field, s):.2f} %" for s in SHARES)] for name, field in found.items()]
+    print(backbone.markdown(head, rows), end="")
+    if args.out:
+        panels = [(name, [picture(field)]) for name, field in found.items()]
+        save_png(panel_rows(panels, (), side=192, columns=len(panels)), args.out)
 
 
 if __name__ == "__main__":

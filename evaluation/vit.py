@@ -10,7 +10,6 @@ zero convolutions. `backbone.load_editor` knows such editors where this module i
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -18,23 +17,17 @@ import train
 from rcldm import RCLDM, VisualPromptEncoder
 
 
-class ViTBlock(nn.Module):
+class ViTBlock(nn.TransformerEncoderLayer):
     """The pre-norm transformer block, channels last: (B, H, W, C) → (B, H, W, C)."""
 
     def __init__(self, dim: int):
-        super().__init__()
-        self.heads = dim // next(size for size in range(min(64, dim), 0, -1) if dim % size == 0)
-        self.norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        heads = dim // next(size for size in range(min(64, dim), 0, -1) if dim % size == 0)
+        super().__init__(
+            dim, heads, 2 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x).flatten(1, 2)).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, heads, ·)
-        attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
-        x = x + self.proj(attended.transpose(1, 2).reshape(x.shape))
-        return x + self.mlp(self.norm2(x))
+        return super().forward(x.flatten(1, 2)).reshape(x.shape)
 
 
 class ViTPromptEncoder(VisualPromptEncoder):

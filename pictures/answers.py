@@ -1,4 +1,4 @@
-"""Answers as files: which pictures are edited, where each answer goes, and the labelled grid beside it."""
+"""Answers as files: which pictures are edited, where each answer goes, and sheets of labelled pictures."""
 
 from __future__ import annotations
 
@@ -108,9 +108,30 @@ def labelled_grid(
     return sheet
 
 
-def save_png(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
+def panel_rows(
+    rows: list[tuple[str, list[Image.Image]]], names: tuple[str, ...], side: int, columns: int
+) -> Image.Image:
+    """Words above panels of `side` pixels for each row, `columns` rows side by side; `names` heads them."""
+    line, gap, font = 16, 12, ImageFont.load_default(size=11)
+    head = line if names else 0
+    width, height = max(len(panels) for _, panels in rows) * side + gap, side + line
+    size = columns * width + gap, -(-len(rows) // columns) * height + head + gap
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (words, panels) in enumerate(rows):
+        x, y = gap + k % columns * width, head + k // columns * height
+        for j, name in enumerate(names if k < columns else ()):
+            draw.text((x + j * side + 2, 1), name, "grey", font)
+        draw.text((x + 2, y + 1), words, "black", font)
+        for j, panel in enumerate(panels):
+            sheet.paste(panel.resize((side, side), Image.Resampling.BICUBIC), (x + j * side, y + line))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, record: dict[str, Any] | None = None) -> None:
     """Writes the PNG whole or not at all, with `record` as JSON in its text chunk "instructgie"."""
     info = PngInfo()
-    info.add_text("instructgie", json.dumps(record, default=str))
+    if record:
+        info.add_text("instructgie", json.dumps(record, default=str))
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda file: image.save(file, format="PNG", pnginfo=info))

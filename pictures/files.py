@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import threading
@@ -75,15 +74,6 @@ def _image_file(source: str | Path | TableImage) -> io.IOBase:
     if not os.path.isfile(source):
         raise ImageError(source, "is a folder" if os.path.isdir(source) else "no such file")
     return open(source, "rb")
-
-
-def picture_digest(source: str | Path | TableImage) -> str:
-    """SHA-256 of a picture's encoded bytes; "" for an unreadable picture."""
-    try:
-        with _image_file(source) as file:
-            return hashlib.sha256(file.read()).hexdigest()
-    except (ImageError, OSError):
-        return ""
 
 
 def path_inside(folder: Path, name: object) -> str:

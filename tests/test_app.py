@@ -478,7 +478,7 @@ def test_in_a_browser(page, pipe):
     with page.expect_download() as download:
         place(page, "Answer").get_by_label("Download").click()
     answer = Image.open(download.value.path())
-    assert doctor.judge(answer, truth).right
+    assert doctor.judge(answer, truth)[0]
     assert (download.value.suggested_filename, answer.format, answer.size) == ("input_0.png", "PNG", (64, 64))
     assert json.loads(answer.text["instructgie"])["unified"] == "make the background turquoise"
 

@@ -62,7 +62,7 @@ def test_what_is_trained_is_what_evaluate_loads(run, parts, tmp_path, method):
     answers = sorted((tmp_path / "out" / "seen" / mode).glob("*.png"))
     assert [Image.open(answer).size for answer in answers] == [(P, P)] * 2
     settings = json.loads((tmp_path / "out" / "seen" / mode / "settings.json").read_text())
-    assert settings["method"] == method and settings["steps"] == 2 and "strength" not in settings
+    assert settings["method"] == method and settings["steps"] == 2 and settings["strength"] is None
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,12 +10,9 @@ is 0 where all three answers are right, and 1 where one is not.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import os
 import shutil
 import subprocess
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,23 +45,14 @@ WAYS = {"example": ("", True), "words": (WORDS, False), "both": (WORDS, True)}  
 MOST = {"inside": 25.0, "outside": 20.0}
 
 
-class Verdict(NamedTuple):
-    """Whether an answer is right, and the numbers that say so."""
-
-    right: bool
-    numbers: str
-
-
-def judge(answer: Image.Image | np.ndarray, truth: score.Truth) -> Verdict:
-    """answer: (P, P, 3) uint8."""
+def judge(answer: Image.Image | np.ndarray, truth: score.Truth) -> tuple[bool, str]:
+    """Whether an answer (P, P, 3) uint8 is right, and the numbers that say so."""
     found = truth.score(np.asarray(answer))
     off = {region: found[f"mae_{region}"] for region in MOST if found[f"mae_{region}"] is not None}
-    told = ", ".join(
-        f"{error:.1f} {region} the edit (at most {MOST[region]:g})" for region, error in off.items()
-    )
     right = found["right"] and all(error <= MOST[region] for region, error in off.items())
+    told = (f"{error:.1f} {region} the edit (at most {MOST[region]:g})" for region, error in off.items())
     nearest = f'nearest of {found["candidates"]} pictures: "{found["nearest_edit"]}"'
-    return Verdict(right, f"{nearest}; levels off: {told}")
+    return right, f"{nearest}; levels off: {', '.join(told)}"
 
 
 def demo(pipe: InstructGIEPipeline, way: str) -> Image.Image:
@@ -76,25 +64,14 @@ def demo(pipe: InstructGIEPipeline, way: str) -> Image.Image:
 
 # --- The machine --------------------------------------------------------------------------------------------
 
-PACKAGES = ("diffusers", "transformers", "accelerate", "safetensors", "numba", "Pillow", "mamba-ssm")
-# Variables that begin so may change numbers.
-NUMERIC = ("ATEN_", "ONEDNN_", "DNNL_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "VECLIB_", "NUMBA_")
-NUMERIC += ("CUDA_VISIBLE_DEVICES", "CUBLAS_", "NVIDIA_TF32_", "PYTORCH_", "TORCH_ALLOW_", "TRITON_INTERPRET")
-
 
 def tell_machine(device: torch.device) -> None:
     print(collect_env.get_pretty_env_info())  # system, processor, GPUs, PyTorch and what belongs to it
     print(torch.__config__.show(), torch.__config__.parallel_info(), sep="\n")
-    for package in PACKAGES:
-        try:
-            print(f"{package}: {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"{package}: not installed")
-    git = ["git", "-C", backbone.HERE, "describe", "--always", "--dirty"]
+    print("packages:", *sorted(f"{x.name}=={x.version}" for x in importlib.metadata.distributions()))
     if shutil.which("git"):
+        git = ["git", "-C", backbone.HERE, "describe", "--always", "--dirty"]
         print("commit:", subprocess.run(git, capture_output=True, text=True).stdout.strip() or "none")
-    set_here = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(NUMERIC)]
-    print("environment:", *set_here)
     print("device:", device)
     print("scan:", ", because ".join(scan_kernels.scan_backend(torch.empty(1, device=device))), flush=True)
 
@@ -102,15 +79,13 @@ def tell_machine(device: torch.device) -> None:
 # --- The command --------------------------------------------------------------------------------------------
 
 
+@backbone.one_line_errors("toy.doctor")
 def main(argv: list[str] | None = None) -> None:
     """Raises SystemExit where an answer is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m toy.doctor", description="Tell what this machine computes with, and try an edit."
-    )
+    parser = backbone.new_parser("toy.doctor", __doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("toy.doctor"):
-        device = backbone.pick_device(args.device)
+    device = backbone.pick_device(args.device)
     tell_machine(device)
     backbone.hide_progress_bars()
     pipe = InstructGIEPipeline.from_pretrained(backbone.PRESETS["toy"].editor).to(device)
@@ -120,8 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     for way in WAYS:
         right, numbers = judge(demo(pipe, way), truth)
         print(f"by {way}: {'right' if right else 'WRONG'}; {numbers}", flush=True)
-        if not right:
-            wrong.append(f"by {way}")
+        wrong += [] if right else [f"by {way}"]
     print("verdict:", f"WRONG {', '.join(wrong)}" if wrong else "right")
     if wrong:
         raise SystemExit(1)

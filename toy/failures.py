@@ -10,16 +10,15 @@ nothing is picked. Beside answer and truth stands the candidate that was nearer 
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from pathlib import Path
 
 from PIL import Image
 
 import backbone
-from disk import atomic_write
-from evaluation.evaluate import panel_rows, save_picture
+from disk import write_text
 from pictures import load_image
+from pictures.answers import panel_rows, save_png
 from toy import score
 
 PANELS = ("example before", "example after", "input", "answer", "truth", "nearest")
@@ -64,30 +63,26 @@ def sheet(folder: Path, rows: list[dict]) -> Image.Image:
     return panel_rows(lines, PANELS, side=96, columns=2)
 
 
+@backbone.one_line_errors("toy.failures")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m toy.failures", description="Write a page of what an editor gets wrong."
-    )
+    parser = backbone.new_parser("toy.failures", __doc__)
     parser.add_argument("folder", type=Path, help="with answers.jsonl, as evaluate.py writes it")
     parser.add_argument("--out", type=Path, required=True, metavar="PAGE.md", help="a .png goes beside it")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("toy.failures"):
-        if args.out.suffix == ".png":
-            raise ValueError(f"--out {args.out}: give the page's name; the picture lies beside it")
-        (result,) = score.score([args.folder])
-        picture = args.out.with_suffix(".png")
-        text = (
-            f"# What goes wrong on `{result['split']}`, given {result['mode']}\n\n"
-            f"Written by `python -m toy.failures {args.folder} --out {args.out}`: {result['n']} queries, "
-            f"{100 * result['accuracy']:.1f} % right.\n\n{table(result)}\n"
-            f"The first {EACH} wrong answers of each family, by query number:\n\n"
-            f"![example pair, input, answer, truth and the nearest candidate]({picture.name})\n"
-        )
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        page = sheet(args.folder, first_failures(result))
-        save_picture(page, picture)
-        atomic_write(args.out, lambda file: file.write_text(text, encoding="utf-8"))
-        print(args.out)
+    if args.out.suffix == ".png":
+        raise ValueError(f"--out {args.out}: give the page's name; the picture lies beside it")
+    result = score.score(args.folder)
+    picture = args.out.with_suffix(".png")
+    text = (
+        f"# What goes wrong on `{result['split']}`, given {result['mode']}\n\n"
+        f"Written by `python -m toy.failures {args.folder} --out {args.out}`: {result['n']} queries, "
+        f"{100 * result['accuracy']:.1f} % right.\n\n{table(result)}\n"
+        f"The first {EACH} wrong answers of each family, by query number:\n\n"
+        f"![example pair, input, answer, truth and the nearest candidate]({picture.name})\n"
+    )
+    save_png(sheet(args.folder, first_failures(result)), picture)
+    write_text(args.out, text)
+    print(args.out)
 
 
 if __name__ == "__main__":

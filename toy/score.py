@@ -18,7 +18,6 @@ out where that edit cannot be made.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,8 +29,8 @@ from torch import nn
 from tqdm import tqdm
 
 import backbone
+from disk import write_text
 from evaluation.evaluate import read_answers
-from evaluation.metrics import markdown
 from pictures import image_to_tensor, load_image, tensor_to_image
 from toy import world
 
@@ -60,8 +59,6 @@ class Truth:
 
     def __init__(self, scene: world.Scene, edit: world.Edit) -> None:
         after = edit.apply(scene)
-        if after is None:
-            raise ValueError(f"the edit {edit} cannot be made of its scene")
         self.family = edit.family
         self.pictures, self.edits = candidates(scene)
         self.picture = _pixels(after)
@@ -73,11 +70,11 @@ class Truth:
         """Of one answer (P, P, 3) uint8. An error over an empty region is None."""
         nearest = self.nearest(answer)
         edit, right = self.edits[nearest], self.is_right(nearest)
-        family = edit.family if edit else UNEDITED
+        family, instruction = (edit.family, edit.instruction) if edit else (UNEDITED, UNEDITED)
         return {
             "family": self.family,
             "nearest": self.family if right else family,
-            "nearest_edit": edit.instruction if edit else UNEDITED,
+            "nearest_edit": instruction,
             "right": right,
             "candidates": len(self.pictures),
             **{f"mae_{region}": error for region, error in self.errors(answer).items()},
@@ -106,13 +103,12 @@ def read_queries(folder: Path) -> list[dict]:
     """The answers' lines, each with the `Scene` and the `Edit` that it is measured by."""
     records = []
     for record in read_answers(folder, {"answer", "mode", "scene", "edit"}):
-        is_other = record["mode"] == "other-pair"
         try:
-            told = record["example"]["edit"] if is_other else record["edit"]
+            told = record["example"]["edit"] if record["mode"] == "other-pair" else record["edit"]
             scene, edit = world.scene_from_json(json.loads(record["scene"])), world.Edit(**json.loads(told))
         except (KeyError, TypeError):
             raise ValueError(f"{folder}: not answers of the toy world") from None
-        if not is_other or edit.apply(scene) is not None:
+        if edit.apply(scene) is not None:
             records.append(record | {"scene": scene, "edit": edit})
     if not records:
         raise ValueError(f"{folder}: no example's edit can be made of its query; edit more queries")
@@ -126,50 +122,28 @@ def reconstruct(vae: nn.Module, picture: np.ndarray) -> np.ndarray:
     return np.asarray(tensor_to_image(vae.decode(vae.encode(x).latent_dist.mean).sample[0]))
 
 
-def score(folders: list[Path], stable_diffusion: str | None = None) -> list[dict]:
-    """The metrics of each folder. Candidates are drawn once for all folders that ask the same query.
-
-    stable_diffusion: the folder whose VAE gives the floor of all errors; None for no floor.
-    """
-    records = {folder: read_queries(folder) for folder in folders}
-    vae = backbone.load_stable_diffusion(stable_diffusion).vae if stable_diffusion else None
-    queries: dict[tuple[world.Scene, world.Edit], list[tuple[Path, str]]] = {}
-    for folder, lines in records.items():
-        for line in lines:
-            queries.setdefault((line["scene"], line["edit"]), []).append((folder, line["answer"]))
-    scores: dict[Path, list[dict]] = {folder: [] for folder in records}
-    for (scene, edit), answers in tqdm(queries.items(), desc="scoring", unit="query", mininterval=1):
-        truth = Truth(scene, edit)
-        floor = {}
-        if vae:
-            picture = reconstruct(vae, truth.picture)
-            floor = {f"vae_{region}": error for region, error in truth.errors(picture).items()}
-            floor["vae_right"] = truth.is_right(truth.nearest(picture))
-        for folder, name in answers:
-            answer = np.asarray(load_image(folder / name))
-            scores[folder].append({"answer": name, **truth.score(answer), **floor})
-    return [
-        {
-            "folder": str(folder),
-            "split": folder.resolve().parent.name,
-            "mode": records[folder][0]["mode"],
-            **summary(rows),
-        }
-        for folder, rows in scores.items()
-    ]
-
-
-def summary(rows: list[dict]) -> dict:
-    """Means over answers with their number, by family too."""
-    by_family: dict[str, list[dict]] = {}
-    for row in rows:
-        by_family.setdefault(row["family"], []).append(row)
+def score(folder: Path) -> dict:
+    """The metrics of one folder: means over its answers with their number, and by family too."""
+    queries = read_queries(folder)
+    vae = backbone.load_stable_diffusion(backbone.preset("toy").stable_diffusion).vae
+    rows = []
+    for query in tqdm(queries, desc=str(folder), unit="query", mininterval=1):
+        truth = Truth(query["scene"], query["edit"])
+        seen = reconstruct(vae, truth.picture)
+        floor = {f"vae_{region}": error for region, error in truth.errors(seen).items()}
+        floor["vae_right"] = truth.is_right(truth.nearest(seen))
+        answer = np.asarray(load_image(folder / query["answer"]))
+        rows.append({"answer": query["answer"], **truth.score(answer), **floor})
+    families = sorted({row["family"] for row in rows})
     return {
+        "folder": str(folder),
+        "split": folder.resolve().parent.name,
+        "mode": queries[0]["mode"],
         **accuracy(rows),
         "chance": mean(1 / row["candidates"] for row in rows),
         **{key: mean(row[key] for row in rows) for key in rows[0] if key.startswith(("mae_", "vae_"))},
-        "families": {family: accuracy(by_family[family]) for family in sorted(by_family)},
-        "answers": sorted(rows, key=lambda row: row["answer"]),
+        "families": {name: accuracy([row for row in rows if row["family"] == name]) for name in families},
+        "answers": rows,
     }
 
 
@@ -193,14 +167,13 @@ def tables(results: list[dict]) -> str:
     head = ["split", "mode", "n", "accuracy, %", "chance, %", "MAE inside", "MAE outside", "MAE face"]
     rows = []
     for result in results:
-        low, high = result["interval"]
-        share = f"{100 * result['accuracy']:.1f} ({100 * low:.1f} … {100 * high:.1f})"
-        share += f" (VAE {100 * result['vae_right']:.1f})"
-        regions = ("inside", "outside", "face")
-        errors = [(result[f"mae_{region}"], result[f"vae_{region}"]) for region in regions]
-        errors = ("–" if error is None else f"{error:.1f} (VAE {floor:.1f})" for error, floor in errors)
-        chance = f"{100 * result['chance']:.2f}"
-        rows.append([result["split"], result["mode"], str(result["n"]), share, chance, *errors])
+        shares = result["accuracy"], *result["interval"], result["vae_right"]
+        share, low, high, vae = (100 * each for each in shares)
+        cells = [f"{share:.1f} ({low:.1f} … {high:.1f}) (VAE {vae:.1f})", f"{100 * result['chance']:.2f}"]
+        for region in ("inside", "outside", "face"):
+            error, floor = result[f"mae_{region}"], result[f"vae_{region}"]
+            cells.append("–" if error is None else f"{error:.1f} (VAE {floor:.1f})")
+        rows.append([result["split"], result["mode"], str(result["n"]), *cells])
     families = sorted({family for result in results for family in result["families"]})
     folders = ["right, by family", *(f"{result['split']}, {result['mode']}" for result in results)]
     by_family = []
@@ -208,22 +181,19 @@ def tables(results: list[dict]) -> str:
         cells = (result["families"].get(family) for result in results)
         cells = ("–" if c is None else f"{round(c['accuracy'] * c['n'])} of {c['n']}" for c in cells)
         by_family.append([family, *cells])
-    return f"{markdown(head, rows, words=2)}\n{markdown(folders, by_family)}"
+    return f"{backbone.markdown(head, rows, words=2)}\n{backbone.markdown(folders, by_family)}"
 
 
+@backbone.one_line_errors("toy.score")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m toy.score", description="Score saved answers against the toy world's renderer."
-    )
+    parser = backbone.new_parser("toy.score", __doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="with answers.jsonl")
     parser.add_argument("--json", type=Path, metavar="OUT", help="all metrics, and those of every answer")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("toy.score"):
-        results = score(args.folders, backbone.preset("toy").stable_diffusion)
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        print(tables(results), end="")
+    results = [score(folder) for folder in args.folders]
+    if args.json:
+        write_text(args.json, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    print(tables(results), end="")
 
 
 if __name__ == "__main__":

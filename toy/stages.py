@@ -14,16 +14,14 @@ metrics are those of `toy.score`, and so is what is right.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import backbone
@@ -31,7 +29,6 @@ import esm
 from apps.pipeline import InstructGIEPipeline, seeded
 from dataset import VisualPromptDataset, compose_grid
 from evaluation.evaluate import draw_queries
-from evaluation.metrics import markdown
 from pictures import tensor_to_image
 from pictures.pairs import read_pairs
 from toy import score, world
@@ -51,26 +48,21 @@ def stages(
     steps = pipe.settings["steps"]
     found = {"u-net": redrawn(pipe, panels, told)}
     found["one step"] = pipe.sample(*inputs, seeded(seeds), steps=1)
-    with residuals_of_the_first_steps(pipe.rcldm, steps // 2):
+    with pipe.rcldm.register_forward_hook(zero_after(steps // 2)):
         found["cut"] = pipe.sample(*inputs, seeded(seeds), steps=steps)
     found["all steps"] = pipe.sample(*inputs, seeded(seeds), steps=steps)
     return {name: pipe.decode_answers(latents) for name, latents in found.items()}
 
 
-@contextlib.contextmanager
-def residuals_of_the_first_steps(rcldm: torch.nn.Module, steps: int) -> Iterator[None]:
-    """While entered, all calls of the RCLDM but the first `steps` return residuals of zero."""
+def zero_after(steps: int) -> Callable:
+    """A hook of the RCLDM: all its calls but the first `steps` return residuals of zero."""
     calls = itertools.count(1)
 
-    def cut(_: torch.nn.Module, __: tuple, output: tuple[list[Tensor], Tensor]) -> tuple:
+    def cut(_: nn.Module, __: tuple, output: tuple[list[Tensor], Tensor]) -> tuple[list[Tensor], Tensor]:
         down, mid = output
         return output if next(calls) <= steps else ([0 * residual for residual in down], 0 * mid)
 
-    hook = rcldm.register_forward_hook(cut)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return cut
 
 
 def redrawn(sd: InstructGIEPipeline, panels: Tensor, texts: list[str]) -> Tensor:
@@ -110,16 +102,14 @@ def table(scores: dict[str, dict[str, list[dict]]]) -> str:
             share = f"{100 * score.mean(row['right'] for row in found):.1f}"
             cells = ("–" if error is None else f"{error:.1f}" for error in errors)
             rows.append([mode, name, str(len(found)), share, *cells])
-    return markdown(["mode", "stage", "n", "accuracy, %", "MAE inside", "MAE outside"], rows, words=2)
+    head = ["mode", "stage", "n", "accuracy, %", "MAE inside", "MAE outside"]
+    return backbone.markdown(head, rows, words=2)
 
 
+@backbone.one_line_errors("toy.stages")
 def main(argv: list[str] | None = None) -> None:
     toy = backbone.preset("toy")
-    parser = argparse.ArgumentParser(
-        prog="python -m toy.stages",
-        description="Measure an editor's answers after each stage that makes them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = backbone.new_parser("toy.stages", __doc__)
     add = parser.add_argument
     add("model", nargs="?", default=toy.editor, metavar="MODEL", help="an editor's folder, of train.py")
     add("--data", default=toy.data, help="a dataset of the toy world")
@@ -127,14 +117,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--count", type=int, default=192, help="queries")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("toy.stages"):
-        backbone.check_numbers(args, {(1, math.inf): "count"})
-        pipe = InstructGIEPipeline.from_pretrained(args.model).to(backbone.pick_device(args.device))
-        pipe.set_progress_bar_config(disable=True)
-        data = read_pairs(backbone.data_folder(args.data), "seen")
-        data = VisualPromptDataset(data, size=pipe.panel, seed=0)
-        scores = {m: measure(pipe, data, m, args.count) for m in dict.fromkeys(args.mode)}
-        print(table(scores), end="")
+    backbone.check_numbers(args, {(1, math.inf): "count"})
+    pipe = InstructGIEPipeline.from_pretrained(args.model).to(backbone.pick_device(args.device))
+    pipe.set_progress_bar_config(disable=True)
+    data = read_pairs(backbone.data_folder(args.data), "seen")
+    data = VisualPromptDataset(data, size=pipe.panel, seed=0)
+    scores = {m: measure(pipe, data, m, args.count) for m in dict.fromkeys(args.mode)}
+    print(table(scores), end="")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ example pairs are the renderer's, of random scenes. Nobody knows the right answe
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from PIL import Image, ImageDraw
 
 import backbone
 from apps.pipeline import InstructGIEPipeline, seeded
-from evaluation.evaluate import panel_rows, save_picture
+from pictures.answers import panel_rows, save_png
 from toy import world
 
 PICTURES = Path(__file__).with_name("strangers.txt")
@@ -59,28 +58,23 @@ def example(edit: world.Edit, rng: random.Random) -> tuple[Image.Image, Image.Im
             return world.render(scene), world.render(after)
 
 
+@backbone.one_line_errors("toy.strangers")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m toy.strangers", description="Edit pictures that the renderer did not make."
-    )
+    parser = backbone.new_parser("toy.strangers", __doc__)
     parser.add_argument("model", nargs="?", default=backbone.preset("toy").editor, help="an editor's folder")
     parser.add_argument("--out", type=Path, default=Path("out/strangers.png"))
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("toy.strangers"):
-        pipe = InstructGIEPipeline.from_pretrained(args.model).to(backbone.pick_device(args.device))
-        rng = random.Random(0)
-        edits, pictures = map(list, zip(*strangers()))
-        examples = [example(edit, rng) for edit in edits]
-        words = [edit.instruction for edit in edits]
-        noise = seeded(list(range(len(edits))))
-        answers = pipe(words, pictures, examples, generator=noise, unify=False).images
-        rows = zip(words, examples, pictures, answers)
-        lines = [(text, [*pair, picture, answer]) for text, pair, picture, answer in rows]
-        page = panel_rows(lines, (), side=80, columns=3)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        save_picture(page, args.out)
-        print(args.out)
+    pipe = InstructGIEPipeline.from_pretrained(args.model).to(backbone.pick_device(args.device))
+    rng = random.Random(0)
+    edits, pictures = map(list, zip(*strangers()))
+    examples = [example(edit, rng) for edit in edits]
+    words = [edit.instruction for edit in edits]
+    noise = seeded(list(range(len(edits))))
+    answers = pipe(words, pictures, examples, generator=noise, unify=False).images
+    panels = [[*pair, picture, answer] for pair, picture, answer in zip(examples, pictures, answers)]
+    save_png(panel_rows(list(zip(words, panels)), (), side=80, columns=3), args.out)
+    print(args.out)
 
 
 if __name__ == "__main__":

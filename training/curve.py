@@ -45,12 +45,12 @@ def table(folder: Path, rows: int) -> str:
     steps = sorted(scalars["validation error"].keys() & hours.keys())
     shown = sorted({steps[-1 - k * (len(steps) - 1) // max(1, rows - 1)] for k in range(rows)})
     head = ["step", "hours", *(name.removeprefix("loss/") for name in losses), "validation error"]
-    lines = [head, ["---:"] * len(head)]
+    lines = []
     for step in shown:
         values = (scalars[name][step][1] for name in losses)
         error = scalars["validation error"][step][1]
         lines.append([f"{step:,}", f"{hours[step]:.1f}", *(f"{v:.4f}" for v in values), f"{error:.1f}"])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return backbone.markdown(head, lines, words=0)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,7 +19,6 @@ no two rows that share an edit, so the editor still has everything about editing
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -47,7 +46,7 @@ STAGES = {
 
 @backbone.one_line_errors("toy.pretrain")
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m toy.pretrain", description="Train the toy parts.")
+    parser = backbone.new_parser("toy.pretrain", __doc__)
     parser.add_argument("stages", nargs="*", choices=[[], *STAGES], default=[])
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--runs", type=Path, default=Path("runs/pretrain"), help="checkpoints")

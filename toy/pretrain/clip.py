@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from disk import atomic_folder
@@ -19,6 +17,8 @@ from training.draws import step_generator
 
 def train_clip(args: argparse.Namespace, name: str = "clip", seed: int = 10) -> None:
     import open_clip
+    from open_clip.model import set_model_preprocess_cfg
+    from open_clip.push_to_hf_hub import save_for_hf
 
     torch.manual_seed(args.seed + seed)
     tokenizer = new_tokenizer(args.seed)
@@ -56,13 +56,9 @@ def train_clip(args: argparse.Namespace, name: str = "clip", seed: int = 10) -> 
 
     fit(name, clip, loss, steps=900, lr=1e-3, runs=args.runs, weight_decay=0.02)
 
+    set_model_preprocess_cfg(clip, {"mean": [0.5] * 3, "std": [0.5] * 3})
     with atomic_folder(args.out / name) as folder:
-        tokenizer.save_pretrained(folder)
-        preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
-        text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2)
-        (folder / "open_clip_config.json").write_text(text + "\n")
-        weights = {k: v.half().contiguous() for k, v in clip.state_dict().items()}
-        save_file(weights, folder / "open_clip_model.safetensors")
+        save_for_hf(clip.half(), tokenizer, config, folder, safe_serialization=True)
 
 
 def train_clip_eval(args: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 
 import torch
@@ -78,7 +77,7 @@ def new_scheduler():
 
 
 def train_unet(args: argparse.Namespace) -> None:
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
 
     folder = args.out / "stable-diffusion"
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(args.device).eval().requires_grad_(False)
@@ -140,23 +139,12 @@ def train_unet(args: argparse.Namespace) -> None:
         return {"loss": (weight * error).mean(), "x_0": error.mean()}
 
     fit("unet", model, loss, steps=2200, lr=1e-2, runs=args.runs, ema_decay=0.997, muon=True)
-    save(folder / "unet", model["unet"].half())
-    save(folder / "text_encoder", model["text"].half())
-    save(folder / "tokenizer", tokenizer)
-    save(folder / "scheduler", scheduler)
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    parts = {"unet": model["unet"].half(), "text_encoder": model["text"].half()}
+    parts |= {"tokenizer": tokenizer, "scheduler": scheduler}
+    for name, part in parts.items():
+        save(folder / name, part)
+    unscreened = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    StableDiffusionPipeline(vae, **parts, **unscreened).save_config(folder)
 
 
 def encode_scenes(vae: nn.Module, scenes: list[world.Scene], device: torch.device) -> Tensor:

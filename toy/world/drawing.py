@@ -22,104 +22,106 @@ from toy.world.scenes import (
 )
 
 SUPERSAMPLING = 4  # drawn larger by this factor, then averaged: smooth edges
-HAIR = {"brown": (120, 72, 36), "yellow": COLOURS["yellow"]}  # of heads, beards and moustaches
-CROWN = [(-0.7, -0.65), (-0.7, -1.3), (-0.35, -0.95), (0, -1.35), (0.35, -0.95), (0.7, -1.3), (0.7, -0.65)]
-HALF_BOW = [(0, -0.95), (0.6, -1.3), (0.6, -0.6)]
-HORN = [(0.85, -0.5), (1.0, -1.3), (0.4, -0.85)]
-CLOTHES = {  # of faces: a colour and polygons, whose corners are in radii of the face away from its middle
-    "a crown": (COLOURS["yellow"], [CROWN]),
-    "a headband": (COLOURS["red"], [[(-0.88, -0.7), (0.88, -0.7), (0.95, -0.42), (-0.95, -0.42)]]),
-    "a bow": (COLOURS["pink"], [HALF_BOW, [(-u, v) for u, v in HALF_BOW]]),
-    "horns": ((250, 145, 20), [HORN, [(-u, v) for u, v in HORN]]),
-    "a scarf": (
-        COLOURS["green"],
-        [[(-0.8, 0.75), (0.8, 0.75), (0.8, 1.4), (0.35, 1.4), (0.35, 1.1), (-0.8, 1.1)]],
-    ),
-    "a blue cap": (COLOURS["blue"], [[(-0.2, -0.7), (1.3, -0.7), (1.3, -0.5), (-0.2, -0.5)]]),
-}
 CLASSES = ("background", "face", *SHAPES)  # what the segment masks tell apart; the index is the class id
 
 
-def _polygon(kind: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
-    """Corners of a shape around (x, y) with radius r."""
-    if kind == "square":
-        s = 0.86 * r
-        return [(x - s, y - s), (x + s, y - s), (x + s, y + s), (x - s, y + s)]
-    if kind == "triangle":
-        return [(x, y - r), (x + r, y + 0.85 * r), (x - r, y + 0.85 * r)]
-    if kind == "star":
-        points = [(math.pi * k / 5, 0.42 * r if k % 2 else r) for k in range(10)]  # angle, radius
-        return [(x + q * math.sin(a), y - q * math.cos(a)) for a, q in points]
-    if kind == "cross":
-        a, b = 0.33 * r, 0.95 * r
-        corners = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a)]
-        return [(x + u, y + v) for u, v in [*corners, (-b, -a), (-a, -a)]]
-    # A heart.
-    turns = [2 * math.pi * k / 40 for k in range(40)]
-    across = [16 * math.sin(t) ** 3 for t in turns]
-    up = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in turns]
-    return [(x + r * u / 16, y - r * v / 15) for u, v in zip(across, up)]
+def _heart(t: float) -> tuple[float, float]:
+    up = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+    return math.sin(t) ** 3, -up / 15
+
+
+# Corners, in radii of a thing away from its middle: of shapes, and of what faces wear.
+_STAR = [(math.pi * k / 5, 0.42 if k % 2 else 1) for k in range(10)]  # angle, radius
+POLYGONS = {
+    "square": [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)],
+    "triangle": [(0, -1), (1, 0.85), (-1, 0.85)],
+    "star": [(q * math.sin(a), -q * math.cos(a)) for a, q in _STAR],
+    "heart": [_heart(2 * math.pi * k / 40) for k in range(40)],
+    "cross": [
+        *[(-0.33, -0.95), (0.33, -0.95), (0.33, -0.33), (0.95, -0.33), (0.95, 0.33), (0.33, 0.33)],
+        *[(0.33, 0.95), (-0.33, 0.95), (-0.33, 0.33), (-0.95, 0.33), (-0.95, -0.33), (-0.33, -0.33)],
+    ],
+}
+_CROWN = [(-0.7, -0.65), (-0.7, -1.3), (-0.35, -0.95), (0, -1.35), (0.35, -0.95), (0.7, -1.3), (0.7, -0.65)]
+_BAND = [(-0.88, -0.7), (0.88, -0.7), (0.95, -0.42), (-0.95, -0.42)]
+_SCARF = [(-0.8, 0.75), (0.8, 0.75), (0.8, 1.4), (0.35, 1.4), (0.35, 1.1), (-0.8, 1.1)]
+_BOW = [(0, -0.95), (0.6, -1.3), (0.6, -0.6)]  # its right half, as of the horns
+_HORN = [(0.85, -0.5), (1.0, -1.3), (0.4, -0.85)]
+_PEAK = [(-0.2, -0.7), (1.3, -0.7), (1.3, -0.5), (-0.2, -0.5)]
+CLOTHES = {  # a colour and polygons
+    "a crown": (COLOURS["yellow"], [_CROWN]),
+    "a headband": (COLOURS["red"], [_BAND]),
+    "a bow": (COLOURS["pink"], [_BOW, [(-u, v) for u, v in _BOW]]),
+    "horns": ((250, 145, 20), [_HORN, [(-u, v) for u, v in _HORN]]),
+    "a scarf": (COLOURS["green"], [_SCARF]),
+    "a blue cap": (COLOURS["blue"], [_PEAK]),
+}
+HAIR = {"brown": (120, 72, 36), "yellow": COLOURS["yellow"]}  # of heads, beards and moustaches
+
+
+def _draw_polygon(
+    draw: ImageDraw.ImageDraw, corners: list, x: float, y: float, r: float, fill: tuple
+) -> None:
+    draw.polygon([(x + r * u, y + r * v) for u, v in corners], fill=fill)
 
 
 def _draw_face(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r: float) -> None:
     dark = (250, 250, 250) if thing.colour == "dark" else (30, 20, 20)
-    skin, pen = SKINS[thing.colour], round(0.17 * r)
+    skin, pen, worn = SKINS[thing.colour], round(0.17 * r), thing.features
+
+    def box(left: float, top: float, right: float, bottom: float) -> tuple[float, ...]:
+        """In pixels, of a box in radii of the face away from its middle."""
+        return x + left * r, y + top * r, x + right * r, y + bottom * r
 
     def disc(u: float, v: float, radius: float, **style: object) -> None:
-        """Centred so many radii of the face away from its middle."""
-        draw.ellipse(
-            (x + (u - radius) * r, y + (v - radius) * r, x + (u + radius) * r, y + (v + radius) * r), **style
-        )
+        draw.ellipse(box(u - radius, v - radius, u + radius, v + radius), **style)
 
-    hair = next((f.split()[0] for f in thing.features if f.endswith("hair")), None)
+    head = box(-1, -1, 1, 1)
+    hair = next((HAIR[feature.split()[0]] for feature in worn if feature.endswith("hair")), None)
     if hair:
-        disc(0, -0.12, 1.12, fill=HAIR[hair])
-    if "ears" in thing.features:
+        disc(0, -0.12, 1.12, fill=hair)
+    if "ears" in worn:
         disc(-1, 0, 0.32, fill=skin)
         disc(1, 0, 0.32, fill=skin)
-    disc(0, 0, 1, fill=skin)
+    draw.ellipse(head, fill=skin)
     if hair:
-        draw.pieslice((x - r, y - r, x + r, y + r), 205, 335, fill=HAIR[hair])
-    if "a beard" in thing.features:
-        draw.chord((x - r, y - r, x + r, y + r), 15, 165, fill=HAIR["brown"])
+        draw.pieslice(head, 205, 335, fill=hair)
+    if "a beard" in worn:
+        draw.chord(head, 15, 165, fill=HAIR["brown"])
     for side in (-0.4, 0.4):
         disc(side, -0.22, 0.15, fill=dark)
-        if "glasses" in thing.features:
+        if "glasses" in worn:
             disc(side, -0.22, 0.34, outline=(20, 60, 200), width=pen)
-        if "pink cheeks" in thing.features:
+        if "pink cheeks" in worn:
             disc(1.4 * side, 0.2, 0.22, fill=COLOURS["pink"])
     if thing.mouth == "plain":
-        draw.line((x - 0.4 * r, y + 0.5 * r, x + 0.4 * r, y + 0.5 * r), fill=dark, width=pen)
+        draw.line(box(-0.4, 0.5, 0.4, 0.5), fill=dark, width=pen)
     elif thing.mouth == "smile":
-        draw.arc((x - 0.5 * r, y - 0.15 * r, x + 0.5 * r, y + 0.72 * r), 20, 160, fill=dark, width=pen)
+        draw.arc(box(-0.5, -0.15, 0.5, 0.72), 20, 160, fill=dark, width=pen)
     elif thing.mouth == "frown":
-        draw.arc((x - 0.5 * r, y + 0.38 * r, x + 0.5 * r, y + 1.2 * r), 205, 335, fill=dark, width=pen)
+        draw.arc(box(-0.5, 0.38, 0.5, 1.2), 205, 335, fill=dark, width=pen)
     else:
         disc(0, 0.52, 0.24, fill=dark)
-    if "a moustache" in thing.features:
-        draw.rectangle((x - 0.5 * r, y + 0.2 * r, x + 0.5 * r, y + 0.38 * r), fill=HAIR["brown"])
-    if "a red nose" in thing.features:
+    if "a moustache" in worn:
+        draw.rectangle(box(-0.5, 0.2, 0.5, 0.38), fill=HAIR["brown"])
+    if "a red nose" in worn:
         disc(0, 0.12, 0.22, fill=COLOURS["red"])
-    _draw_clothes(draw, thing, x, y, r)
-    for hat in (feature for feature in thing.features if feature in HATS):  # the last put on lies above
-        colour = (60, 20, 90) if "purple" in hat else COLOURS[hat.split()[1]]
-        draw.rectangle((x - 0.62 * r, y - 1.3 * r, x + 0.62 * r, y - 0.62 * r), fill=colour)
-        draw.rectangle((x - 1.0 * r, y - 0.8 * r, x + 1.0 * r, y - 0.58 * r), fill=colour)
-
-
-def _draw_clothes(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r: float) -> None:
-    if "a blue cap" in thing.features:
-        draw.pieslice((x - 0.9 * r, y - 1.3 * r, x + 0.9 * r, y + 0.3 * r), 180, 360, fill=COLOURS["blue"])
-    for fill, polygons in (CLOTHES[feature] for feature in thing.features if feature in CLOTHES):
+    if "a blue cap" in worn:
+        draw.pieslice(box(-0.9, -1.3, 0.9, 0.3), 180, 360, fill=COLOURS["blue"])
+    for fill, polygons in (CLOTHES[feature] for feature in worn if feature in CLOTHES):
         for corners in polygons:
-            draw.polygon([(x + u * r, y + v * r) for u, v in corners], fill=fill)
+            _draw_polygon(draw, corners, x, y, r, fill)
+    for hat in (feature for feature in worn if feature in HATS):  # the last put on lies above
+        colour = (60, 20, 90) if "purple" in hat else COLOURS[hat.split()[1]]
+        draw.rectangle(box(-0.62, -1.3, 0.62, -0.62), fill=colour)
+        draw.rectangle(box(-1.0, -0.8, 1.0, -0.58), fill=colour)
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, kind: str, x: float, y: float, r: float, fill: object) -> None:
+def _draw_shape(draw: ImageDraw.ImageDraw, kind: str, x: float, y: float, r: float, fill: tuple) -> None:
     if kind == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
     else:
-        draw.polygon(_polygon(kind, x, y, r), fill=fill)
+        _draw_polygon(draw, POLYGONS[kind], x, y, r, fill)
 
 
 def _draw_thing(image: Image.Image, thing: Thing) -> None:

@@ -1,4 +1,4 @@
-"""The edits of the toy world: rules from scene to scene, in 25 families, and how people say them."""
+"""The edits of the toy world: rules from scene to scene, in 25 families. How people say them: sayings.txt."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -132,224 +133,61 @@ class Family:
         return self.sayings[len(self.trained_sayings) :]
 
 
-def _family(rule: Callable, arguments: Iterable, canonical: str, sayings: str) -> Family:
-    """sayings: separated by "|"."""
-    return Family(rule, tuple(arguments), canonical, tuple(saying.strip() for saying in sayings.split("|")))
-
-
 def _product(targets: Iterable[str], values: Iterable[str]) -> list[tuple[str, str]]:
     return [(target, value) for target in targets for value in values if target != value]
 
 
-_EVERY_KIND = ("face", *SHAPES)
-_NONE = ("",)
+_KINDS = ("face", *SHAPES)
+_FACE, _PICTURE = [("face", "")], [("", "")]  # of families without a value
+_COLOUR = _product([""], COLOURS)
+_STRIPES = [f"{colour} {way}" for way in ("horizontal", "vertical", "diagonal") for colour in COLOURS]
+_BARS = [f"{colour} bar at the {side}" for side in ("top", "bottom", "left", "right") for colour in COLOURS]
+_RULES = {
+    # Edits of one thing.
+    "recolour": (_change_thing(colour="value"), [*_product(SHAPES, COLOURS), *_product(["face"], SKINS)]),
+    "reshape": (_reshape, _product(SHAPES, SHAPES)),
+    "remove": (_remove, _product(_KINDS, [""])),
+    "add": (_add, _product([f"{colour} {shape}" for shape in SHAPES for colour in COLOURS], PLACES)),
+    "move": (_move, _product(_KINDS, PLACES)),
+    "resize": (_change_thing(size="value"), _product(SHAPES, RADII)),
+    "outline": (_change_thing(outline="value"), _product(SHAPES, OUTLINES)),
+    "swap": (_swap_colours, itertools.combinations(SHAPES, 2)),
+    # Edits of the face.
+    "smile": (_change_thing(mouth="smile"), _FACE),
+    "frown": (_change_thing(mouth="frown"), _FACE),
+    "surprise": (_change_thing(mouth="open"), _FACE),
+    "wear": (_wear, _product(["face"], FEATURES)),
+    "hat": (_wear, _product(["face"], HATS)),
+    # Edits of the whole scene.
+    "repaint": (_recolour_all, _COLOUR),
+    "background": (_change_picture("background", "{value}"), _product([""], BACKGROUNDS)),
+    # Something over the picture.
+    "stripes": (_change_picture("overlay", "{value} stripes"), _product([""], _STRIPES)),
+    "bar": (_change_picture("overlay", "a {value}"), _product([""], _BARS)),
+    "dots": (_change_picture("overlay", "{value} dots"), _COLOUR),
+    "frame": (_change_picture("overlay", "a {value} frame"), _COLOUR),
+    # The picture's colours.
+    "night": (_change_picture("look", "night"), _PICTURE),
+    "invert": (_change_picture("look", "inverted"), _PICTURE),
+    "grey": (_change_picture("look", "grey"), _PICTURE),
+    "sepia": (_change_picture("look", "sepia"), _PICTURE),
+    "tint": (_change_picture("look", "tinted {value}"), _COLOUR),
+    "tone": (_change_picture("look", "toned {value}"), _COLOUR),
+}
+
+
+def _read_sayings() -> dict[str, list[str]]:
+    """By family, the canonical wording and the sayings of `sayings.txt`."""
+    text = Path(__file__).with_name("sayings.txt").read_text(encoding="utf-8")
+    blocks = (block.splitlines() for block in text.split("\n\n")[1:])
+    return {name: wordings for name, *wordings in blocks}
+
+
+_SAYINGS = _read_sayings()
 # [ours] Many families, most with parameters, so that a model learns to read the example.
 FAMILIES = {
-    # Edits of one thing.
-    "recolour": _family(
-        _change_thing(colour="value"),
-        [*_product(SHAPES, COLOURS), *_product(["face"], SKINS)],
-        "make the {target} {value}",
-        "paint the {target} {value} | the {target} should be {value} | change the {target} to {value} | "
-        "colour the {target} {value} | give the {target} a {value} colour | turn the {target} {value} | "
-        "i want a {value} {target} instead | recolour the {target} in {value} | "
-        "the {target} would look better in {value}",
-    ),
-    "reshape": _family(
-        _reshape,
-        _product(SHAPES, SHAPES),
-        "turn the {target} into a {value}",
-        "replace the {target} with a {value} | change the {target} into a {value} | "
-        "the {target} should become a {value} | swap the {target} for a {value} | "
-        "make a {value} out of the {target} | i want a {value} where the {target} is | "
-        "transform the {target} into a {value} | let the {target} become a {value}",
-    ),
-    "remove": _family(
-        _remove,
-        _product(_EVERY_KIND, _NONE),
-        "remove the {target}",
-        "delete the {target} | take away the {target} | erase the {target} | get rid of the {target} | "
-        "the {target} should disappear | the picture looks better without the {target} | "
-        "take the {target} out | i do not want to see the {target}",
-    ),
-    "add": _family(
-        _add,
-        _product([f"{colour} {shape}" for shape in SHAPES for colour in COLOURS], PLACES),
-        "add a {target} at the {value}",
-        "put a {target} at the {value} | draw a {target} in the {value} corner | "
-        "place a {target} in the {value} | there should be a {target} at the {value} | "
-        "i want a {target} at the {value} | insert a {target} in the {value} | "
-        "at the {value} add a {target} | show a {target} in the {value} corner",
-    ),
-    "move": _family(
-        _move,
-        _product(_EVERY_KIND, PLACES),
-        "move the {target} to the {value}",
-        "put the {target} at the {value} | shift the {target} to the {value} | "
-        "the {target} should be at the {value} | bring the {target} to the {value} corner | "
-        "the {target} belongs in the {value} | place the {target} in the {value} | "
-        "let the {target} go to the {value}",
-    ),
-    "resize": _family(
-        _change_thing(size="value"),
-        _product(SHAPES, RADII),
-        "make the {target} {value}",
-        "the {target} should be {value} | i want a {value} {target} | let the {target} be {value} | "
-        "change the size of the {target} to {value} | the {target} needs to be {value} | "
-        "resize the {target} until it is {value}",
-    ),
-    "outline": _family(
-        _change_thing(outline="value"),
-        _product(SHAPES, OUTLINES),
-        "give the {target} a {value} outline",
-        "draw a {value} line around the {target} | put a {value} border around the {target} | "
-        "outline the {target} in {value} | the {target} should have a {value} edge | "
-        "surround the {target} with a {value} line | the {target} needs a {value} contour",
-    ),
-    "swap": _family(
-        _swap_colours,
-        itertools.combinations(SHAPES, 2),
-        "swap the colours of the {target} and the {value}",
-        "exchange the colours of the {target} and the {value} | "
-        "give the {target} and the {value} each other's colour | "
-        "the {target} and the {value} should trade colours | "
-        "switch colours between the {target} and the {value} | "
-        "let the {target} and the {value} change colours with each other | "
-        "trade the colours of the {target} and the {value}",
-    ),
-    # Edits of the face.
-    "smile": _family(
-        _change_thing(mouth="smile"),
-        [("face", "")],
-        "make the face smile",
-        "the face should look happy | give the face a smile | cheer the face up | let the face smile | "
-        "i want a happy face | put a smile on the face",
-    ),
-    "frown": _family(
-        _change_thing(mouth="frown"),
-        [("face", "")],
-        "make the face frown",
-        "the face should look sad | give the face a frown | make the face unhappy | let the face frown | "
-        "i want a sad face | put a frown on the face",
-    ),
-    "surprise": _family(
-        _change_thing(mouth="open"),
-        [("face", "")],
-        "make the face look surprised",
-        "open the mouth of the face | surprise the face | let the face say oh | "
-        "the face should be astonished | i want a surprised face | give the face an open mouth",
-    ),
-    "wear": _family(
-        _wear,
-        _product(["face"], FEATURES),
-        "give the face {value}",
-        "add {value} to the face | the face should have {value} | the face needs {value} | "
-        "draw {value} on the face | let the face have {value} | i want {value} on the face",
-    ),
-    "hat": _family(
-        _wear,
-        _product(["face"], HATS),
-        "put {value} on the face",
-        "the face should wear {value} | {value} for the face | the face needs {value} on its head | "
-        "dress the face with {value} | let the face wear {value} | i want the face to wear {value}",
-    ),
-    # Edits of the whole scene.
-    "repaint": _family(
-        _recolour_all,
-        _product(_NONE, COLOURS),
-        "make all shapes {value}",
-        "paint every shape {value} | all shapes should be {value} | colour all shapes {value} | "
-        "turn all shapes {value} | every shape in {value} | i want nothing but {value} shapes",
-    ),
-    "background": _family(
-        _change_picture("background", "{value}"),
-        _product(_NONE, BACKGROUNDS),
-        "make the background {value}",
-        "change the background to {value} | put it on a {value} background | use a {value} background | "
-        "the background should be {value} | set a {value} backdrop | replace the background by {value} | "
-        "i prefer a {value} background",
-    ),
-    # Something over the picture.
-    "stripes": _family(
-        _change_picture("overlay", "{value} stripes"),
-        _product(
-            _NONE, [f"{colour} {way}" for way in ("horizontal", "vertical", "diagonal") for colour in COLOURS]
-        ),
-        "draw {value} stripes over it",
-        "add {value} stripes | cover it with {value} stripes | put {value} stripes over the picture | "
-        "i want {value} stripes | lay {value} stripes over everything | make it striped with {value} stripes",
-    ),
-    "bar": _family(
-        _change_picture("overlay", "a {value}"),
-        _product(
-            _NONE,
-            [
-                f"{colour} bar at the {side}"
-                for side in ("top", "bottom", "left", "right")
-                for colour in COLOURS
-            ],
-        ),
-        "draw a {value}",
-        "add a {value} | put a {value} | i want a {value} | there should be a {value} | "
-        "lay a {value} over it | it needs a {value}",
-    ),
-    "dots": _family(
-        _change_picture("overlay", "{value} dots"),
-        _product(_NONE, COLOURS),
-        "draw {value} dots over it",
-        "add {value} dots | cover it with {value} dots | sprinkle {value} dots over the picture | "
-        "i want {value} dots | lay {value} dots over everything | make it dotted with {value} dots",
-    ),
-    "frame": _family(
-        _change_picture("overlay", "a {value} frame"),
-        _product(_NONE, COLOURS),
-        "put a {value} frame around it",
-        "frame it in {value} | add a {value} frame | the picture needs a {value} frame | "
-        "i want a {value} frame | put a {value} border around the picture | surround it with a {value} frame",
-    ),
-    # The picture's colours.
-    "night": _family(
-        _change_picture("look", "night"),
-        [("", "")],
-        "make it night",
-        "turn day into night | maybe night view looks better | it should be dark like at night | "
-        "show it at night | let night fall | as it would look at night",
-    ),
-    "invert": _family(
-        _change_picture("look", "inverted"),
-        [("", "")],
-        "invert the colours",
-        "make it a negative | turn all colours into their opposites | show the photographic negative | "
-        "invert everything | i want inverted colours | flip every colour to its opposite",
-    ),
-    "grey": _family(
-        _change_picture("look", "grey"),
-        [("", "")],
-        "make it grey",
-        "remove all colour | turn it into black and white | make it a black and white photo | "
-        "i want it without colours | desaturate the picture | drain the colour from it",
-    ),
-    "sepia": _family(
-        _change_picture("look", "sepia"),
-        [("", "")],
-        "make it sepia",
-        "give it an old photo look | make it look like an old brown photo | tone it in sepia | "
-        "i want a sepia picture | make it look antique | an aged sepia look please",
-    ),
-    "tint": _family(
-        _change_picture("look", "tinted {value}"),
-        _product(_NONE, COLOURS),
-        "tint the picture {value}",
-        "put a {value} glass over it | make everything look {value} | cast {value} light on it | "
-        "give it a {value} tint | show it through a {value} filter | wash it with {value}",
-    ),
-    "tone": _family(
-        _change_picture("look", "toned {value}"),
-        _product(_NONE, COLOURS),
-        "make everything a shade of {value}",
-        "show it in shades of {value} | print it in {value} alone | only shades of {value} please | "
-        "reduce it to {value} and black | tone the picture {value} | i want a picture all in {value}",
-    ),
+    name: Family(rule, tuple(arguments), _SAYINGS[name][0], tuple(_SAYINGS[name][1:]))
+    for name, (rule, arguments) in _RULES.items()
 }
 
 _OPENINGS = ("", "", "", "please ", "could you ", "maybe ", "now ")
