@@ -4,7 +4,7 @@
     python -m apps.page --model runs/train/editor --port 8000    # one that train.py saved
 
 A thin shell over `InstructGIEPipeline` in apps/pipeline.py. This file's order: an edit, as the page
-asks for it; the page; the examples on it; the command.
+asks for it; the page; the command.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import contextlib
 import html
 import math
 import os
-import random
 import signal
 import sys
 import tempfile
@@ -42,23 +41,20 @@ if __name__ == "__main__":
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}  # it reads them early
 
 import diffusers
-import transformers
 from PIL import Image
 
 import backbone
 
-with backbone.one_line_errors("apps.page"):  # where one of requirements-dev.txt is missing
+with backbone.one_line_errors("apps.page"):  # where requirements-dev.txt is not installed
     import gradio as gr
 
-    from apps.hood import Hood
 from apps.pipeline import InstructGIEPipeline
 from edit import SCHEDULERS, seeded
 from pictures import ImageError, fit_panel, load_image, tensor_to_image, unfit
 from pictures.answers import grid_path, labelled_grid, save_png
-from toy import world
 
+EXAMPLES = [f"{backbone.HERE}/examples/{name}.png" for name in ("before", "after", "input")]
 PREVIEWS = 10  # at most as many of an edit's steps are shown
-LETTERS = 500  # of an instruction, at most
 CSS = """
 .drawn img { image-rendering: pixelated }
 .grid-wrap { padding-top: 2.25rem !important }
@@ -79,7 +75,6 @@ class Editor:
         self.schedule = pipe.scheduler.config  # as it came: each edit chooses its sampler
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.stop = Event()  # set, it ends the edit in hand after the step in hand
-        self.hood: Hood | None = None  # CLIP and the segmenter are loaded when somebody looks
 
     def edit(self, *wish: Any) -> Iterator[tuple]:
         """What `_edit` shows, as it comes. Raises gr.Error, whose message is one line."""
@@ -104,19 +99,14 @@ class Editor:
         scheduler: str,
     ) -> Iterator[tuple]:
         """Edits a picture. Yields what there is to see so far: the unified instruction, the steps with their
-        captions, the answer, the labelled grid, and what `look` takes. Raises ValueError for a wish that
-        cannot be met."""
+        captions, the answer and the labelled grid. Raises ValueError for a wish that cannot be met."""
         pipe, instruction = self.pipe, " ".join((instruction or "").split())
         example = [file for file in (before, after) if file]
-        if len(instruction) > LETTERS:
-            raise ValueError(f"an instruction has at most {LETTERS} letters, not {len(instruction)}")
         if query is None:
             raise ValueError("give a picture to edit")
         if len(example) == 1:
             raise ValueError("an example is two pictures: give before and after, or neither")
-        if seed is None:
-            raise ValueError("give a seed")
-        pair, image = tuple(map(picture, example)) or None, picture(query)
+        pair, image, seed = tuple(map(picture, example)) or None, picture(query), seed or 0
         (unified,) = pipe.unify([instruction])
         for line in backbone.cut_off(pipe.tokenizer, [unified]).values():
             gr.Warning(html.escape(line))
@@ -137,19 +127,19 @@ class Editor:
 
         def draw() -> Image.Image:
             pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(self.schedule)
-            settings = {"num_inference_steps": steps, "guidance_scale": guidance_text}
-            settings |= {"visual_guidance_scale": guidance_visual, "generator": seeded([seed])}
+            scales = {"guidance_scale": guidance_text, "visual_guidance_scale": guidance_visual}
+            settings = {"num_inference_steps": steps, **scales, "generator": seeded([seed])}
+            settings |= {"unify": False, "callback_on_step_end": after_step}
             try:
-                made = pipe(unified, image, pair, **settings, unify=False, callback_on_step_end=after_step)
-                return made.images[0]
+                return pipe(unified, image, pair, **settings).images[0]
             finally:
                 shown.put(None)
 
         job, previews = self.thread.submit(draw), []
-        yield unified, [], None, None, None
+        yield unified, [], None, None
         for preview in iter(shown.get, None):
             previews.append(preview)
-            yield unified, [*previews], None, None, None
+            yield unified, [*previews], None, None
         answer = job.result()
         if stop.is_set():  # the program ends
             return
@@ -159,18 +149,8 @@ class Editor:
         record |= {"model": self.model, "dtype": "float32", "device": str(pipe.device)}
         path = folder / f"{Path(query).stem}_{seed}.png"
         save_png(answer, path, record)
-        grid = labelled_grid(pair, image, answer, instruction, pipe.panel)
-        save_png(grid, grid_path(path), record)
-        yield unified, previews, str(path), str(grid_path(path)), (pair, image, answer, unified)
-
-    def look(self, made: tuple | None) -> Image.Image:
-        """What the parts see of the edit that was made last. Raises gr.Error where there is none."""
-        with told():
-            if made is None:
-                raise ValueError("edit a picture first")
-            if self.hood is None:
-                self.hood = Hood(self.pipe.settings, self.pipe.panel, self.pipe.device)
-            return self.hood.draw(*made)
+        save_png(labelled_grid(pair, image, answer, instruction, pipe.panel), grid_path(path), record)
+        yield unified, previews, str(path), str(grid_path(path))
 
 
 @contextlib.contextmanager
@@ -197,7 +177,7 @@ def picture(file: str) -> Image.Image:
 
 
 def build(editor: Editor, examples: list[list]) -> gr.Blocks:
-    """The page. examples: rows of before, after, input and instruction."""
+    """The page. examples: before, after, input and instruction of each."""
     usual = editor.pipe.settings
 
     def given(label: str) -> gr.Image:
@@ -217,7 +197,7 @@ def build(editor: Editor, examples: list[list]) -> gr.Blocks:
             with gr.Column():
                 with gr.Row():
                     before, after, query = map(given, ("Example before", "Example after", "Input"))
-                instruction = gr.Textbox(label="Instruction", placeholder="make it night", max_length=LETTERS)
+                instruction = gr.Textbox(label="Instruction", placeholder="make it night", max_length=500)
                 with gr.Row():
                     go, stop = gr.Button("Edit", variant="primary"), gr.Button("Stop")
                 with gr.Accordion("Settings", open=False):
@@ -238,28 +218,11 @@ def build(editor: Editor, examples: list[list]) -> gr.Blocks:
                 )
                 answer = drawn("Answer", elem_classes="drawn", height=300)
                 grid = drawn("Grid")
-        with gr.Accordion("Under the hood", open=False):
-            look = gr.Button("Show what the model's parts see of this edit")
-            hooded = drawn("The condition; the areas selected; the editing shifts")
         wish = [before, after, query, instruction, seed, steps, text, visual, scheduler]
-        seen = [unified, shown, answer, grid, made := gr.State()]
+        seen = [unified, shown, answer, grid]
         going = go.click(editor.edit, wish, seen, concurrency_limit=1, show_progress_on=unified)
         stop.click(None, cancels=going)
-        look.click(editor.look, made, hooded)
     return page
-
-
-def toy_examples(folder: Path) -> list[list]:
-    """Rows for `build`: the pair of examples/; words alone; a pair of an edit that it has not learnt."""
-    given = backbone.HERE / "examples"
-    before, after, query = (str(given / f"{name}.png") for name in ("before", "after", "input"))
-    rng, frame = random.Random(0), world.Edit("frame", "", "blue")
-    scene, other = (world.random_scene(rng) for _ in range(2))
-    plain, framed, new = (str(folder / f"{name}.png") for name in ("plain", "framed", "new"))
-    for path, drawn in ((plain, scene), (framed, frame.apply(scene)), (new, other)):
-        world.render(drawn).save(path)
-    by_words = [None, None, query, "maybe night view looks better"]
-    return [[before, after, query, ""], by_words, [plain, framed, new, ""]]
 
 
 # --- The command --------------------------------------------------------------------------------------------
@@ -269,8 +232,6 @@ def toy_examples(folder: Path) -> list[list]:
 def main() -> None:
     args = arguments()
     backbone.check_numbers(args, {(1, 65535): "port"})
-    transformers.logging.disable_progress_bar()  # of every part's loading
-    diffusers.utils.logging.disable_progress_bar()
     model, device = args.model or backbone.PRESETS["toy"].editor, backbone.pick_device(args.device)
     pipe = InstructGIEPipeline.from_pretrained(model).to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -281,7 +242,8 @@ def main() -> None:
         # All that is served. Gradio's own choice is a folder which all its pages on a machine share.
         os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_EXAMPLES_CACHE": str(folder / "examples")}
         editor = Editor(pipe, str(model), folder)
-        page = build(editor, [] if args.model else toy_examples(folder)).queue(max_size=8)
+        examples = [[*EXAMPLES, ""], [None, None, EXAMPLES[-1], "maybe night view looks better"]]
+        page = build(editor, [] if args.model else examples).queue(max_size=8)
         _, url, _ = page.launch(
             server_name=args.host,
             server_port=args.port,

@@ -12,11 +12,11 @@ from backbone.folders import (
     FOLDERS,
     HERE,
     BackboneError,
-    check_parts,
     clear_errors,
     find_folder,
     find_part,
     fingerprint,
+    fingerprint_of,
     lasting_name,
     local_folder,
 )

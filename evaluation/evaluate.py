@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
 import backbone
@@ -33,6 +33,7 @@ from dataset import VisualPromptDataset
 from disk import atomic_write, locked, other_settings
 from evaluation.baselines import InstructPix2Pix, PromptDiffusion, SDEdit
 from pictures import TableImage, load_image, picture_digest, tensor_to_image
+from pictures.answers import panel_rows
 from pictures.pairs import read_pairs
 
 # What the editor is given besides the query. "other-pair" is a pair of another instruction, and no words: who
@@ -239,26 +240,6 @@ def contact_sheet(data: VisualPromptDataset, queries: list[Query], folder: Path,
         withheld = "not told: " if mode.endswith("pair") else ""
         rows.append((withheld + data.pairs[query.index].instruction, panels))
     return panel_rows(rows, names, side=96, columns=min(2, len(queries)))
-
-
-def panel_rows(
-    rows: list[tuple[str, list[Image.Image]]], names: tuple[str, ...], side: int, columns: int
-) -> Image.Image:
-    """Words above panels of `side` pixels for each row, `columns` rows side by side; `names` heads them."""
-    line, gap, font = 16, 12, ImageFont.load_default(size=11)
-    head, across = (line, len(names)) if names else (0, len(rows[0][1]))
-    width, height = across * side + gap, side + line
-    size = columns * width + gap, -(-len(rows) // columns) * height + head + gap
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for k, (words, panels) in enumerate(rows):
-        x, y = gap + k % columns * width, head + k // columns * height
-        for j, name in enumerate(names if k < columns else ()):
-            draw.text((x + j * side + 2, 1), name, "grey", font)
-        draw.text((x + 2, y + 1), words, "black", font)
-        for j, panel in enumerate(panels):
-            sheet.paste(panel.resize((side, side), Image.Resampling.BICUBIC), (x + j * side, y + line))
-    return sheet
 
 
 # --- The program --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Answers as files: which pictures are edited, where each answer goes, and the labelled grid beside it."""
+"""Answers as files: which pictures are edited, where each answer goes, and sheets of pictures beside them."""
 
 from __future__ import annotations
 
@@ -40,11 +40,6 @@ def plan_answers(
                 raise ValueError(f"--output {output}: an answer would overwrite a picture that is read")
             if not written & taken:
                 break
-        above = next(folder for folder in paths[0].parents if folder.exists())
-        if not above.is_dir():
-            raise ValueError(f"--output {output}: {above} is a file; give a folder's name")
-        if folders := [path for path in paths if path.is_dir()]:
-            raise ValueError(f"--output {output}: {folders[0]} cannot be written, a folder is there")
         taken |= written
         targets.append(paths)
     return inputs, targets
@@ -105,6 +100,26 @@ def labelled_grid(
         sheet.paste(shown, (x + (side - shown.width) // 2, y + line + (side - shown.height) // 2))
     for i, text in enumerate(words):
         draw.text((4, 2 * (side + line) + i * line + 2), text, "black", font)
+    return sheet
+
+
+def panel_rows(
+    rows: list[tuple[str, list[Image.Image]]], names: tuple[str, ...], side: int, columns: int
+) -> Image.Image:
+    """Words above panels of `side` pixels for each row, `columns` rows side by side; `names` heads them."""
+    line, gap, font = 16, 12, ImageFont.load_default(size=11)
+    head, across = (line, len(names)) if names else (0, len(rows[0][1]))
+    width, height = across * side + gap, side + line
+    size = columns * width + gap, -(-len(rows) // columns) * height + head + gap
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (words, panels) in enumerate(rows):
+        x, y = gap + k % columns * width, head + k // columns * height
+        for j, name in enumerate(names if k < columns else ()):
+            draw.text((x + j * side + 2, 1), name, "grey", font)
+        draw.text((x + 2, y + 1), words, "black", font)
+        for j, panel in enumerate(panels):
+            sheet.paste(panel.resize((side, side), Image.Resampling.BICUBIC), (x + j * side, y + line))
     return sheet
 
 
