@@ -95,7 +95,7 @@ class InstructGIEPipeline(DiffusionPipeline):
         """
         folder = backbone.find_folder(source)
         if (folder / "model_index.json").is_file():
-            with backbone.clear_errors(source, "an InstructGIE pipeline's folder", folder):
+            with backbone.clear_errors(source, "an InstructGIE pipeline's folder"):
                 backbone.check_parts(folder)
                 pipe = super().from_pretrained(folder, **{"use_safetensors": True, **options})
                 for name, part in pipe.components.items():
@@ -117,8 +117,6 @@ class InstructGIEPipeline(DiffusionPipeline):
         """What `train.py` recorded of the training, and `SAMPLING`'s names: how to sample unless told."""
         return self.config.settings
 
-    # --- What goes in ---------------------------------------------------------------------------------------
-
     def unify(self, instructions: Iterable[str]) -> list[str]:
         """l' = U(l) of each instruction; as they stand where the editor was trained without U.
 
@@ -128,8 +126,6 @@ class InstructGIEPipeline(DiffusionPipeline):
             return list(instructions)
         self.unifier.device = self._execution_device
         return self.unifier.unify(instructions)
-
-    # --- The edit -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(
@@ -165,39 +161,26 @@ class InstructGIEPipeline(DiffusionPipeline):
         Raises ValueError, also where anything that is drawn is not finite.
         """
         lists = [given if isinstance(given, list) else [given] for given in (prompt, image, prompt_pair)]
-        count = max(map(len, lists))
-        if any(len(given) not in (1, count) for given in lists):
-            lengths = ", ".join(str(len(given)) for given in lists)
-            raise ValueError(
-                f"prompt, image and prompt_pair have {lengths} entries: give one or equally many"
-            )
+        lengths = [len(given) for given in lists]
+        if not set(lengths) <= {1, count := max(lengths)}:
+            told = ", ".join(map(str, lengths))
+            raise ValueError(f"prompt, image and prompt_pair have {told} entries: give one or equally many")
         prompts, images, pairs = (given if len(given) == count else given * count for given in lists)
-        if not any(prompts) and all(pair is None for pair in pairs):
+        if not any(prompts) and not any(pairs):
             raise ValueError("nothing says which edit to make: give an instruction, an example or both")
-        whole = (pair is None or (isinstance(pair, tuple | list) and len(pair) == 2) for pair in pairs)
-        if not all(whole):
+        if any(pair and (not isinstance(pair, tuple | list) or len(pair) != 2) for pair in pairs):
             raise ValueError("an example pair is a tuple (before, after); a list has one for each edit")
         if output_type not in ("pil", "pt", "latent"):
             raise ValueError(f'output_type must be "pil", "pt" or "latent", not {output_type!r}')
 
         told = self.unify(prompts) if unify else prompts
         queries, boxes = zip(*(fit_panel(picture, self.panel) for picture in images))
-        grey = torch.zeros(2, 3, self.panel, self.panel)
-        examples = [
-            grey if pair is None else torch.stack([fit_panel(picture, self.panel)[0] for picture in pair])
-            for pair in pairs
-        ]
-        drawn = self.sample(
-            torch.stack(examples),
-            [pair is not None for pair in pairs],
-            torch.stack(queries),
-            told,
-            generator,
-            num_inference_steps,
-            guidance_scale,
-            visual_guidance_scale,
-            callback_on_step_end,
-        )
+        grey = [torch.zeros(3, self.panel, self.panel)] * 2
+        examples = [[fit_panel(one, self.panel)[0] for one in pair] if pair else grey for pair in pairs]
+        examples = torch.stack([torch.stack(pair) for pair in examples])  # (B, 2, 3, P, P)
+        scales = guidance_scale, visual_guidance_scale
+        sampling = generator, num_inference_steps, *scales, callback_on_step_end
+        drawn = self.sample(examples, [*map(bool, pairs)], torch.stack(queries), told, *sampling)
         answers: Any = drawn if output_type == "latent" else self.decode_answers(drawn)
         if output_type == "pil":
             answers = [tensor_to_image(unfit(one, box)) for one, box in zip(answers, boxes)]
@@ -263,8 +246,6 @@ class InstructGIEPipeline(DiffusionPipeline):
                 return tensors["latents"], not self._interrupt
 
             return edit.sample(sd, self.rcldm, branches, noise, used["steps"], generator, after_step)
-
-    # --- What comes out -------------------------------------------------------------------------------------
 
     def answer(
         self,

@@ -27,6 +27,7 @@ from backbone.folders import (
     find_folder,
     find_part,
     fingerprint,
+    fingerprint_of,
     lasting_name,
     local_folder,
 )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from backbone.folders import BackboneError, clear_errors, find_folder, find_part, read_json
+from backbone.folders import BackboneError, clear_errors, find_folder, find_part
 from backbone.latents import vae_factor
 from backbone.loading import StableDiffusion, freeze, load_llm, load_stable_diffusion
 
@@ -33,9 +33,10 @@ def load_parts(
     dtype: torch.dtype = torch.float32,
     words: bool = True,
 ) -> Parts:
-    """An editor's folder or hub id → it and what it names. words: load the language model where it has one.
+    """An editor's folder or hub id → it and what it names.
 
-    Raises BackboneError, also for an editor that does not fit its Stable Diffusion.
+    words: load the language model where it has one. Raises BackboneError, also for an editor that does not
+    fit its Stable Diffusion.
     """
     rcldm, settings = load_editor(source, device, dtype)
     sd = load_stable_diffusion(find_part(settings, "stable_diffusion"), device, dtype)
@@ -56,14 +57,14 @@ def load_editor(
     from rcldm import RCLDM
 
     source, folder = folder, find_folder(folder)
-    with clear_errors(source, "an editor's folder as train.py saves it", folder):
-        settings = read_json(folder / "instructgie.json")
+    with clear_errors(source, "an editor's folder as train.py saves it"):
+        settings = json.loads((folder / "instructgie.json").read_text("utf-8"))
         if lacking := {"stable_diffusion", "llm", "panel"} - settings.keys():
             raise ValueError(f"instructgie.json lacks {min(lacking)}")
         kinds = {kind.__name__: kind for kind in RCLDM.__subclasses__()}
-        kind = kinds.get(read_json(folder / "config.json").get("_class_name"), RCLDM)
+        kind = kinds.get(RCLDM.load_config(folder).get("_class_name"), RCLDM)
         model = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-        return freeze(model, device), settings
+        return freeze(model, device, folder), settings
 
 
 def check_fit(unet: nn.Module, vae: nn.Module, rcldm: nn.Module, panel: int) -> None:

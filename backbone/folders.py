@@ -9,8 +9,7 @@ import contextlib
 import hashlib
 import json
 import math
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,12 @@ class BackboneError(ValueError):
 # What a model folder may consist of: weights as safetensors, and texts.
 _FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja")
 _VARIANTS = ("*.fp16.*", "*.non_ema.*", "*.bf16.*")
+
+# Subfolders of each part that an edit needs besides the editor.
+FOLDERS = {
+    "stable_diffusion": [f"{name}/*" for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")],
+    "llm": ["*"],
+}
 
 
 def local_folder(source: str | Path) -> Path | None:
@@ -47,13 +52,6 @@ def find_folder(source: str | Path, patterns: list[str] | None = None) -> Path:
         raise BackboneError(f"{source}: {reason}; check the id and the network, or give a folder") from None
 
 
-# Subfolders of each part that an edit needs besides the editor.
-FOLDERS = {
-    "stable_diffusion": [f"{name}/*" for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")],
-    "llm": ["*"],
-}
-
-
 def lasting_name(source: str) -> str:
     """A source by which it is found from any folder: a local one by its full path, or as this repository
     names it; a hub id as it is."""
@@ -64,23 +62,31 @@ def lasting_name(source: str) -> str:
 
 
 def fingerprint(source: str | Path, part: str) -> str:
-    """Of the weights of a part, "stable_diffusion" or "llm", to know them again wherever they lie.
+    """Of the weights of a part, "stable_diffusion" or "llm", to know them again wherever they lie. Raises
+    BackboneError."""
+    folder = find_folder(source, FOLDERS[part])
+    files = (file for pattern in FOLDERS[part] for file in folder.glob(f"{pattern}.safetensors"))
+    return _digest(folder, files)
 
-    A file of up to 64 MiB counts whole; a larger one by its size and 256 evenly spread blocks, which takes a
-    fraction of a second. Training moves every block; a change of single weights may fall between two. Raises
-    BackboneError.
-    """
-    folder, digest = find_folder(source, FOLDERS[part]), hashlib.sha256()
-    files = sorted(file for pattern in FOLDERS[part] for file in folder.glob(f"{pattern}.safetensors"))
-    for file in files:
+
+def fingerprint_of(model: Any) -> str:
+    """Of all the files that `backbone` has loaded a model from: weights, configs, and a tokenizer's."""
+    return _digest(model.source, {file for kind in _FILES for file in model.source.glob(kind)})
+
+
+def _digest(folder: Path, files: Iterable[Path]) -> str:
+    """A file of up to 64 MiB counts whole; a larger one by its size and 256 evenly spread blocks, which takes
+    a fraction of a second. Training moves every block; a change of single weights may fall between two."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
         if any(map(file.match, _VARIANTS)):  # which nothing here loads
             continue
         size, block = file.stat().st_size, 1 << 18
         digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
-        with file.open("rb") as weights:
+        with file.open("rb") as content:
             for start in range(0, size, max(block, math.ceil(size / 256))):
-                weights.seek(start)
-                digest.update(weights.read(block))
+                content.seek(start)
+                digest.update(content.read(block))
     return digest.hexdigest()[:16]
 
 
@@ -102,12 +108,9 @@ def find_part(settings: dict[str, Any], part: str) -> Path:
 
 
 @contextlib.contextmanager
-def clear_errors(source: object, what: str, folder: Path) -> Iterator[None]:
+def clear_errors(source: object, what: str) -> Iterator[None]:
     """Whatever a library makes of a broken model folder becomes one line."""
     try:
-        for names in ("*config.json", "*.safetensors.index*.json"):
-            for path in (*folder.glob(names), *folder.glob(f"*/{names}")):
-                read_json(path)
         yield
     except BackboneError:
         raise
@@ -116,27 +119,10 @@ def clear_errors(source: object, what: str, folder: Path) -> Iterator[None]:
         raise BackboneError(f"{source}: not {what} ({reason})") from None
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"), object_hook=_refuse_code)
-
-
-def _refuse_code(config: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError for shards that are no safetensors of the folder, and so may be read as pickles, and
-    for attention that is code from the hub."""
-    for key, value in config.items():
-        if key == "weight_map":
-            for name in value.values():
-                if not re.fullmatch(r"[\w.-]+\.safetensors", name):
-                    raise ValueError(f"{name[:80]!r} is no safetensors file of the folder")
-        if key.endswith("_implementation") and "/" in str(value):
-            raise ValueError(f"{key} {str(value)[:80]!r} is code from elsewhere")
-    return config
-
-
 def check_parts(folder: Path) -> None:
     """Raises ValueError where a pipeline's `model_index.json` names a class of its own, or of a library that
     has no business there: to import one is to run it."""
-    for name, part in read_json(folder / "model_index.json").items():
+    for name, part in json.loads((folder / "model_index.json").read_text("utf-8")).items():
         if isinstance(part, list):
             library, kind = part
             known = library in (None, "diffusers", "transformers", "rcldm")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from backbone.folders import FOLDERS, clear_errors, find_folder, read_json
+from backbone.folders import FOLDERS, clear_errors, find_folder
 
 
 class StableDiffusion(NamedTuple):
@@ -29,20 +30,21 @@ def load_stable_diffusion(
     from transformers import CLIPTextModel, CLIPTokenizer
 
     folder = find_folder(source, FOLDERS["stable_diffusion"])
-    with clear_errors(source, "a Stable Diffusion folder in diffusers' layout", folder):
-        vae, unet = (
-            kind.from_pretrained(folder / part, torch_dtype=dtype, use_safetensors=True)
-            for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
-        )
-        text_encoder = _transformer(CLIPTextModel, folder / "text_encoder", dtype)
+    with clear_errors(source, "a Stable Diffusion folder in diffusers' layout"):
+        options = {"torch_dtype": dtype, "use_safetensors": True}
+        models = {
+            "vae": AutoencoderKL.from_pretrained(folder / "vae", **options),
+            "unet": UNet2DConditionModel.from_pretrained(folder / "unet", **options),
+            "text_encoder": _transformer(CLIPTextModel, folder / "text_encoder", dtype),
+        }
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         # Whatever sampler the folder names, its noise schedule is what training needs. Latents have no
         # bounds to clip to, and PNDM ends at the first noise level: so `StableDiffusionPipeline` reads it.
         config = DDIMScheduler.load_config(folder / "scheduler")
         config.setdefault("set_alpha_to_one", config.get("_class_name") != "PNDMScheduler")
         scheduler = DDIMScheduler.from_config(config | {"clip_sample": False, "steps_offset": 1})
-        models = [freeze(model, device) for model in (vae, unet, text_encoder)]
-    return StableDiffusion(*models, tokenizer, scheduler)
+        models = {name: freeze(model, device, folder / name) for name, model in models.items()}
+    return StableDiffusion(**models, tokenizer=tokenizer, scheduler=scheduler)
 
 
 def load_clip(source: str, device: torch.device | str = "cpu") -> nn.Module:
@@ -50,10 +52,10 @@ def load_clip(source: str, device: torch.device | str = "cpu") -> nn.Module:
     import open_clip
 
     folder = find_folder(source, ["open_clip*"])
-    with clear_errors(source, "an open_clip folder", folder):
+    with clear_errors(source, "an open_clip folder"):
         if not (folder / "open_clip_model.safetensors").is_file():
             raise FileNotFoundError("open_clip_model.safetensors is missing")
-        return freeze(open_clip.create_model(f"local-dir:{folder}"), device)
+        return freeze(open_clip.create_model(f"local-dir:{folder}"), device, folder)
 
 
 def load_clip_tokenizer(source: str) -> Any:
@@ -61,9 +63,9 @@ def load_clip_tokenizer(source: str) -> Any:
     import open_clip
 
     folder = find_folder(source, ["*"])
-    with clear_errors(source, "an open_clip folder", folder):
-        config = read_json(folder / "open_clip_config.json")["model_cfg"]["text_cfg"]
-        # What is given here stands above the config's own, which could ask for the folder's code to be run.
+    with clear_errors(source, "an open_clip folder"):
+        config = json.loads((folder / "open_clip_config.json").read_text("utf-8"))["model_cfg"]["text_cfg"]
+        # Given here, this stands above the config's own, which could ask for the folder's code to be run.
         options = {"trust_remote_code": False} if config.get("hf_tokenizer_name") else {}
         return open_clip.get_tokenizer(f"local-dir:{folder}", **options)
 
@@ -73,10 +75,10 @@ def load_segmenter(source: str, device: torch.device | str = "cpu") -> tuple[nn.
     from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
     folder = find_folder(source)
-    with clear_errors(source, "a Mask2Former folder", folder):
+    with clear_errors(source, "a Mask2Former folder"):
         model = _transformer(Mask2FormerForUniversalSegmentation, folder, torch.float32)
         processor = Mask2FormerImageProcessor.from_pretrained(folder, local_files_only=True)
-        return freeze(model, device), processor
+        return freeze(model, device, folder), processor
 
 
 def load_llm(
@@ -87,12 +89,12 @@ def load_llm(
 
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     folder = find_folder(source)
-    with clear_errors(source, "a causal language model's folder", folder):
+    with clear_errors(source, "a causal language model's folder"):
         model = _transformer(AutoModelForCausalLM, folder, dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             raise ValueError("its tokenizer has more words than it")
-        return freeze(model, device), tokenizer
+        return freeze(model, device, folder), tokenizer
 
 
 def _transformer(kind: Any, folder: Path, dtype: torch.dtype, **options: Any) -> nn.Module:
@@ -110,6 +112,8 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"its weights lack {missing[0]}")
 
 
-def freeze(model: nn.Module, device: torch.device | str) -> nn.Module:
+def freeze(model: nn.Module, device: torch.device | str, source: Path) -> nn.Module:
+    """source: the folder of its files, by which the caches know it."""
     check_model(model)
+    model.source = source
     return model.to(device).eval().requires_grad_(False)

@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import os
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from statistics import fmean, median
 
@@ -24,6 +24,9 @@ from pictures import ImageError, load_image, misfit
 from pictures.answers import panel_rows
 from pictures.pairs import EditPair, read_pairs
 
+THIN = "instructions of fewer than 2 good pairs"
+FAULTS = ("broken files", "pairs of two frames", "pairs without a change", "pairs there twice", THIN)
+
 
 def check(args: argparse.Namespace) -> None:
     """Prints what a split holds; exits with 1 where something should be mended."""
@@ -31,52 +34,41 @@ def check(args: argparse.Namespace) -> None:
     read = {str(file) for pair in pairs for file in (pair.input, pair.output)}
     if args.sheet and os.path.realpath(args.sheet) in read:
         raise ValueError(f"--sheet {args.sheet}: would overwrite a picture that is read")
-    looks = thread_map(_look, pairs, desc="check", unit="pair", mininterval=1)
-    groups, seen, sizes = defaultdict(list), {}, Counter()
-    broken, misfits, unchanged, twice = [], [], [], []
-    for pair, look in zip(pairs, looks):
+    groups: dict[str, list[EditPair]] = {pair.instruction: [] for pair in pairs}  # of good pairs
+    faults, seen, sizes = {name: [] for name in FAULTS}, {}, Counter()
+    for pair, look in zip(pairs, thread_map(_look, pairs, desc="check", unit="pair", mininterval=1)):
         if isinstance(look, ImageError):
-            broken.append(str(look))
+            faults["broken files"].append(str(look))
             continue
         size, before, after, reason = look
-        sizes[size] += 1
+        sizes["{} × {}".format(*size)] += 1
         if reason:
-            misfits.append(f"{pair.output}: {reason}")
+            faults["pairs of two frames"].append(f"{pair.output}: {reason}")
         elif before == after:
-            unchanged.append(f"{pair.output}: the same picture as {pair.input}")
+            faults["pairs without a change"].append(f"{pair.output}: the same picture as {pair.input}")
         elif (before, after) in seen:
-            twice.append(f"{pair.input}, {pair.output}: the same pictures as {seen[before, after]}")
+            line = f"{pair.input}, {pair.output}: the same pictures as {seen[before, after]}"
+            faults["pairs there twice"].append(line)
         else:
             seen[before, after] = pair.input
             groups[pair.instruction].append(pair)
-    instructions = dict.fromkeys(pair.instruction for pair in pairs)
+    faults[THIN] = [text for text, group in groups.items() if len(group) < 2]
     counts = [len(group) for group in groups.values()]
     print(f"pairs                  {len(pairs):8}")
-    print(f"instructions           {len(instructions):8}")
-    if counts:
-        print(f"good pairs of each     {min(counts):8} to {max(counts)}, median {median(counts):g}")
-    print("sizes                  " + ", ".join(f"{w} × {h} ({n})" for (w, h), n in sizes.most_common(5)))
+    print(f"instructions           {len(groups):8}")
+    print(f"good pairs of each     {min(counts):8} to {max(counts)}, median {median(counts):g}")
+    print("sizes                  " + ", ".join(f"{size} ({n})" for size, n in sizes.most_common(5)))
     for key in ("clip_before", "clip_after", "clip_image", "clip_direction"):
         values = [pair.extra[key] for pair in pairs if isinstance(pair.extra.get(key), float)]
         if values:
             print(f"{key:22} {fmean(values):8.3f} in the mean, {min(values):.3f} to {max(values):.3f}")
-    faults = {
-        "broken files": broken,
-        "pairs of two frames": misfits,
-        "pairs without a change": unchanged,
-        "pairs there twice": twice,
-        "instructions of fewer than 2 good pairs": [
-            text for text in instructions if len(groups.get(text, ())) < 2
-        ],
-    }
-    for name, which in faults.items():
-        print(f"{name}: {len(which)}")
-        for line in which[:20]:
-            print(f"    {line}")
-        if len(which) > 20:
-            print(f"    and {len(which) - 20} more")
-    if args.sheet and groups:
-        draw_sheet(groups, args.sheet)
+    for name, lines in faults.items():
+        print(f"{name}: {len(lines)}")
+        print("".join(f"    {line}\n" for line in lines[:20]), end="")
+        if len(lines) > 20:
+            print(f"    and {len(lines) - 20} more")
+    if args.sheet and any(counts):
+        write_sheet(groups, args.sheet)
     if any(faults.values()):
         sys.exit(1)
 
@@ -91,13 +83,13 @@ def _look(pair: EditPair) -> tuple[tuple[int, int], str, str, str] | ImageError:
     return pictures[0].size, before, after, misfit(*pictures)
 
 
-def draw_sheet(groups: dict[str, list[EditPair]], path: Path) -> None:
-    """Writes a picture with the first two good pairs of each of the first 60 instructions."""
+def write_sheet(groups: dict[str, list[EditPair]], path: Path) -> None:
+    """A picture with the first two good pairs of each of the first 60 instructions, three side by side."""
     rows = []
-    for instruction, group in list(groups.items())[:60]:
-        files = [file for pair in group[:2] for file in (pair.input, pair.output)]
-        rows.append((instruction, list(map(load_image, files))))
-    sheet = panel_rows(rows, (), side=96, columns=min(3, len(rows)))
+    for text, group in [(text, group) for text, group in groups.items() if group][:60]:
+        files = (file for pair in group[:2] for file in (pair.input, pair.output))
+        rows.append((text, [load_image(file).resize((96, 96)) for file in files]))
+    sheet = panel_rows(rows, ("before", "after") * 2, side=96, columns=min(3, len(rows)))
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, sheet.save)
     print(f"contact sheet: {path}")

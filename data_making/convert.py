@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import backbone
+from data_making.texts import as_lines
 from disk import atomic_folder
 from pictures import path_inside
 
@@ -52,8 +53,7 @@ def convert(source: Path, output: Path) -> dict[str, int]:
                         if place(source, new / split, names):
                             rows.append({"input_file_name": names[0], "output_file_name": names[1]} | told)
                 if rows:
-                    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                    (new / split / "metadata.jsonl").write_text(lines, "utf-8")
+                    (new / split / "metadata.jsonl").write_text(as_lines(rows), "utf-8")
                 counts[split] = len(rows)
         except (ValueError, TypeError, KeyError) as error:
             reason = f"has no {error}" if isinstance(error, KeyError) else error

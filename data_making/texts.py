@@ -37,49 +37,18 @@ from tqdm import tqdm
 
 import backbone
 from disk import atomic_folder, atomic_write, other_settings
+from training.draws import draw_order
 from training.loop import fit
 
 # --- The form of what the language model writes -------------------------------------------------------------
 
 # [ours] The paper gives no prompt. One form of lines serves base models, chat models, and people who correct
-# the file by hand; examples teach it better than rules do.
+# the file by hand; examples teach it better than rules do. They are those of examples.jsonl.
 RULES = (
     "From the caption of a picture, invent an edit that a person might ask for. Write the instruction, and "
     "the caption of the edited picture, which keeps every word that the edit leaves true. Then write four "
     "captions of quite other pictures for which the same instruction makes sense, each with its edited "
     "caption. Keep to the form of the examples."
-)
-EXAMPLES = (
-    {
-        "instruction": "make it night",
-        "pairs": [
-            ["a fishing boat in a small harbour", "a fishing boat in a small harbour at night"],
-            ["a street market in Hanoi", "a street market in Hanoi at night"],
-            ["two horses on a hill", "two horses on a hill at night"],
-            ["a railway bridge over a wide river", "a railway bridge over a wide river at night"],
-            ["a farmhouse behind a wall of poplars", "a farmhouse behind a wall of poplars at night"],
-        ],
-    },
-    {
-        "instruction": "swap the bicycle for a motorbike",
-        "pairs": [
-            ["an old man beside a bicycle", "an old man beside a motorbike"],
-            ["a bicycle in front of a bakery", "a motorbike in front of a bakery"],
-            ["a red bicycle on a country road", "a red motorbike on a country road"],
-            ["oil painting of a bicycle in the rain", "oil painting of a motorbike in the rain"],
-            ["a woman waiting with her bicycle", "a woman waiting with her motorbike"],
-        ],
-    },
-    {
-        "instruction": "could the animal wear a knitted scarf?",
-        "pairs": [
-            ["a penguin on an ice floe", "a penguin in a knitted scarf on an ice floe"],
-            ["portrait of a greyhound", "portrait of a greyhound in a knitted scarf"],
-            ["a cat asleep on a windowsill", "a cat in a knitted scarf asleep on a windowsill"],
-            ["a donkey looking over a fence", "a donkey in a knitted scarf looking over a fence"],
-            ["a fox between birch trees", "a fox in a knitted scarf between birch trees"],
-        ],
-    },
 )
 # The chat template of a model that was trained for this one task: it needs neither rules nor examples.
 OWN_TASK = "{{ messages[-1]['content'] }}"
@@ -88,6 +57,31 @@ ONE_TEXT = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ '\n' }}{% endif %}{% endfor %}"
 )
+
+
+def read_texts(path: Path) -> list[dict]:
+    """The lines of texts.jsonl, or of a file of examples. Raises ValueError, which names the line."""
+    records = []
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            instruction, pairs = record["instruction"], record["pairs"]
+            if not pairs or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+                raise ValueError
+            if not all(isinstance(text, str) for text in (instruction, *chain(*pairs))):
+                raise ValueError
+            records.append({"instruction": instruction, "pairs": pairs})
+        except (ValueError, TypeError, KeyError):
+            form = '{"instruction": "…", "pairs": [["caption", "edited caption"], …]}'
+            raise ValueError(f"{path}:{number}: not an object of the form {form}") from None
+    if not records:
+        raise ValueError(f"{path}: is empty")
+    return records
+
+
+EXAMPLES = read_texts(Path(__file__).with_name("examples.jsonl"))
 
 
 def as_prompt(caption: str) -> str:
@@ -136,28 +130,6 @@ def parse_reply(caption: str, reply: str) -> dict:
 
 def _plain(text: str) -> str:
     return text.strip(" .!?").lower()
-
-
-def read_texts(path: Path) -> list[dict]:
-    """The lines of texts.jsonl, or of a file of examples. Raises ValueError, which names the line."""
-    records = []
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            instruction, pairs = record["instruction"], record["pairs"]
-            if not pairs or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-                raise ValueError
-            if not all(isinstance(text, str) for text in (instruction, *chain(*pairs))):
-                raise ValueError
-            records.append({"instruction": instruction, "pairs": pairs})
-        except (ValueError, TypeError, KeyError):
-            form = '{"instruction": "…", "pairs": [["caption", "edited caption"], …]}'
-            raise ValueError(f"{path}:{number}: not an object of the form {form}") from None
-    if not records:
-        raise ValueError(f"{path}: is empty")
-    return records
 
 
 # --- The language model -------------------------------------------------------------------------------------
@@ -215,34 +187,24 @@ def writing_loss(model: nn.Module, tokenizer: Any, records: list[dict]) -> Tenso
 
 
 def finetune(
-    model: nn.Module,
-    tokenizer: Any,
-    records: list[dict],
-    folder: Path,
-    epochs: int = 4,
-    lr: float = 1e-5,
-    batch: int = 8,
+    model: nn.Module, tokenizer: Any, records: list[dict], folder: Path, epochs=4, lr=1e-5, batch=8
 ) -> None:
-    """Teaches all weights on the records, in an order of its own for each epoch, and saves `folder`.
+    """Teaches all weights on the records and saves `folder`.
 
     [ours] AdamW, a cosine descent of the learning rate, no examples in the prompt, which becomes the form
     that InstructPix2Pix taught GPT-3. Checkpoints lie beside `folder`.
     """
     model.float().requires_grad_(True)
-    each = math.ceil(len(records) / batch)  # steps of an epoch
 
     def losses_of(steps: range) -> Iterator[dict[str, Tensor]]:
-        for step in steps:
-            epoch, k = divmod(step, each)
-            order = torch.randperm(len(records), generator=torch.Generator().manual_seed(epoch)).tolist()
-            chosen = [records[i] for i in order[k * batch : (k + 1) * batch]]
+        order = draw_order(len(records), batch, 0, steps, 0, 1)
+        for step, chosen in zip(steps, order):
             torch.manual_seed(step)  # of dropout, where the model has some
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-                loss = writing_loss(model, tokenizer, chosen)
-            yield {"loss": loss}
+                yield {"loss": writing_loss(model, tokenizer, [records[i] for _, i in chosen])}
 
-    checkpoints = folder.with_name(f"{folder.name}-training")
-    fit("finetune", model, losses_of, checkpoints, steps=epochs * each, lr=lr, ema_decay=0, warmup=1)
+    checkpoints, steps = folder.with_name(f"{folder.name}-training"), math.ceil(epochs * len(records) / batch)
+    fit("finetune", model, losses_of, checkpoints, steps=steps, lr=lr, ema_decay=0, warmup=1)
     tokenizer.chat_template = OWN_TASK
     with atomic_folder(folder) as new:
         model.eval().requires_grad_(False).save_pretrained(new)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 
@@ -70,31 +70,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a folder to this process while it is entered; its threads and workers have no lock of their own.
-
-    The operating system holds the lock, and drops it when the process ends, however that ends. Where the file
-    system knows no locks there is none. Raises ValueError where another process holds it, and OSError.
-    """
+    """Keeps a folder to this process while it is entered. The operating system drops the lock when the
+    process ends, however that ends. Raises ValueError where another process holds it, and OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "ab") as file:
-        try:
-            _lock(file.fileno())
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                reason = "another process writes there; wait for its end, or give another --output"
-                raise ValueError(f"{folder}: {reason}") from None
-        yield
-
-
-def _lock(file: int) -> None:
     try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-    else:  # not flock, which a loader's worker would share, and keep when its parent is killed
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = FileLock(folder / "lock").acquire(blocking=False)
+    except Timeout:
+        reason = "another process writes there; wait for its end, or give another --output"
+        raise ValueError(f"{folder}: {reason}") from None
+    with lock:
+        yield
 
 
 def other_settings(path: Path, settings: dict[str, Any], anew: bool = False) -> dict[str, tuple[Any, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import threading
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,9 +39,10 @@ class TableImage(NamedTuple):
         return cell["bytes"]
 
 
-_warnings_lock = threading.Lock()  # warning filters belong to the process, not to a thread
 # The formats of photographs. Of Pillow's others EPS starts Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# What Pillow only warns of, `load_image` refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def load_image(source: str | Path | TableImage) -> Image.Image:
@@ -51,18 +51,16 @@ def load_image(source: str | Path | TableImage) -> Image.Image:
     Raises ImageError, one line naming the file, for a missing, corrupt or truncated picture, and for more
     pixels than Pillow's `Image.MAX_IMAGE_PIXELS` (89 million), where Pillow alone would only warn.
     """
-    try:
-        with _image_file(source) as file:
-            with _warnings_lock, warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = Image.open(file, formats=FORMATS)  # reads the header alone
-            with image:
-                return to_rgb(image)
+    try:  # `Image.open` reads the header alone
+        with _image_file(source) as file, Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            return to_rgb(image)
     except ImageError:
         raise
     except UnidentifiedImageError:
         raise ImageError(source, f"not a picture that is read here ({', '.join(FORMATS)})") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
         raise ImageError(source, f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise ImageError(source, f"corrupt or truncated picture ({error})") from None

@@ -22,7 +22,6 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -177,15 +176,17 @@ OPENMP = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
 def _in_parallel(kernel: Callable[..., None], tasks: int, *values: Tensor | bool) -> None:
     """kernel(first, last, *values) for all tasks, by as many threads as PyTorch takes.
 
-    They are PyTorch's own where these are OpenMP's. Between two operations those wait in a loop, for some
-    milliseconds, and threads beside them would get half a core each.
+    They are PyTorch's own. Between two operations these wait in a loop, for some milliseconds, and threads
+    beside them would get half a core each. Where they are not OpenMP's, one thread does it all.
     """
     arrays = [x.numpy() if isinstance(x, Tensor) else x for x in values]
-    threads = min(tasks, torch.get_num_threads())
+    threads = min(tasks, torch.get_num_threads()) if OPENMP else 1
+    if threads == 1:
+        return kernel(0, tasks, *arrays)
     cuts = [tasks * i // threads for i in range(threads + 1)]
     todo, done, errors = iter(range(threads)), [], []  # the threads share it, and each takes what is next
 
-    def work(_=None) -> None:
+    def work(_) -> None:
         try:
             for i in todo:
                 kernel(cuts[i], cuts[i + 1], *arrays)
@@ -193,14 +194,8 @@ def _in_parallel(kernel: Callable[..., None], tasks: int, *values: Tensor | bool
         except BaseException as error:
             errors.append(error)
 
-    if threads == 1:
-        work()
-    elif OPENMP is not None:
-        OPENMP(CALLBACK(work), None, threads, 0)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, range(threads)))
-    if errors or len(done) < threads:  # an error outside of the try, which C has lost, is Ctrl-C's
+    OPENMP(CALLBACK(work), None, threads, 0)
+    if len(done) < threads:  # an error outside of the try, which C has lost, is Ctrl-C's
         raise (errors or [KeyboardInterrupt()])[0]
 
 
@@ -214,16 +209,9 @@ def _parts(batch: int, channels: int) -> int:
 
 
 def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    bias: Tensor,
-    softplus: bool,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, softplus: bool,
     order: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """y, as u. u, Δ (B, G, P, L); A (G·P, N), B and C (B, G, N, L), D and bias (G·P,).
 
     order (G, L): where along L a group reads u, and writes y, at each step; else one after the other. With

@@ -178,9 +178,9 @@ def test_a_checkpoint_is_not_written_and_the_one_before_it_stays(tmp_path, value
 
 
 def test_an_editor_is_not_written_and_the_older_one_stays(folders, pipe, tmp_path):
-    args = SimpleNamespace(
-        output=tmp_path, no_liu=True, llm=None, data="d", stable_diffusion="sd", fingerprints={}
-    )
+    args = SimpleNamespace(output=tmp_path, data="d", stable_diffusion="sd", llm=None, panel=P, batch=2)
+    for name in ("rcldm", "esm", "liu", "sam"):
+        setattr(args, f"no_{name}", True)
     train.save_editor(pipe.rcldm, args, 1, {})
     spoil(pipe.rcldm)
     with pytest.raises(ValueError, match=r"NaN or infinity in .*: .*editor is not written"):

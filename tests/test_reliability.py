@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import P, options, save_data, save_parts
 from torch import nn
 
@@ -395,7 +395,7 @@ def draw(path, seed):
     Image.fromarray(pixels).save(path)
 
 
-def redraw(data, frozen):
+def redraw(data, models):
     """In the middle, under the same name, of the same size and time of modification."""
     path = data / "train" / "9_after.png"
     times = path.stat().st_mtime_ns
@@ -403,14 +403,14 @@ def redraw(data, frozen):
     os.utime(path, ns=(times, times))
 
 
-def exchange_rows(data, frozen):
+def exchange_rows(data, models):
     path = data / "train" / "metadata.jsonl"
     lines = path.read_text().splitlines()
     lines[8], lines[9] = lines[9], lines[8]
     path.write_text("\n".join(lines))
 
 
-def mend(data, frozen):
+def mend(data, models):
     draw(data / "train" / "3_after.png", 8)
 
 
@@ -427,33 +427,40 @@ def save_table(folder, order):
 SIDES = ("input_image", "edited_image")
 
 
-def rewrite_the_table(data, frozen):
+def rewrite_the_table(data, models):
     save_table(data, [0, 2, 1, *range(3, 24)])
 
 
-def change_the_first_weight(data, frozen):
-    next(iter(frozen.vae.encoder.parameters())).data.mul_(1.1)
+def change_a_weight(data, models):
+    file = models / "sd/vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    next(iter(weights.values())).mul_(1.1)
+    save_file(weights, file)
 
 
-def change_the_scaling(data, frozen):
-    frozen.vae.register_to_config(scaling_factor=0.5)
+def change_json(file, **more):
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
 
 
-def change_clips_mean(data, frozen):
-    frozen.clip.visual.image_mean = [0.4] * 3
+def change_the_scaling(data, models):
+    change_json(models / "sd/vae/config.json", scaling_factor=0.5)
 
 
-def change_the_threshold(data, frozen):
-    frozen.areas.threshold = 0.0
+def change_clips_mean(data, models):
+    change_json(models / "clip/open_clip_config.json", preprocess_cfg={"mean": [0.4] * 3, "std": [0.5] * 3})
 
 
-def write_captions(data, frozen):
+def change_the_threshold(data, models):
+    change_json(models / "areas.json", threshold=0.0)
+
+
+def write_captions(data, models):
     path = data / "train" / "metadata.jsonl"
     rows = [json.loads(line) | {"input_caption": "a street"} for line in path.read_text().splitlines()]
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
-CHANGES = (redraw, exchange_rows, mend, rewrite_the_table, change_the_first_weight, change_the_scaling)
+CHANGES = (redraw, exchange_rows, mend, rewrite_the_table, change_a_weight, change_the_scaling)
 CHANGES += (change_clips_mean, change_the_threshold)
 
 
@@ -467,21 +474,26 @@ def test_the_cache_knows_every_picture_row_and_weight(parts, tmp_path, monkeypat
     if change is rewrite_the_table:
         save_table(data, range(24))
         shutil.rmtree(data / "train")
-    vae, clip = backbone.load_stable_diffusion(str(parts / "sd")).vae, backbone.load_clip(str(parts / "clip"))
-    areas = sam_loss.SelectiveAreas(*backbone.load_segmenter(str(parts / "segmenter")), ["person"])
-    frozen, seen = Frozen(vae, clip, areas), []
+    models, seen = tmp_path / "models", []
+    for name in ("sd", "clip", "segmenter"):
+        shutil.copytree(parts / name, models / name)
+    (models / "areas.json").write_text('{"classes": ["person"]}')
     read_all = cache_module.read_all
     monkeypatch.setattr(cache_module, "read_all", lambda *args: seen.append(None) or read_all(*args))
 
     def precomputed(cache):
         args = SimpleNamespace(data="data", cache=tmp_path / cache, workers=0)
+        vae, clip = backbone.load_stable_diffusion(models / "sd").vae, backbone.load_clip(models / "clip")
+        chosen = json.loads((models / "areas.json").read_text())
+        areas = sam_loss.SelectiveAreas(*backbone.load_segmenter(models / "segmenter"), **chosen)
+        frozen = Frozen(vae, clip, areas)
         kept, found = precompute(VisualPromptDataset(read_pairs(data), P), frozen, args, torch.device("cpu"))
         return [str(pair.output) for pair in kept.pairs], found
 
     precomputed("cache")
     names, _ = precomputed("cache")
     assert len(seen) == 1
-    change(data, frozen)
+    change(data, models)
     (again, after), (_, fresh) = precomputed("cache"), precomputed("another")
     assert len(seen) == (2 if change is write_captions else 3)
     assert (again != names) == (change in (mend, exchange_rows)) and len(again) == 24

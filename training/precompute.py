@@ -77,40 +77,11 @@ class Frozen(NamedTuple):
             areas = F.interpolate(self.areas(panels[:, 1]), latents.shape[-2:], mode="area")
         return Precomputed(latents.unflatten(0, panels.shape[:2]), embeddings, areas)
 
-    def key(self) -> list[str]:
+    def key(self) -> list[Any]:
         """What the result depends on besides the pictures: all that the frozen parts compute by."""
-        models = [self.vae, self.clip, self.areas and self.areas.model]
-        areas = self.areas and (self.areas.classes, self.areas.threshold, self.areas.processor.to_dict())
-        return ["" if model is None else fingerprint(model) for model in models] + [repr(areas)]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's tensors, its config, and the numbers and words among its modules' attributes.
-
-    CLIP has no config: its picture size, mean, deviation and number of heads are such attributes. Paths and
-    versions, which a config notes too, do not count.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    config = getattr(model, "config", {})
-    config = dict(config) if isinstance(config, dict) else config.to_dict()
-    own = {"name_or_path", "transformers_version"}
-    parts = [(f"{name} {type(part).__name__}", vars(part)) for name, part in model.named_modules()]
-    for name, found in [("config", config), *parts]:
-        plain = {k: v for k, v in found.items() if k[0] != "_" and k not in own and _is_plain(v)}
-        digest.update(f"{name} {sorted(plain.items())}\n".encode())
-    return digest.hexdigest()
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return _is_plain(list(value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
+        models = (self.vae, self.clip, self.areas and self.areas.model)
+        files = [None if model is None else backbone.fingerprint_of(model) for model in models]
+        return [*files, self.areas and (self.areas.classes, self.areas.threshold)]
 
 
 def fingerprint_pictures(data: VisualPromptDataset) -> str:

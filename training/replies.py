@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import backbone
 from liu import GREEDY, MAX_NEW_TOKENS, few_shot_prompt
-from training.precompute import fingerprint
 
 
 class ReplyCache:
@@ -22,8 +22,10 @@ class ReplyCache:
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        name = re.sub(r"[^\w.-]+", "_", Path(model.config._name_or_path or "model").name)
-        self.path = folder / f"{name}-{_fingerprint(model, tokenizer)}.jsonl"
+        prompt = tokenizer(few_shot_prompt(""))["input_ids"]
+        key = repr((backbone.fingerprint_of(model), prompt, MAX_NEW_TOKENS, GREEDY))
+        name = re.sub(r"[^\w.-]+", "_", model.source.name)
+        self.path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
 
     def load(self) -> dict[str, str]:
         """Every whole entry of the file; a broken line is left out, with a warning, and asked for again."""
@@ -44,12 +46,3 @@ class ReplyCache:
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
         with open(self.path, "ab", buffering=0) as file:
             file.write(f"\n{lines}".encode())  # the first newline ends a line that a crash has cut short
-
-
-def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Differs where a weight, a config, the tokenizer, the prompt or the longest reply does."""
-    generation = {**model.generation_config.to_dict(), "transformers_version": None}
-    prompt = few_shot_prompt("")
-    words = sorted(tokenizer.get_vocab().items()), tokenizer(prompt)["input_ids"], tokenizer.chat_template
-    key = fingerprint(model), generation, words, prompt, MAX_NEW_TOKENS, GREEDY
-    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
