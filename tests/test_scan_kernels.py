@@ -348,6 +348,17 @@ def test_a_kernel_refuses_float64(backend):
         selective_scan(**inputs, backend=backend)
 
 
+def test_a_triton_that_computes_something_else_is_not_taken(monkeypatch):
+    triton_gpu = pytest.importorskip("scan_kernels.triton_gpu")
+    if DEVICE != "cuda":
+        monkeypatch.setattr(torch.Tensor, "cuda", lambda x: x)
+    scan_kernels._try_triton()
+    right = triton_gpu.scan
+    monkeypatch.setattr(triton_gpu, "scan", lambda *inputs: right(*inputs) * 1.001)
+    with pytest.raises(RuntimeError, match="computes something else"):
+        scan_kernels._try_triton()
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="the trial would pass")
 def test_the_kernels_errors_are_lines():
     for backend in ("triton", "mamba-ssm"):
