@@ -3,9 +3,8 @@
     hood = Hood(pipe.settings, pipe.panel)
     hood.draw(pair, query, answer, "make it night").save("hood.png")
 
-From left to right: Img_VPcon, which the prompt encoder reads; the areas that Mask2Former selects in the input
-and the answer, where L_sam would look; and the editing shifts that L_es compares. Two shifts span a plane,
-and in it they are drawn as arrows, of their true lengths and with their true angle.
+Two shifts span a plane, and in it they are drawn as arrows, of their true lengths and with their true angle.
+SENTENCES explain each part, on the page.
 """
 
 from __future__ import annotations
@@ -27,6 +26,13 @@ from pictures import fit_panel
 from sam_loss import SelectiveAreas
 
 INK, TINT = "#1f4e9c", "#d1495b"
+SENTENCES = """
+- **Instruction, unified** (LIU): the language model rewords your instruction; the text encoder reads this l'.
+- **Condition** (RCLDM): the prompt encoder reads this grid; the answer forms at the lower right.
+- **Areas** (SAM): red lines frame the segmenter's chosen class, where L_sam looks in training.
+- **Shifts** (ESM): arrows show how an edit moves a picture in CLIP's space; L_es compares such shifts.
+- **Steps** (above): each step predicts the whole answer x̂_0; the picture forms from the first to the last.
+"""
 
 
 class Hood:
@@ -57,15 +63,15 @@ class Hood:
         if pair:
             shifts["example"] = esm.editing_shift(self.clip, panels[:1], panels[1:2])[0]
 
-        figure = Figure(figsize=(11, 3.1), layout="constrained")
+        figure = Figure(figsize=(11, 3.5), layout="constrained")
         axes = figure.subplots(1, 4)
         words = textwrap.shorten(unified, 120, placeholder=" …")
-        figure.suptitle(f"l' = “{words}”" if words else "no instruction", fontsize=10, parse_math=False)
-        show(axes[0], condition[0], "the condition")
+        figure.suptitle(f"l' = “{words}”" if words else "no instruction", fontsize=13, parse_math=False)
+        show(axes[0], condition[0], "condition")
         for ax, panel, area, name in zip(
             axes[1:3], panels[-2:], self.areas(panels[-2:]), ("input", "answer"), strict=True
         ):
-            show(ax, panel, f"{name}: {area.mean():.0%} selected")
+            show(ax, panel, f"{name}: {area.mean():.0%} {' or '.join(self.areas.classes)}")
             if area.any():
                 ax.contour(area[0].cpu(), levels=[0.5], colors=TINT, linewidths=1.5)
         show_shifts(axes[3], shifts)
@@ -77,7 +83,7 @@ class Hood:
 def show(ax: Axes, image: Tensor, title: str) -> None:
     """An image (3, H, W) in [-1, 1], pixel by pixel."""
     ax.imshow(((image + 1) / 2).clamp(0, 1).permute(1, 2, 0).float().cpu(), interpolation="nearest")
-    ax.set_title(title, fontsize=9)
+    ax.set_title(title, fontsize=12)
     ax.set_axis_off()
 
 
@@ -96,5 +102,5 @@ def show_shifts(ax: Axes, shifts: dict[str, Tensor]) -> None:
     title = "the editing shift"
     if rest:
         title = f"editing shifts, cosine {torch.cosine_similarity(first, rest[0], dim=0):.2f}"
-    ax.set_title(title, fontsize=9)
-    ax.legend(fontsize=7, loc="upper center", frameon=False)
+    ax.set_title(title, fontsize=12)
+    ax.legend(fontsize=10, loc="upper center", frameon=False)

@@ -48,7 +48,7 @@ import backbone
 with backbone.one_line_errors("apps.page"):  # where one of requirements-dev.txt is missing
     import gradio as gr
 
-    from apps.hood import Hood
+    from apps.hood import SENTENCES, Hood
 from apps.pipeline import InstructGIEPipeline
 from edit import seeded
 from pictures import ImageError, fit_panel, load_image, tensor_to_image, unfit
@@ -59,7 +59,9 @@ PREVIEWS = 10  # at most as many of an edit's steps are shown
 LETTERS = 500  # of an instruction, at most
 CSS = """
 .drawn img { image-rendering: pixelated }
-.grid-wrap { padding-top: 2.25rem !important }
+.image-frame img { object-fit: contain }
+.grid-wrap, .image-container { padding-top: 2.25rem !important; overflow: hidden !important }
+.grid-container { grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)) !important }
 .gallery-container:has(.preview) { min-height: 26rem }
 """
 
@@ -199,13 +201,14 @@ def build(editor: Editor, examples: list[list]) -> gr.Blocks:
     usual = editor.pipe.settings
 
     def given(label: str) -> gr.Image:
-        sources = ["upload", "clipboard"]
-        place = gr.Image(label=label, type="filepath", sources=sources, height=180, buttons=[])
+        options = {"type": "filepath", "sources": ["upload", "clipboard"], "height": 200, "buttons": []}
+        place = gr.Image(label=label, alt_text=label, **options)
         place.preprocess = lambda file: file and file.path  # Gradio would open it, within no limits of ours
         return place
 
     def drawn(label: str, **options: Any) -> gr.Image:
-        return gr.Image(label=label, interactive=False, buttons=["download"], **options)
+        buttons = ["download", "fullscreen"]
+        return gr.Image(label=label, alt_text=label, interactive=False, buttons=buttons, **options)
 
     with gr.Blocks(title="InstructGIE", delete_cache=(3600, 86400)) as page:
         gr.Markdown(
@@ -215,7 +218,7 @@ def build(editor: Editor, examples: list[list]) -> gr.Blocks:
             with gr.Column():
                 with gr.Row():
                     before, after, query = map(given, ("Example before", "Example after", "Input"))
-                instruction = gr.Textbox(label="Instruction", placeholder="make it night", max_length=LETTERS)
+                instruction = gr.Textbox(label="Instruction", placeholder="make it night")
                 with gr.Row():
                     go, stop = gr.Button("Edit", variant="primary"), gr.Button("Stop")
                 with gr.Accordion("Settings", open=False):
@@ -230,17 +233,17 @@ def build(editor: Editor, examples: list[list]) -> gr.Blocks:
                     gr.Examples(examples, [before, after, query, instruction])
             with gr.Column():
                 unified = gr.Textbox(label="Instruction, unified", interactive=False)
-                fitted = {"height": "fit-content", "fit_columns": False, "object_fit": "contain"}
-                shown = gr.Gallery(
-                    label="Steps", interactive=False, columns=5, elem_classes="drawn", buttons=[], **fitted
-                )
-                answer = drawn("Answer", elem_classes="drawn", height=300)
+                fitted = {"height": "fit-content", "object_fit": "contain", "buttons": []}
+                shown = gr.Gallery(label="Steps", interactive=False, elem_classes="drawn", **fitted)
+                answer = drawn("Answer", elem_classes="drawn", height=340)
                 grid = drawn("Grid")
         with gr.Accordion("Under the hood", open=False):
-            look = gr.Button("Show what the model's parts see of this edit")
-            hooded = drawn("The condition; the areas selected; the editing shifts")
+            gr.Markdown(SENTENCES)
+            look = gr.Button("Show this edit's condition, areas and shifts")
+            hooded = drawn("Condition, areas and shifts", show_label=False, format="png")
         wish = [before, after, query, instruction, seed, steps, text, visual, scheduler]
         seen = [unified, shown, answer, grid, made := gr.State()]
+        go.click(None, None, hooded, js="() => null")  # it was of the edit before; Gradio calls in this order
         going = go.click(editor.edit, wish, seen, concurrency_limit=1, show_progress_on=unified)
         stop.click(None, cancels=going)
         look.click(editor.look, made, hooded)
@@ -256,7 +259,7 @@ def toy_examples(folder: Path) -> list[list]:
     plain, framed, new = (str(folder / f"{name}.png") for name in ("plain", "framed", "new"))
     for path, drawn in ((plain, scene), (framed, frame.apply(scene)), (new, other)):
         world.render(drawn).save(path)
-    by_words = [None, None, query, "maybe night view looks better"]
+    by_words = [None, None, before, "maybe night view looks better"]
     return [[before, after, query, ""], by_words, [plain, framed, new, ""]]
 
 
