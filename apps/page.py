@@ -178,7 +178,7 @@ def told() -> Iterator[None]:
     """What goes wrong is told on the page, in one line, and the page goes on. Raises gr.Error."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:  # the latter of a sampler, for a kind of prediction
         line = html.escape(" ".join(str(error).split()))  # Gradio shows it as HTML
         raise gr.Error(line, print_exception=False) from None
     except Exception as error:  # too little memory, for one

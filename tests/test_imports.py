@@ -19,7 +19,7 @@ BELOW = {name: set() for name in GROUND} | {
     "training": {"backbone", *GROUND},
     "edit": {"backbone", *GROUND},
     "train": {"backbone", "training", *TOP},
-    "apps": {"backbone", "training", *TOP},
+    "apps": {"backbone", "training", "toy", *TOP},
     "evaluation": {"backbone", "training", "apps", *TOP},
     "data_making": {"backbone", "training", *TOP},
     "toy": {"backbone", "training", "apps", "evaluation", "data_making", "scan_kernels", *TOP},
