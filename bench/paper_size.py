@@ -138,6 +138,7 @@ def main() -> None:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="no", choices=("no", "bf16", "fp16"), help="of autocast, in training")
     args = parser.parse_args()
+    backbone.hide_progress_bars()
     with backbone.one_line_errors("bench.paper_size"), tempfile.TemporaryDirectory() as temporary:
         check(args, Path(temporary))
 
