@@ -115,6 +115,8 @@ WARMUP = 50  # steps
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0  # the largest norm of the gradient
 EMA_DECAY = 0.998
+# [ours] L_es decodes one answer in so many of a batch: decoder and CLIP are the dearest parts.
+ES_SHARE = 32
 CHECKPOINTS = 2  # that stay
 VALIDATION_PICTURES = 6
 
@@ -167,7 +169,8 @@ class Losses:
         noise = torch.randn(x_0.shape, generator=g)
         t = draw_timesteps(len(x_0), scheduler.config.num_train_timesteps, g)
         trust = esm.noise_weight(t, scheduler)  # (B,)
-        to_decode = trust.nonzero()[:, 0]  # (S,)  on the CPU: on a GPU it would wait
+        trusted = trust.nonzero()[:, 0]  # (S,)  on the CPU: on a GPU it would wait
+        to_decode = trusted[: math.ceil(len(t) / ES_SHARE)]
         noise, t, trust, to_decode = (x.to(device) for x in (noise, t, trust, to_decode))
         x_t = scheduler.add_noise(x_0, noise, t)
 
@@ -188,7 +191,7 @@ class Losses:
                 before, after = query.embeddings[to_decode].unbind(1)
                 answers = esm.decode_answer(self.sd.vae, x_0_hat[to_decode])
                 of_decoded = esm.editing_shift_loss(self.clip, before, answers, after, trust[to_decode])
-                losses["es"] = len(to_decode) / len(t) * of_decoded
+                losses["es"] = len(trusted) / len(t) * of_decoded  # they stand for all that are trusted
         if not args.no_sam:
             panels = answer_panel(x_0_hat), answer_panel(x_0)
             losses["sam"] = sam_loss.selective_area_loss(*panels, query.areas, trust)
