@@ -226,8 +226,8 @@ def build(editor: Editor, examples: list[list]) -> gr.Blocks:
                         steps = gr.Slider(1, max(100, usual["steps"]), usual["steps"], step=1, label="Steps")
                         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32)
                     with gr.Row():
-                        text = gr.Slider(0, 10, usual["guidance_text"], label="Guidance by the instruction")
-                        visual = gr.Slider(0, 10, usual["guidance_visual"], label="Guidance by the example")
+                        text = gr.Slider(0, 10, usual["guidance_text"], label="Text guidance")
+                        visual = gr.Slider(0, 10, usual["guidance_visual"], label="Visual guidance")
                     scheduler = gr.Dropdown(list(backbone.SAMPLERS), value="ddim", label="Scheduler")
                 if examples:
                     gr.Examples(examples, [before, after, query, instruction])
