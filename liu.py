@@ -180,7 +180,7 @@ _MARKUP = re.compile(r"<\||\|>|</?\w+>|\[/?inst\]|\b(wish|command|user|assistant
 
 def standard_form(reply: str) -> str:
     """A reply without what small models like to add: surrounding space and quotes, capitals, a full stop."""
-    return reply.strip(" \t\n\"'“”‘’`.").lower()
+    return re.sub(r"^[\s\"'“”‘’`]+|[\s\"'“”‘’`.]+$", "", reply).lower()
 
 
 def fault(reply: str, instruction: str) -> str | None:

@@ -296,8 +296,8 @@ class RCLDM(ModelMixin, ConfigMixin):
         panel: P, pixels along the side of the panels that it is trained for, if known.
 
     Untrained, every design leaves the U-Net's output exactly as it is, because the condition enters through a
-    zero projection and leaves through zero projections. The first gradient reaches the
-    links' projections, the second the links, the copy and the encoder's projection, the third the rest.
+    zero projection and leaves through zero projections. The first gradient reaches the links' projections,
+    the second the links, the copy and the encoder's projection, the third the rest.
     """
 
     _supports_gradient_checkpointing = True

@@ -95,7 +95,7 @@ class InstructGIEPipeline(DiffusionPipeline):
         """
         folder = backbone.find_folder(source)
         if (folder / "model_index.json").is_file():
-            with backbone.clear_errors(source, "an InstructGIE pipeline's folder"):
+            with backbone.clear_errors(source, "an InstructGIE pipeline's folder", folder):
                 backbone.check_parts(folder)
                 pipe = super().from_pretrained(folder, **{"use_safetensors": True, **options})
                 for name, part in pipe.components.items():
@@ -166,9 +166,11 @@ class InstructGIEPipeline(DiffusionPipeline):
             told = ", ".join(map(str, lengths))
             raise ValueError(f"prompt, image and prompt_pair have {told} entries: give one or equally many")
         prompts, images, pairs = (given if len(given) == count else given * count for given in lists)
-        if not any(prompts) and not any(pairs):
+        if not any(prompts) and all(pair is None for pair in pairs):
             raise ValueError("nothing says which edit to make: give an instruction, an example or both")
-        if any(pair and (not isinstance(pair, tuple | list) or len(pair) != 2) for pair in pairs):
+        if any(
+            pair is not None and not (isinstance(pair, tuple | list) and len(pair) == 2) for pair in pairs
+        ):
             raise ValueError("an example pair is a tuple (before, after); a list has one for each edit")
         if output_type not in ("pil", "pt", "latent"):
             raise ValueError(f'output_type must be "pil", "pt" or "latent", not {output_type!r}')

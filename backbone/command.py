@@ -104,9 +104,7 @@ def one_line_errors(program: str) -> Iterator[None]:
         raise SystemExit(2) from None
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         line = " ".join(str(error).split())
-        if isinstance(
-            error, NotImplementedError
-        ):  # a sampler of a kind of prediction, a device of an operator
+        if isinstance(error, NotImplementedError):  # a sampler's of a kind of prediction, a device's
             line = f"not possible here: {line}"
         elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in line:
             line = f"the memory does not suffice ({line[-200:]}); ask for less at a time, or smaller pictures"

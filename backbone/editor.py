@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from backbone.folders import BackboneError, clear_errors, find_folder, find_part
+from backbone.folders import BackboneError, clear_errors, find_folder, find_part, read_json
 from backbone.latents import vae_factor
 from backbone.loading import StableDiffusion, freeze, load_llm, load_stable_diffusion
 
@@ -57,8 +57,8 @@ def load_editor(
     from rcldm import RCLDM
 
     source, folder = folder, find_folder(folder)
-    with clear_errors(source, "an editor's folder as train.py saves it"):
-        settings = json.loads((folder / "instructgie.json").read_text("utf-8"))
+    with clear_errors(source, "an editor's folder as train.py saves it", folder):
+        settings = read_json(folder / "instructgie.json")
         if lacking := {"stable_diffusion", "llm", "panel"} - settings.keys():
             raise ValueError(f"instructgie.json lacks {min(lacking)}")
         kinds = {kind.__name__: kind for kind in RCLDM.__subclasses__()}

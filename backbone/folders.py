@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,12 @@ def find_part(settings: dict[str, Any], part: str) -> Path:
 
 
 @contextlib.contextmanager
-def clear_errors(source: object, what: str) -> Iterator[None]:
+def clear_errors(source: object, what: str, folder: Path) -> Iterator[None]:
     """Whatever a library makes of a broken model folder becomes one line."""
     try:
+        for names in ("*config.json", "*.safetensors.index*.json"):
+            for path in (*folder.glob(names), *folder.glob(f"*/{names}")):
+                read_json(path)
         yield
     except BackboneError:
         raise
@@ -119,10 +123,27 @@ def clear_errors(source: object, what: str) -> Iterator[None]:
         raise BackboneError(f"{source}: not {what} ({reason})") from None
 
 
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"), object_hook=_refuse_code)
+
+
+def _refuse_code(config: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for shards that are no safetensors of the folder, and so may be read as pickles, and
+    for attention that is code from the hub."""
+    for key, value in config.items():
+        if key == "weight_map":
+            for name in value.values():
+                if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+                    raise ValueError(f"{name[:80]!r} is no safetensors file of the folder")
+        if key.endswith("_implementation") and "/" in str(value):
+            raise ValueError(f"{key} {str(value)[:80]!r} is code from elsewhere")
+    return config
+
+
 def check_parts(folder: Path) -> None:
     """Raises ValueError where a pipeline's `model_index.json` names a class of its own, or of a library that
     has no business there: to import one is to run it."""
-    for name, part in json.loads((folder / "model_index.json").read_text("utf-8")).items():
+    for name, part in read_json(folder / "model_index.json").items():
         if isinstance(part, list):
             library, kind = part
             known = library in (None, "diffusers", "transformers", "rcldm")

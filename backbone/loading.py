@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from backbone.folders import FOLDERS, clear_errors, find_folder
+from backbone.folders import FOLDERS, clear_errors, find_folder, read_json
 
 
 class StableDiffusion(NamedTuple):
@@ -30,7 +29,7 @@ def load_stable_diffusion(
     from transformers import CLIPTextModel, CLIPTokenizer
 
     folder = find_folder(source, FOLDERS["stable_diffusion"])
-    with clear_errors(source, "a Stable Diffusion folder in diffusers' layout"):
+    with clear_errors(source, "a Stable Diffusion folder in diffusers' layout", folder):
         options = {"torch_dtype": dtype, "use_safetensors": True}
         models = {
             "vae": AutoencoderKL.from_pretrained(folder / "vae", **options),
@@ -52,7 +51,7 @@ def load_clip(source: str, device: torch.device | str = "cpu") -> nn.Module:
     import open_clip
 
     folder = find_folder(source, ["open_clip*"])
-    with clear_errors(source, "an open_clip folder"):
+    with clear_errors(source, "an open_clip folder", folder):
         if not (folder / "open_clip_model.safetensors").is_file():
             raise FileNotFoundError("open_clip_model.safetensors is missing")
         return freeze(open_clip.create_model(f"local-dir:{folder}"), device, folder)
@@ -63,8 +62,8 @@ def load_clip_tokenizer(source: str) -> Any:
     import open_clip
 
     folder = find_folder(source, ["*"])
-    with clear_errors(source, "an open_clip folder"):
-        config = json.loads((folder / "open_clip_config.json").read_text("utf-8"))["model_cfg"]["text_cfg"]
+    with clear_errors(source, "an open_clip folder", folder):
+        config = read_json(folder / "open_clip_config.json")["model_cfg"]["text_cfg"]
         # Given here, this stands above the config's own, which could ask for the folder's code to be run.
         options = {"trust_remote_code": False} if config.get("hf_tokenizer_name") else {}
         return open_clip.get_tokenizer(f"local-dir:{folder}", **options)
@@ -75,7 +74,7 @@ def load_segmenter(source: str, device: torch.device | str = "cpu") -> tuple[nn.
     from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
     folder = find_folder(source)
-    with clear_errors(source, "a Mask2Former folder"):
+    with clear_errors(source, "a Mask2Former folder", folder):
         model = _transformer(Mask2FormerForUniversalSegmentation, folder, torch.float32)
         processor = Mask2FormerImageProcessor.from_pretrained(folder, local_files_only=True)
         return freeze(model, device, folder), processor
@@ -89,7 +88,7 @@ def load_llm(
 
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     folder = find_folder(source)
-    with clear_errors(source, "a causal language model's folder"):
+    with clear_errors(source, "a causal language model's folder", folder):
         model = _transformer(AutoModelForCausalLM, folder, dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:

@@ -40,6 +40,11 @@ def plan_answers(
                 raise ValueError(f"--output {output}: an answer would overwrite a picture that is read")
             if not written & taken:
                 break
+        above = next(folder for folder in paths[0].parents if folder.exists())
+        if not above.is_dir():
+            raise ValueError(f"--output {output}: {above} is a file; give a folder's name")
+        if folders := [path for path in paths if path.is_dir()]:
+            raise ValueError(f"--output {output}: {folders[0]} cannot be written, a folder is there")
         taken |= written
         targets.append(paths)
     return inputs, targets

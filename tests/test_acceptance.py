@@ -309,11 +309,16 @@ def diagnose(monkeypatch, capsys):
 
 def test_a_machine_that_edits_right(pipe, drawn, diagnose, monkeypatch):
     monkeypatch.setattr(doctor, "demo", lambda pipe, way: drawn[way])
+    monkeypatch.setenv("KMP_BLOCKTIME", "0")
     code, out = diagnose(pipe)
     assert code == 0 and out.endswith("\nverdict: right\n")
     assert f"PyTorch version: {torch.__version__}\n" in out
     assert f"CPU capability usage: {torch.backends.cpu.get_cpu_capability()}\n" in out
-    assert f" diffusers=={diffusers.__version__} " in out and "\ndevice: cpu\n" in out
+    assert (
+        "KMP_BLOCKTIME=0" in out
+        and f" diffusers=={diffusers.__version__} " in out
+        and "\ndevice: cpu\n" in out
+    )
     assert "\nscan: numba, because" in out or "\nscan: chunked, because" in out
     assert out.count("right; nearest of 161 pictures") == 3
 

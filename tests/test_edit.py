@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tiny import P, save_parts
 
+import backbone
 import edit
 
 
@@ -173,6 +174,9 @@ INPUT, OUTPUT = ("--input", "x.png"), ("--output", "out")
         ((*PAIR, *INPUT, *OUTPUT, "--seed", "-1"), "--seed must be 0 … 4611686018427387904, not -1"),
         ((*PAIR, *INPUT, "--output", "out.png", "--num-images", "2"), "several go to a folder"),
         ((*PAIR, *INPUT, "--output", "out.jpg"), "one answer goes to a .png file"),
+        ((*PAIR, *INPUT, "--output", "notes"), "notes is a file; give a folder's name"),
+        ((*PAIR, *INPUT, "--output", "taken"), "cannot be written, a folder is there"),
+        ((*PAIR, *INPUT, "--output", "notes/a.png"), "notes is a file; give a folder's name"),
         ((*PAIR, *INPUT, "--output", "x.png"), "overwrite a picture that is read"),
         (("--instruction", "a \udcff hat", *INPUT, *OUTPUT), "codec can't encode"),
         ((*PAIR, *INPUT, "--output", "."), "overwrite a picture that is read"),
@@ -185,7 +189,9 @@ INPUT, OUTPUT = ("--input", "x.png"), ("--output", "out")
 )
 def test_an_error_is_one_line_and_leaves_nothing(command, here, folders, capsys, options, message):
     (here / "corrupt.png").write_bytes((here / "x.png").read_bytes()[:500])
+    (here / "notes").write_text("")
     (here / "empty").mkdir()
+    (here / "taken" / "x.png").mkdir(parents=True)
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
     options = [f"{folders}/./editor" if option == "EDITOR" else option for option in options]
     with pytest.raises(SystemExit) as exit:
@@ -194,6 +200,13 @@ def test_an_error_is_one_line_and_leaves_nothing(command, here, folders, capsys,
     assert exit.value.code == 2 and errors.startswith("edit.py: error: ") and message in errors
     assert errors.count("\n") == 1
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+
+
+def test_the_command_offers_every_sampler(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command(*PAIR, *INPUT, *OUTPUT, "--scheduler", "nothing")
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == 2 and all(name in told for name in backbone.SAMPLERS)
 
 
 def test_an_interrupted_write_leaves_no_file(here, monkeypatch):

@@ -252,6 +252,11 @@ def test_no_pickle_is_read_where_a_weight_may_lie(copy, trap, kind):
         file.unlink()
         with pytest.raises(backbone.BackboneError):
             LOADERS[kind](root)
+        index = {"metadata": {"total_size": 4}, "weight_map": {"a": "pytorch_model.bin"}}
+        file.with_name(f"{file.name}.index.json").write_text(json.dumps(index))
+        with pytest.raises(backbone.BackboneError, match="is no safetensors file of the folder"):
+            LOADERS[kind](root)
+        file.with_name(f"{file.name}.index.json").unlink()
         file.write_bytes(data)
 
 
@@ -282,6 +287,7 @@ OWN_CODE = {
     "kind, file, more",
     [
         ("llm", "config.json", {"model_type": "evil", "auto_map": OWN_CODE}),
+        ("llm", "config.json", {"attn_implementation": "owner/kernel"}),
         ("llm", "tokenizer_config.json", {"tokenizer_class": "Evil", "auto_map": OWN_CODE}),
         ("clip", "tokenizer_config.json", {"tokenizer_class": "Evil", "auto_map": OWN_CODE}),
         ("pipeline", "model_index.json", {"_class_name": ["evil", "Evil"]}),

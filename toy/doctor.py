@@ -11,6 +11,7 @@ is 0 where all three answers are right, and 1 where one is not.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 
@@ -41,6 +42,10 @@ EDIT = world.Edit("background", "", "turquoise")
 WORDS = "could the background be turquoise?"
 WAYS = {"example": ("", True), "words": (WORDS, False), "both": (WORDS, True)}  # words; with the example?
 
+# Variables that begin so may change numbers.
+NUMERIC = ("ATEN_", "ONEDNN_", "DNNL_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "VECLIB_", "NUMBA_")
+NUMERIC += ("CUDA_VISIBLE_DEVICES", "CUBLAS_", "NVIDIA_TF32_", "PYTORCH_", "TORCH_ALLOW_", "TRITON_INTERPRET")
+
 # Mean absolute errors, in levels of 0 … 255. The shipped editor has up to 13 inside and 12 outside, by way.
 MOST = {"inside": 25.0, "outside": 20.0}
 
@@ -69,6 +74,8 @@ def tell_machine(device: torch.device) -> None:
     print(collect_env.get_pretty_env_info())  # system, processor, GPUs, PyTorch and what belongs to it
     print(torch.__config__.show(), torch.__config__.parallel_info(), sep="\n")
     print("packages:", *sorted(f"{x.name}=={x.version}" for x in importlib.metadata.distributions()))
+    set_here = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(NUMERIC)]
+    print("environment:", *set_here)
     if shutil.which("git"):
         git = ["git", "-C", backbone.HERE, "describe", "--always", "--dirty"]
         print("commit:", subprocess.run(git, capture_output=True, text=True).stdout.strip() or "none")
