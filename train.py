@@ -90,6 +90,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--accumulate", type=int, default=1, help="batches per optimiser step")
     add("--lr", type=float, help="peak (default: the preset's); warm-up, then cosine to a hundredth of it")
     add("--answer-weight", type=float, default=4.0, help="of the answer panel in L_dm; the others have 1")
+    add("--change-weight", type=float, default=1.0, help="the same, added where the edit changes latents")
     add("--es-weight", type=float, default=0.6, help="λ_es")
     add("--sam-weight", type=float, default=1.8, help="λ_sam")
     # [ours] Conditioning dropout teaches edits by the example alone and by the instruction alone (with both,
@@ -178,10 +179,15 @@ class Losses:
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         prediction = self.sd.unet(x_t, t, states, **residuals).sample.float()
 
-        # [ours] The given panels only have to be copied, so the answer's error counts for more.
+        # [ours] The given panels only have to be copied, so the answer's error counts for more, most of all
+        # where the edit changes the query: a small edit then counts as much as a large one.
         error = (prediction - backbone.prediction_target(x_0, noise, t, scheduler)).square()
-        given = torch.ones_like(answer_panel(error))
-        weight = compose_grid(given, given, given, args.answer_weight * given)
+        before, after = query.latents.unbind(1)
+        change = (after - before).norm(dim=1, keepdim=True)  # (B, 1, p, p)
+        change = change / change.mean((2, 3), keepdim=True).clamp_min(1e-6)
+        given = torch.ones_like(change)
+        answer = args.answer_weight * (1 + args.change_weight * change)
+        weight = compose_grid(given, given, given, answer).expand_as(error)
         losses = {"dm": (weight * error).mean() / weight.mean()}
 
         x_0_hat = esm.predict_x0(x_t, prediction, t, scheduler)

@@ -128,8 +128,9 @@ def check(args: argparse.Namespace, folder: Path) -> None:
 PARTS = ("stable_diffusion", "clip", "segmenter", "llm")
 
 
+@backbone.one_line_errors("bench.paper_size")
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.paper_size", description=__doc__.split("\n")[0])
+    parser = backbone.new_parser("bench.paper_size", __doc__)
     add = parser.add_argument
     add("--backbone", default="sd15", choices=backbone.PRESETS)
     add("--real", action="store_true", help="the preset's parts, not random weights")
@@ -139,7 +140,7 @@ def main() -> None:
     add("--precision", default="no", choices=("no", "bf16", "fp16"), help="of autocast, in training")
     args = parser.parse_args()
     backbone.hide_progress_bars()
-    with backbone.one_line_errors("bench.paper_size"), tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         check(args, Path(temporary))
 
 

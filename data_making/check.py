@@ -95,19 +95,15 @@ def write_sheet(groups: dict[str, list[EditPair]], path: Path) -> None:
     print(f"contact sheet: {path}")
 
 
+@backbone.one_line_errors("data_making.check")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_making.check",
-        description="What a dataset holds, and what to mend.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = backbone.new_parser("data_making.check", __doc__)
     add = parser.add_argument
     add("data", help="a dataset's folder")
     add("--split", default="train")
     add("--columns", **backbone.COLUMNS)
     add("--sheet", type=Path, help="write a contact sheet, a picture, there")
-    with backbone.one_line_errors("data_making.check"):
-        check(parser.parse_args(argv))
+    check(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

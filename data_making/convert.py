@@ -10,7 +10,6 @@ It appears whole or not at all.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -78,14 +77,14 @@ def place(source: Path, folder: Path, names: list[str]) -> bool:
     return True
 
 
+@backbone.one_line_errors("data_making.convert")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_making.convert", description=__doc__.split("\n")[0])
+    parser = backbone.new_parser("data_making.convert", __doc__)
     parser.add_argument("source", type=Path, help="InstructPix2Pix's folder, which has seeds.json")
     parser.add_argument("output", type=Path, help="the new dataset's folder")
-    with backbone.one_line_errors("data_making.convert"):
-        args = parser.parse_args(argv)
-        for split, count in convert(args.source, args.output).items():
-            print(f"{split}: {count} pairs")
+    args = parser.parse_args(argv)
+    for split, count in convert(args.source, args.output).items():
+        print(f"{split}: {count} pairs")
 
 
 if __name__ == "__main__":

@@ -204,8 +204,9 @@ def draw_instruction(
     return counts
 
 
+@backbone.one_line_errors("data_making.pictures")
 def main(argv: list[str] | None = None) -> None:
-    parser = stage("data_making.pictures", "pairs of captions → pairs of pictures")
+    parser = stage("data_making.pictures", __doc__)
     add = parser.add_argument
     add("--stable-diffusion", help="a folder or hub id (default: the preset's)")
     add("--clip", help="for the filter, an open_clip folder or hub id (default: the preset's)")
@@ -217,10 +218,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--min-image", type=float, default=0.7, help="CLIP cosine of the two pictures")
     add("--min-direction", type=float, default=0.2, help="CLIP cosine of the two changes")
     add("--batch", type=int, default=16, help="samples drawn at a time")
-    with backbone.one_line_errors("data_making.pictures"):
-        args = parser.parse_args(argv)
-        backbone.check_numbers(args, {(1, math.inf): "samples steps batch", (0, 2**62): "seed"})
-        images(args)
+    args = parser.parse_args(argv)
+    backbone.check_numbers(args, {(1, math.inf): "samples steps batch", (0, 2**62): "seed"})
+    images(args)
 
 
 if __name__ == "__main__":

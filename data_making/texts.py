@@ -36,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import backbone
-from disk import atomic_folder, atomic_write, other_settings
+from disk import atomic_folder, other_settings, write_text
 from training.draws import draw_order
 from training.loop import fit
 
@@ -240,13 +240,9 @@ def processes(name: str) -> tuple[PartialState, torch.device]:
     return state, state.device if state.num_processes > 1 and device.type != "cpu" else device
 
 
-def stage(program: str, description: str) -> argparse.ArgumentParser:
+def stage(program: str, doc: str) -> argparse.ArgumentParser:
     """A parser with the options that both stages have."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {program}",
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = backbone.new_parser(program, doc)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="the dataset's folder")
     add("--backbone", default="toy", help=f"whose parts to take: {', '.join(backbone.PRESETS)}")
@@ -300,7 +296,7 @@ def texts(args: argparse.Namespace) -> None:
         once = {}  # an instruction
         for record in records.values():
             once.setdefault(_plain(record["instruction"]), record)
-        atomic_write(args.out / "texts.jsonl", lambda file: file.write_text(as_lines(once.values()), "utf-8"))
+        write_text(args.out / "texts.jsonl", as_lines(once.values()))
         pairs = sum(len(record["pairs"]) for record in once.values())
         print(f"{len(seeds)} captions: {len(once)} instructions with {pairs} pairs of captions")
         refused += Counter({"its instruction is there already": len(records) - len(once)})
@@ -335,21 +331,17 @@ def usable(seeds: list[str], replies: dict[str, list[str]]) -> tuple[dict[str, d
     return records, refused
 
 
+@backbone.one_line_errors("data_making.texts")
 def main(argv: list[str] | None = None) -> None:
-    parser = stage("data_making.texts", "captions → instructions and pairs of captions")
+    parser = stage("data_making.texts", __doc__)
     add = parser.add_argument
     add("--seeds", type=Path, required=True, help="a text file, one caption a line")
     add("--llm", help="causal language model: a folder or hub id (default: the preset's)")
     add("--batch", type=int, default=16, help="captions at a time")
-    add(
-        "--finetune",
-        type=Path,
-        help="examples by people, in the form of texts.jsonl, to teach the model first",
-    )
-    with backbone.one_line_errors("data_making.texts"):
-        args = parser.parse_args(argv)
-        backbone.check_numbers(args, {(1, math.inf): "batch", (0, 2**62): "seed"})
-        texts(args)
+    add("--finetune", type=Path, help="examples in the form of texts.jsonl, to teach the model first")
+    args = parser.parse_args(argv)
+    backbone.check_numbers(args, {(1, math.inf): "batch", (0, 2**62): "seed"})
+    texts(args)
 
 
 if __name__ == "__main__":

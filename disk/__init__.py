@@ -87,8 +87,7 @@ def other_settings(path: Path, settings: dict[str, Any], anew: bool = False) -> 
     that differ from what is there, as name → (there, now). Raises ValueError where that holds no settings."""
     settings = json.loads(json.dumps(settings))
     if anew or not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, lambda file: file.write_text(json.dumps(settings, indent=2) + "\n"))
+        write_text(path, json.dumps(settings, indent=2) + "\n")
     try:
         there = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:

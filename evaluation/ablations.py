@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 import backbone
-from disk import atomic_write, other_settings
+from disk import other_settings, write_text
 from evaluation.metrics import interval
 
 PAGE = backbone.HERE / "docs" / "results.md"
@@ -269,16 +269,13 @@ def write_page(args: argparse.Namespace) -> None:
         raise ValueError(f"{PAGE}: its two marks are gone; restore {start.strip()} and {end.strip()}")
     before, rest = page.split(start)
     text = before + start + "\n" + "\n".join(parts) + "\n" + end + rest.split(end)[1]
-    atomic_write(PAGE, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(PAGE, text)
     print(f"the tables are in {PAGE}")
 
 
+@backbone.one_line_errors("evaluation.ablations")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.ablations",
-        description="Train and measure all arms of the paper's tables.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = backbone.new_parser("evaluation.ablations", __doc__)
     add = parser.add_argument
     add("--only", nargs="+", default=list(ARMS), choices=ARMS, help="these arms")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -290,13 +287,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, default=Path("out/ablations"), help="answers and numbers")
     add("--table", action="store_true", help="only write the page")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("evaluation.ablations"):
-        check_budget(args)
-        for seed in args.seeds if not args.table else ():
-            for name in args.only:
-                if ARMS[name].trainer or seed == args.seeds[0]:
-                    measure(name, seed, train(name, seed, args), args)
-        write_page(args)
+    check_budget(args)
+    for seed in args.seeds if not args.table else ():
+        for name in args.only:
+            if ARMS[name].trainer or seed == args.seeds[0]:
+                measure(name, seed, train(name, seed, args), args)
+    write_page(args)
 
 
 if __name__ == "__main__":

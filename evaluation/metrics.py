@@ -18,7 +18,6 @@ Beside it stands that of the true output. Intervals hold 95 %, by a bootstrap ov
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 import backbone
 import esm
-from disk import atomic_write
+from disk import write_text
 from evaluation.evaluate import read_answers
 from pictures import check_finite, load_image, to_bytes, to_panel
 
@@ -166,12 +165,9 @@ def table(results: list[dict], features: str) -> str:
     return backbone.markdown(["", "n", f"FID ({features})", "CLIP DirSim", "the truth's"], rows)
 
 
+@backbone.one_line_errors("evaluation.metrics")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.metrics",
-        description="The paper's metrics of saved answers.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = backbone.new_parser("evaluation.metrics", __doc__)
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="with answers.jsonl")
     add("--clip", default=backbone.preset("toy").clip_eval, help="folder or hub id of an open_clip model")
@@ -179,17 +175,15 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--json", type=Path, metavar="OUT", help="all numbers, those of the bootstrap among them")
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("evaluation.metrics"):
-        device = backbone.pick_device(args.device)
-        clip, tokenizer = backbone.load_clip(args.clip, device), backbone.load_clip_tokenizer(args.clip)
-        features = inception(device) if args.features == "inception" else None
-        results = [measure(folder, clip, tokenizer, features, device) for folder in args.folders]
-        if args.json:
-            found = {"clip": args.clip, "features": args.features, "results": results}
-            text = json.dumps(found, indent=1, allow_nan=False) + "\n"
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(args.json, lambda file: file.write_text(text, encoding="utf-8"))
-        print(table(results, args.features), end="")
+    device = backbone.pick_device(args.device)
+    clip, tokenizer = backbone.load_clip(args.clip, device), backbone.load_clip_tokenizer(args.clip)
+    features = inception(device) if args.features == "inception" else None
+    results = [measure(folder, clip, tokenizer, features, device) for folder in args.folders]
+    if args.json:
+        found = {"clip": args.clip, "features": args.features, "results": results}
+        text = json.dumps(found, indent=1, allow_nan=False) + "\n"
+        write_text(args.json, text)
+    print(table(results, args.features), end="")
 
 
 if __name__ == "__main__":

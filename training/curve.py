@@ -6,7 +6,6 @@ validation pictures' answers in levels of 0 … 255. Hours are those in which th
 
 from __future__ import annotations
 
-import argparse
 from itertools import pairwise
 from pathlib import Path
 
@@ -53,13 +52,13 @@ def table(folder: Path, rows: int) -> str:
     return backbone.markdown(head, lines, words=0)
 
 
+@backbone.one_line_errors("training.curve")
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("training.curve", description=__doc__.splitlines()[0])
+    parser = backbone.new_parser("training.curve", __doc__)
     parser.add_argument("run", type=Path, help="what train.py was told with --output")
     parser.add_argument("--rows", type=int, default=12)
     args = parser.parse_args(argv)
-    with backbone.one_line_errors("training.curve"):
-        print(table(args.run, args.rows), end="")
+    print(table(args.run, args.rows), end="")
 
 
 if __name__ == "__main__":
