@@ -42,12 +42,13 @@ import esm
 import liu
 import sam_loss
 from dataset import VisualPromptDataset, answer_panel, compose_grid, drop_example, mask_query
-from disk import atomic_write, locked
+from disk import locked
 from pictures import ImageError, tensor_to_image
+from pictures.answers import save_png
 from pictures.pairs import DatasetError, read_pairs
 from rcldm import RCLDM
 from training.card import save_editor
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from training.draws import draw_order, draw_timesteps, keep_conditions, step_generator
 from training.ema import new_ema
 from training.monitor import LossMonitor
@@ -126,6 +127,17 @@ VALIDATION_PICTURES = 6
 # One step's losses
 
 
+def panel_weights(query: Tensor, answer: float, change: float) -> Tensor:
+    """The weight of every latent in L_dm: latents of query pairs (B, 2, C, p, p) → (B, 1, 2p, 2p).
+
+    [ours] The given panels only have to be copied: they have 1, the answer panel at least `answer`. It gets
+    `change` times as much on top, at the latents that the edit changes: a small edit counts like a large one.
+    """
+    changed = (query[:, 1] - query[:, 0]).norm(dim=1, keepdim=True)  # (B, 1, p, p)
+    changed = changed / changed.mean((2, 3), keepdim=True).clamp_min(1e-6)
+    return compose_grid(*[torch.ones_like(changed)] * 3, answer * (1 + change * changed))
+
+
 class Losses:
     """L = L_dm + λ_es · L_es + λ_sam · L_sam, for batches of the data loader.
 
@@ -179,15 +191,8 @@ class Losses:
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         prediction = self.sd.unet(x_t, t, states, **residuals).sample.float()
 
-        # [ours] The given panels only have to be copied, so the answer's error counts for more, most of all
-        # where the edit changes the query: a small edit then counts as much as a large one.
         error = (prediction - backbone.prediction_target(x_0, noise, t, scheduler)).square()
-        before, after = query.latents.unbind(1)
-        change = (after - before).norm(dim=1, keepdim=True)  # (B, 1, p, p)
-        change = change / change.mean((2, 3), keepdim=True).clamp_min(1e-6)
-        given = torch.ones_like(change)
-        answer = args.answer_weight * (1 + args.change_weight * change)
-        weight = compose_grid(given, given, given, answer).expand_as(error)
+        weight = panel_weights(query.latents, args.answer_weight, args.change_weight)
         losses = {"dm": (weight * error).mean() / weight.mean()}
 
         x_0_hat = esm.predict_x0(x_t, prediction, t, scheduler)
@@ -248,8 +253,7 @@ def read_data(
 
 def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_model=RCLDM.from_unet):
     """held: closes the lock, the progress bar and the log, also after an error. new_model: makes the RCLDM
-    for a U-Net; evaluation/vit.py has another.
-    """
+    for a U-Net; evaluation/vit.py has another."""
     preset = fill_in(args)
     device = backbone.pick_device(args.device)
     accelerator = Accelerator(
@@ -271,10 +275,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
     design = "conv" if args.no_rcldm else "vmamba"
     model = new_model(sd.unet, design=design, factor=backbone.vae_factor(sd.vae), panel=args.panel).to(device)
     if args.init:
-        try:
-            model.load_state_dict(backbone.load_editor(args.init)[0].state_dict())
-        except RuntimeError:
-            raise ValueError(f"--init {args.init}: an editor of another architecture") from None
+        load_weights(model, args.init)
     if is_main:
         note_settings(args, accelerator.num_processes)
     if args.gradient_checkpointing:
@@ -381,9 +382,7 @@ class Validation:
         answers = edit.decode_answers(sd.vae, drawn)
         shown = torch.stack([*panels[:, :3].unbind(1), answers, panels[:, 3]], 1)  # (N, 5, 3, P, P)
         picture = torch.cat([torch.cat(list(row), -1) for row in shown], -2).cpu().clamp(-1, 1)
-        atomic_write(
-            folder / f"validation-{step:07d}.png", lambda file: tensor_to_image(picture).save(file, "PNG")
-        )
+        save_png(tensor_to_image(picture), folder / f"validation-{step:07d}.png")
         error = 127.5 * (answers - panels[:, 3]).abs().mean().item()
         log.add_image("validation", (picture + 1) / 2, step)
         log.add_scalar("validation error", error, step)

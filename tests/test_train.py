@@ -22,7 +22,7 @@ import backbone
 import esm
 import train
 from apps.pipeline import InstructGIEPipeline
-from dataset import VisualPromptDataset
+from dataset import VisualPromptDataset, answer_panel
 from pictures.pairs import read_pairs
 from training.draws import draw_timesteps, keep_conditions
 from training.precompute import Frozen, gather_batch, precompute
@@ -104,6 +104,19 @@ def test_training_goes_on_from_an_editor(run, tmp_path):
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert first["trainable_copy.controlnet_mid_block.zero_proj.weight"].abs().max() > 1e-4
     assert all(torch.allclose(first[k], second[k], atol=1e-6) for k in first)
+
+
+def test_a_small_edit_weighs_as_much_as_a_large_one():
+    before = torch.randn(3, 4, 8, 8)
+    after = before.clone()
+    after[0, :, 2:4, 2:4] += 1  # four latents of sixty-four; then all; then none
+    after[1] -= 3
+    weight = train.panel_weights(torch.stack([before, after], 1), answer=4.0, change=0.5)
+    answer = answer_panel(weight)
+    assert weight.shape == (3, 1, 16, 16) and (weight[..., :8] == 1).all() and (weight[:, :, :8] == 1).all()
+    assert torch.allclose(answer[0, 0, 2:4, 2:4], torch.tensor(4 + 4 * 0.5 * 16.0))
+    assert answer[0].min() == 4 and torch.allclose(answer[1], torch.tensor(6.0)) and (answer[2] == 4).all()
+    assert torch.allclose(answer[:2].mean((1, 2, 3)), torch.tensor(6.0))
 
 
 def test_dropout_has_the_shares_asked_for():

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+import backbone
 from disk import atomic_folder
 
 
@@ -68,3 +69,11 @@ def load_checkpoint(folder: Path, modules: dict[str, Any], optimizer: torch.opti
             f"{checkpoint}: of another architecture; resume with the settings it began with"
         ) from None
     return step
+
+
+def load_weights(model: nn.Module, editor: str) -> None:
+    """Of an editor's folder or hub id, for `--init`. Raises ValueError for one of another architecture."""
+    try:
+        model.load_state_dict(backbone.load_editor(editor)[0].state_dict())
+    except RuntimeError:
+        raise ValueError(f"--init {editor}: an editor of another architecture") from None

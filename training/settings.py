@@ -12,7 +12,7 @@ PARTS = ("stable_diffusion", "clip", "segmenter", "llm")
 
 BOUNDS = {
     (1, math.inf): "steps accumulate save_every",
-    (0, math.inf): "answer_weight es_weight sam_weight",
+    (0, math.inf): "answer_weight change_weight es_weight sam_weight",
     (0, 1): "lr",
     (1, 4096): "batch",
     (8, 1024): "panel",
