@@ -11,7 +11,7 @@
     instruction l -> U -> l' -> text encoder, once per edit
     noise x_T; for every timestep: RCLDM(x_t, l', condition) -> residuals -> frozen U-Net -> its prediction
         (of the noise, x_0 or v, as it was trained); the sampler's step x_t -> x_(t-1)
-        [ours] guidance, off by default: away from the predictions without the instruction or the example
+        [ours] guidance: away from the predictions without the instruction or the example
     lower right quadrant of x_0 -> VAE decoder -> the answer
 
 Symbols: B samples; P panel size in pixels, p in latent pixels; C latent channels; K branches of guidance.

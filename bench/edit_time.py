@@ -49,7 +49,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
 
     def edit() -> torch.Tensor:
         if name == "ours":
-            options = {"steps": args.steps, "guidance_text": args.guidance}
+            options = {"steps": args.steps, "guidance_text": args.guidance, "guidance_visual": 1.0}
             return pipe.answer(torch.stack([before, after], 1), None, query, texts, seeds, **options)
         condition = (mask_query(compose_grid(before, after, query, query)) + 1) / 2
         options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "output_type": "pt"}

@@ -57,7 +57,8 @@ def draw(editor, edits, which=(0, 1, 2), has_example=None, texts=None, seeds=Non
     i = list(which)
     texts = [instructions[k] for k in i] if texts is None else texts
     noise = seeded(seeds or i)
-    return editor.sample(examples[i], has_example, queries[i], texts, noise, **{"steps": 2} | options)
+    usual = {"steps": 2, "guidance_text": 1.0, "guidance_visual": 1.0}
+    return editor.sample(examples[i], has_example, queries[i], texts, noise, **usual | options)
 
 
 def apart(a, b):
