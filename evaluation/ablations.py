@@ -195,13 +195,14 @@ def cell(rows: list[dict], key: str, digits: int, interval_key: str = "", unit: 
 
 
 def table(each: str, names: tuple[str, ...], args: argparse.Namespace) -> str:
-    """A row for every arm that was measured on this set, the paper's numbers last."""
+    """A row for every arm that was measured on this set, the paper's numbers last; then names the others."""
     head = ["", "seeds × answers", "FID (clip)", "CLIP DirSim", "right, %", "MAE inside", "outside", "face"]
     head += ["paper: FID", "DirSim"]
-    rows = []
+    rows, missing = [], []
     for name in names:
         found = [*gather(name, each, args).values()]
         if not found:
+            missing.append(ARMS[name].label)
             continue
         cells = [
             cell(found, "fid", 4, "fid_interval"),
@@ -211,7 +212,8 @@ def table(each: str, names: tuple[str, ...], args: argparse.Namespace) -> str:
         cells += [cell(found, f"mae_{region}", 1) for region in ("inside", "outside", "face")]
         cells += ["–" if number is None else f"{number:.2f}" for number in ARMS[name].paper]
         rows.append([ARMS[name].label, f"{len(found)} × {found[0]['n']}", *cells])
-    return backbone.markdown(head, rows) if rows else NOT_YET
+    left = f"\nNot measured yet: {'; '.join(missing)}.\n" if missing else ""
+    return backbone.markdown(head, rows) + left if rows else NOT_YET
 
 
 def difference(rows: dict[int, dict], full: dict[int, dict], key: str, digits: int) -> str:

@@ -95,7 +95,8 @@ def test_the_page_keeps_what_is_written_around_the_tables(programs):
     assert "old" not in page
     line = "| InstructGIE | 2 × 9 | 0.0123 (0.0100 … 0.0200) | 0.500 (0.400 … 0.600) | 75.0 (70.0 … 80.0) |"
     assert line + " 3.0 | 1.0 | – | 7.57 | 0.27 |" in page
-    assert "| without RCLDM | 2 × 9 | 0.5000" in page and "without SAM" not in page
+    assert "| without RCLDM | 2 × 9 | 0.5000" in page and "| without SAM" not in page
+    assert "\nNot measured yet: without LIU.\n" in page and "; without SAM; " in page
     # Paired: a spread that both share says nothing of their difference.
     line = (
         "| without RCLDM | `example` | +0.4877 ± 0.0000 (2 of 2) | +0.000 ± 0.277 (2 of 2) | +2.58 | -0.14 |"
@@ -134,6 +135,6 @@ def test_a_page_without_marks_is_left_alone(programs, tmp_path, capsys):
     assert (tmp_path / "results.md").read_text() == "Mine.\n"
 
 
-def test_a_program_that_fails_stops_it():
-    with pytest.raises(ValueError, match=r"evaluation\.evaluate failed"):
-        ablations.call("evaluation.evaluate", "--count", "0")
+def test_a_program_that_fails_stops_it(tmp_path):
+    with pytest.raises(ValueError, match=r"toy\.world failed"):
+        ablations.call("toy.world", "--out", tmp_path)  # which exists already

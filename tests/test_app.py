@@ -289,6 +289,7 @@ def test_it_listens_on_this_machine_alone(server):
         socket.create_connection(("127.0.0.2", port), timeout=5)
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_one_line(server):
     command = [sys.executable, "-m", "apps.page", "--port", server.split(":")[-1]]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -18,6 +18,7 @@ def rows(program, *options):
     return {cells[0]: cells for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in lines[2:])}
 
 
+@pytest.mark.slow
 def test_a_comparison_prints_a_row_for_each_scan():
     (cells,) = rows("scan", "--sizes", "1,4,2,16", "--repeat", "1", "--only", "chunked").values()
     assert cells[1] == "chunked" and cells[3] == "1.0" and float(cells[4]) >= 0

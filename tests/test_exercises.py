@@ -58,6 +58,7 @@ def test_the_readme_lists_what_there_is():
         assert re.fullmatch(rf'"""{number} · {re.escape(title)} +{level}, {time} {unit}', head)
 
 
+@pytest.mark.slow
 def test_one_command_tests_one_exercise():
     twice = "import pytest; [pytest.main(['exercises', '-k', '04', *more]) for more in ([], ['--answers'])]"
     done = subprocess.run([sys.executable, "-c", twice], cwd=FOLDER.parent, capture_output=True, text=True)

@@ -304,6 +304,7 @@ def test_a_gpu_of_a_number_is_the_current_one(monkeypatch):
 TOGETHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
+@pytest.mark.slow
 def test_processes_share_a_step_as_if_they_were_one(run, parts, tmp_path):
     """Two processes learn what one does from two batches, however long the first takes to begin."""
     more = ("--no-liu", "--steps", "3")
