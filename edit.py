@@ -40,12 +40,7 @@ def arguments() -> argparse.Namespace:
     add("--steps", type=int, help="of the sampler (default: the editor's)")
     add("--guidance-text", type=float, help="scale of the instruction (default: the editor's; 1: none)")
     add("--guidance-visual", type=float, help="scale of the example (default: the editor's; 1: none)")
-    add(
-        "--scheduler",
-        default="ddim",
-        choices=["ddim", "euler", "euler-a", "dpm++", "unipc"],
-        help="the sampler",
-    )
+    add("--scheduler", default="ddim", choices=("ddim", "euler", "euler-a", "dpm++", "unipc"), help="sampler")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the models")
     add("--grid", action="store_true", help="write the labelled grid beside each answer")

@@ -13,8 +13,8 @@ from backbone.folders import BackboneError, clear_errors, find_folder, find_part
 from backbone.latents import vae_factor
 from backbone.loading import StableDiffusion, freeze, load_llm, load_stable_diffusion
 
-# [ours] How an editor samples unless told otherwise; recorded with each. A scale of 1 is no guidance. That by
-# the words doubles the cost of an edit that has words.
+# [ours] How an editor samples unless told otherwise; recorded with each. A scale of 1 is no guidance; another
+# text scale doubles the cost of an edit that has words.
 SAMPLING = {"steps": 20, "guidance_text": 2.0, "guidance_visual": 1.0}
 
 
