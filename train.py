@@ -49,8 +49,9 @@ from pictures.pairs import DatasetError, read_pairs
 from rcldm import RCLDM
 from training.card import save_editor
 from training.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from training.draws import draw_order, draw_timesteps, keep_conditions, step_generator
-from training.ema import new_ema
+from training.draws import draw_noise, draw_order, draw_timesteps, keep_conditions, step_generator
+from training.ema import EMA
+from training.graphs import recorded
 from training.monitor import LossMonitor
 from training.muon import Muon, parameter_groups
 from training.precompute import Frozen, Precomputed, gather_batch, load_batches, precompute, read_instructions
@@ -176,21 +177,24 @@ class Losses:
         x_0[~keep_example, :, : len(self.grey_row[0])] = self.grey_row
         return condition, x_0, self.texts[row.to(self.texts.device)].to(device), query
 
+    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, states: Tensor, condition: Tensor) -> Tensor:
+        """What the frozen U-Net predicts, (B, C, 2p, 2p), with the residuals of the RCLDM `model`."""
+        down, mid = model(x_t, t, states, condition, return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        return self.sd.unet(x_t, t, states, **residuals).sample.float()
+
     def __call__(self, model: nn.Module, batch: dict, g: torch.Generator) -> dict[str, Tensor]:
         args, scheduler, device = self.args, self.sd.scheduler, self.sd.unet.device
         condition, x_0, states, query = self.compose(batch, g)
-        noise = torch.randn(x_0.shape, generator=g)
+        noise = draw_noise(x_0.shape, g, device)
         t = draw_timesteps(len(x_0), scheduler.config.num_train_timesteps, g)
         trust = esm.noise_weight(t, scheduler)  # (B,)
         trusted = trust.nonzero()[:, 0]  # (S,)  on the CPU: on a GPU it would wait
         to_decode = trusted[: math.ceil(len(t) / ES_SHARE)]
-        noise, t, trust, to_decode = (x.to(device) for x in (noise, t, trust, to_decode))
+        t, trust, to_decode = (x.to(device) for x in (t, trust, to_decode))
         x_t = scheduler.add_noise(x_0, noise, t)
 
-        down, mid = model(x_t, t, states, condition, return_dict=False)
-        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        prediction = self.sd.unet(x_t, t, states, **residuals).sample.float()
-
+        prediction = self.predict(model, x_t, t, states, condition)
         error = (prediction - backbone.prediction_target(x_0, noise, t, scheduler)).square()
         weight = panel_weights(query.latents, args.answer_weight, args.change_weight)
         losses = {"dm": (weight * error).mean() / weight.mean()}
@@ -225,8 +229,8 @@ def read_data(
     """The pairs of `train`, and with the frozen parts, which read all of them once, the losses. Segmenter and
     language model have then done their work, and their memory is free again.
 
-    classes: whose areas the segmenter selects; None asks the language model for them. lock: called once all
-    parts are there, before the long work.
+    classes: whose areas the segmenter selects; None asks the language model for them [figure]. lock: called
+    once all parts are there, before the long work.
     """
     source = backbone.data_folder(args.data)
     data = VisualPromptDataset(read_pairs(source, "train", args.columns), args.panel, args.seed)
@@ -239,8 +243,7 @@ def read_data(
         llm = backbone.load_llm(args.llm, device)
     if not args.no_sam:
         segmenter, processor = backbone.load_segmenter(args.segmenter, device)
-        names = segmenter.config.id2label.values()
-        classes = classes or sam_loss.propose_classes(*llm, names)  # [figure] Mask2Former and LLM
+        classes = classes or sam_loss.propose_classes(*llm, segmenter.config.id2label.values())
         areas = sam_loss.SelectiveAreas(segmenter, processor, classes)
     lock()
     data, precomputed = precompute(data, Frozen(sd.vae, clip, areas), args, device)
@@ -256,16 +259,13 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
     for a U-Net; evaluation/vit.py has another."""
     preset = fill_in(args)
     device = backbone.pick_device(args.device)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision=args.precision,
-        gradient_accumulation_steps=args.accumulate,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=backbone.PATIENCE)],
-    )
+    options = {"mixed_precision": args.precision, "gradient_accumulation_steps": args.accumulate}
+    patience = InitProcessGroupKwargs(timeout=backbone.PATIENCE)
+    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience], **options)
     held.callback(accelerator.end_training)  # its threads may abort a process that ends before them
     device, is_main = accelerator.device, accelerator.is_main_process
     device = torch.device("cpu") if device.type == "cpu" else device  # not "cpu:0", which safetensors refuses
-    backbone.choose_attention(device, args.precision)
+    backbone.choose_kernels(device, args.precision)
     with accelerator.main_process_first():  # the first process computes, the others find it cached
         lock = partial(held.enter_context, locked(args.output)) if is_main else lambda: None
         data, losses_of, validation = read_data(args, preset.classes, device, lock)
@@ -283,7 +283,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
             part.enable_gradient_checkpointing()
         if clip is not None:  # L_es goes through the decoder and CLIP
             clip.set_grad_checkpointing()
-    ema = new_ema(model, EMA_DECAY)
+    ema = EMA(model, EMA_DECAY)
     optimizer = Muon(parameter_groups(model, WEIGHT_DECAY), args.lr)
     modules = {"model": model, "ema": ema, "monitor": (monitor := LossMonitor())}
     start = load_checkpoint(args.output, modules, optimizer) if args.resume else 0
@@ -293,15 +293,15 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
     steps = range(start * args.accumulate, args.steps * args.accumulate)
     order = draw_order(len(data), args.batch, args.seed, steps, rank, processes)
     loader = load_batches(data, losses_of.precomputed, order, args.workers)
-    log = SummaryWriter(args.output / "tensorboard") if is_main else None
-    if log:
-        held.callback(log.close)
+    log = held.enter_context(SummaryWriter(args.output / "tensorboard")) if is_main else None
     progress = tqdm(total=args.steps, initial=start, desc="train", mininterval=2, disable=not is_main)
     held.callback(progress.close)  # else it would be drawn below the line of an error
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    accelerator.print(f"{millions:.2f} M parameters to train, {len(data)} pairs", flush=True)
+    accelerator.print(
+        f"{model.num_parameters() / 1e6:.2f} M parameters to train, {len(data)} pairs", flush=True
+    )
 
     wrapped.train()
+    losses_of.predict = recorded(losses_of.predict, wrapped, device, args, processes)
     stop.at_work = True
     for micro, batch in zip(steps, loader):
         step = micro // args.accumulate
@@ -323,10 +323,10 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
         if not accelerator.sync_gradients:
             continue
         if is_sound:
-            ema.update_parameters(model)
+            ema.update(model)
         step += 1
-        progress.set_postfix(monitor.text(), refresh=False)
-        progress.update()
+        if progress.update() or step == args.steps:  # not always: to read losses is to wait for the GPU
+            progress.set_postfix(monitor.text())
         stop.agree(accelerator)
         is_done, stops_early = step == args.steps, bool(stop.asked or monitor.is_over)
         if is_main and step % 20 == 0:

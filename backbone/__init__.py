@@ -10,7 +10,7 @@ from backbone.command import (
     COLUMNS,
     PATIENCE,
     check_numbers,
-    choose_attention,
+    choose_kernels,
     hide_progress_bars,
     markdown,
     new_parser,

@@ -57,15 +57,17 @@ def hide_progress_bars() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def choose_attention(device: torch.device, precision: str) -> None:
-    """Which of its attentions PyTorch takes in training from here on.
+def choose_kernels(device: torch.device, precision: str) -> None:
+    """Which of its kernels PyTorch takes in training from here on, for the whole process: what gradient
+    checkpointing computes again, it must compute as before.
 
-    On a CPU in bf16, and at the toy's sizes, the way back through the fused one takes several times as long
-    as in float32. Switched for the whole process: what gradient checkpointing computes again, it must compute
-    as before.
+    On a CPU in bf16, and at the toy's sizes, the way back through fused attention takes several times as long
+    as in float32. On a GPU, products of matrices have TF32's ten bits, as PyTorch's convolutions have.
     """
     fused = device.type != "cpu" or precision == "no"
     torch.backends.cuda.enable_flash_sdp(fused)  # not of CUDA alone
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
 
 
 def check_numbers(args: argparse.Namespace, bounds: dict[tuple[float, float], str]) -> None:

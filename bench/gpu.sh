@@ -9,8 +9,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} DEVICE=${DEVICE:-cuda} BACKBONE=${BACKBONE:-sd15}
 if [ "$BACKBONE" = toy ]; then batch=2 steps=2 dtype=float32 size=1,8,2,64; else batch=4 steps=20 dtype=bfloat16 size=1,768,16,4096; fi
-parts=$(mktemp -d)
-trap 'rm -rf "$parts"' EXIT
+parts=${PARTS:-$(mktemp -d)}  # PARTS: a folder of random parts that stays
+[ -n "${PARTS:-}" ] || trap 'rm -rf "$parts"' EXIT
 
 section() { printf '\n### %s\n\n' "$1"; }
 within() { timeout "$@" || printf '\nNot within %s s, or failed: `%s`\n' "$1" "${*:2}"; }

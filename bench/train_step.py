@@ -68,7 +68,7 @@ def measure(name: str, way: str, args: argparse.Namespace) -> dict[str, Any]:
     device, chosen = args.device, preset(args.backbone, args.folder)
     settings = train.settings([*MODELS[name], "--batch", str(args.batch)])
     settings.panel = chosen.panel
-    backbone.choose_attention(torch.device(device), args.precision)
+    backbone.choose_kernels(torch.device(device), args.precision)
     sd = backbone.load_stable_diffusion(chosen.stable_diffusion, device)
     clip = None if settings.no_esm else backbone.load_clip(chosen.clip, device)
     decoded: list[int] = []  # by the step that is under way

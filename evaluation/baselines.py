@@ -212,7 +212,7 @@ def train(args: argparse.Namespace) -> None:
     """The same pairs, drawn in the same order, as `train.py` shows to ours with this seed and batch."""
     preset = backbone.preset(args.backbone)
     device = backbone.pick_device(args.device)
-    backbone.choose_attention(device, args.precision)
+    backbone.choose_kernels(device, args.precision)
     args.data = args.data or preset.data
     if args.data is None:
         raise ValueError(f"--backbone {args.backbone} has no dataset of its own; give one with --data")

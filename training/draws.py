@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -44,6 +44,13 @@ def keep_conditions(
     no_text = u < both + text
     no_example = (u < both) | (~no_text & (u < both + text + example))
     return ~no_text, ~no_example
+
+
+def draw_noise(shape: Sequence[int], g: torch.Generator, device: torch.device) -> Tensor:
+    """Standard normal noise. A GPU draws its own, from a seed out of `g`: a CPU's would keep it waiting."""
+    if device.type != "cpu":
+        g = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=g)))
+    return torch.randn(*shape, generator=g, device=device)
 
 
 def draw_timesteps(batch: int, timesteps: int, g: torch.Generator) -> Tensor:

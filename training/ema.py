@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 
 
-def new_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of a model's weights, for `update_parameters(model)` after each step.
+class EMA(nn.Module):
+    """`module` is the average of a model's weights, once `update(model)` is called after each step.
 
     The decay grows to its final value as (1 + n) / (10 + n): the first weights, which are random or zero,
     would otherwise stay in the average for 1 / (1 - decay) steps.
     """
 
-    def update(average: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
-        n = int(updates)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(average, current, weight)
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))  # on the CPU: it is read each time
 
-    return AveragedModel(model, multi_avg_fn=torch.no_grad()(update))
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        n = int(self.updates)
+        weight = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
+        torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()], weight)
+        self.updates += 1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.ema import new_ema
+from training.ema import EMA
 from training.muon import Muon, parameter_groups
 
 SAVE_EVERY = 60.0  # seconds
@@ -46,7 +46,7 @@ def fit(
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
     modules, ema = {"model": module}, None
     if ema_decay:
-        modules["average"] = ema = new_ema(module, ema_decay)
+        modules["average"] = ema = EMA(module, ema_decay)
     start = load_checkpoint(folder, modules, optimizer)
     saved = time.monotonic()
     progress = tqdm(total=steps, initial=start, desc=name, mininterval=10)
@@ -59,7 +59,7 @@ def fit(
         optimizer.step()
         optimizer.zero_grad()
         if ema:
-            ema.update_parameters(module)
+            ema.update(module)
         if step % 20 == 0:
             progress.set_postfix({k: f"{v.item():.4f}" for k, v in losses.items()}, refresh=False)
         progress.update()

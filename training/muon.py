@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of Jordan's quintic, which takes singular values into 0.7 … 1.2
 MOMENTUM = 0.95  # Muon's
@@ -27,7 +28,8 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        square = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, square, x, beta=a)
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
 
@@ -62,26 +64,21 @@ class Muon(torch.optim.Optimizer):
             ahead = torch._foreach_lerp(gradients, averages, MOMENTUM)  # Nesterov's look ahead
             updates = orthogonalised(torch.stack([x.reshape(m, n).float() for x in ahead]))
             scale = -group["lr"] * 0.2 * max(m, n) ** 0.5
-            for p, update in zip(alike, updates):
-                p.add_(update.view(p.shape), alpha=scale)
+            torch._foreach_add_(alike, [x.view(p.shape) for x, p in zip(updates, alike)], alpha=scale)
 
     def _step_adam(self, parameters: list[Tensor], group: dict) -> None:
-        (first, second), gradients = BETAS, [p.grad for p in parameters]
-        means, squares = ([self._state(p, name) for p in parameters] for name in ("mean", "square"))
-        counts = [self._state(p, "count") for p in parameters]
-        torch._foreach_add_(counts, 1)
-        torch._foreach_lerp_(means, gradients, 1 - first)
-        torch._foreach_mul_(squares, second)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - second)
-        for p, mean, square, count in zip(parameters, means, squares, counts):
-            spread = (square / (1 - second**count)).sqrt_().add_(EPSILON)
-            p.sub_(group["lr"] * mean / (1 - first**count) / spread)
+        states = ([self._state(p, name) for p in parameters] for name in ("mean", "square"))
+        steps = [self.state[p].setdefault("step", torch.zeros(())) for p in parameters]  # on the CPU
+        adam(
+            parameters, [p.grad for p in parameters], *states, [], steps, foreach=True, amsgrad=False,
+            beta1=BETAS[0], beta2=BETAS[1], lr=group["lr"], weight_decay=0, eps=EPSILON, maximize=False,
+        )  # fmt: skip
 
     def _state(self, p: Tensor, name: str) -> Tensor:
-        """The parameter's running value of that name, of its shape but for "count"; zero at first."""
+        """The parameter's running value of that name, of its shape; zero at first."""
         state = self.state[p]
         if name not in state:
-            state[name] = p.new_zeros(()) if name == "count" else torch.zeros_like(p)
+            state[name] = torch.zeros_like(p)
         return state[name]
 
 

@@ -196,19 +196,26 @@ def without(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[VisualPr
     return whole, torch.tensor([row[id(pair)] for pair in whole.pairs])
 
 
+class Draws(Dataset):
+    """The indices of each item's query and example, for pictures that are at hand already."""
+
+    def __init__(self, data: VisualPromptDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, int]:
+        epoch, i = item
+        return {"index": i, "example_index": self.data.draw(i, epoch)}
+
+
 def load_batches(
     data: VisualPromptDataset, precomputed: Precomputed, order: Iterable[list], workers: int
-) -> Iterable[dict]:
+) -> DataLoader:
     """The items of each step in `order`, their pictures among them where they are not at hand already."""
-    if precomputed.pictures is None:
-        return DataLoader(data, batch_sampler=order, num_workers=workers, worker_init_fn=begin_worker)
-    return (
-        {
-            "index": torch.tensor([i for _, i in items]),
-            "example_index": torch.tensor([data.draw(i, epoch) for epoch, i in items]),
-        }
-        for items in order
-    )
+    items = data if precomputed.pictures is None else Draws(data)
+    return DataLoader(items, batch_sampler=order, num_workers=workers, worker_init_fn=begin_worker)
 
 
 def gather_batch(
