@@ -15,7 +15,7 @@ from backbone.loading import StableDiffusion, freeze, load_llm, load_stable_diff
 
 # [ours] How an editor samples unless told otherwise; recorded with each. A scale of 1 is no guidance; another
 # text scale doubles the cost of an edit that has words.
-SAMPLING = {"steps": 20, "guidance_text": 2.0, "guidance_visual": 1.0}
+SAMPLING = {"steps": 20, "guidance_text": 1.5, "guidance_visual": 1.0}
 
 
 class Parts(NamedTuple):

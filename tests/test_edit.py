@@ -70,7 +70,7 @@ def test_settings_are_stored_and_make_the_answer_again(command):
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
     command(*common, "--output", "c.png")  # the editor's own settings, and the class's where it has none
     record = json.loads(Image.open("c.png").text["instructgie"])
-    assert (record["steps"], record["guidance_text"], record["guidance_visual"]) == (2, 2.0, 1.0)
+    assert (record["steps"], record["guidance_text"], record["guidance_visual"]) == (2, 1.5, 1.0)
 
 
 def test_folders_clashing_stems_several_images_and_grids(command, here):

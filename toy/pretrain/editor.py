@@ -15,7 +15,7 @@ from rcldm import RCLDM
 
 def train_editor(args: argparse.Namespace) -> None:
     run = args.runs.parent / "editor"
-    if args.device.type == "cuda":  # where large batches cost little, fewer and longer steps
+    if args.device.type == "cuda":  # [ours] where large batches cost little, fewer and longer steps
         count, budget = 1, ["--batch", 512, "--steps", 2400, "--lr", 0.025]
     else:  # two processes, which are faster than as many threads
         count, budget = 2, ["--batch", 32, "--steps", 14000]
