@@ -39,7 +39,7 @@ from dataset import VisualPromptDataset
 from disk import atomic_folder
 from pictures import check_finite
 from pictures.pairs import read_pairs
-from training.draws import draw_order, draw_timesteps, keep_conditions, step_generator
+from training.draws import draw_noise, draw_order, draw_timesteps, keep_conditions, step_generator
 from training.loop import fit
 from training.precompute import Frozen, gather_batch, load_batches, precompute, read_instructions
 
@@ -234,7 +234,7 @@ def train(args: argparse.Namespace) -> None:
             keep_text, keep_condition = keep_conditions(len(panels), learner.drop, g)
             row = torch.where(keep_text, rows[batch["index"]], len(texts) - 1)
             states = texts[row.to(texts.device)].to(device)
-            noise = torch.randn(answer.shape, generator=g).to(device)
+            noise = draw_noise(answer.shape, g, device)
             t = draw_timesteps(len(panels), timesteps, g).to(device)
             x_t = sd.scheduler.add_noise(answer, noise, t)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):

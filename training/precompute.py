@@ -202,9 +202,6 @@ class Draws(Dataset):
     def __init__(self, data: VisualPromptDataset) -> None:
         self.data = data
 
-    def __len__(self) -> int:
-        return len(self.data)
-
     def __getitem__(self, item: tuple[int, int]) -> dict[str, int]:
         epoch, i = item
         return {"index": i, "example_index": self.data.draw(i, epoch)}

@@ -14,7 +14,7 @@ from toy import world
 from toy.pretrain.loop import fit, rendered, save, to_float
 from toy.pretrain.vae import LATENT_CHANNELS
 from toy.pretrain.words import CONTEXT, new_tokenizer, tokenize
-from training.draws import step_generator
+from training.draws import draw_noise, step_generator
 
 PANEL_NAMES = ("top left", "top right", "bottom left", "bottom right")
 
@@ -125,7 +125,7 @@ def train_unet(args: argparse.Namespace) -> None:
     def loss(step: int) -> dict[str, Tensor]:
         x, texts = draw(step)
         x, g = x.to(args.device).float(), step_generator(args.seed + 1, step)
-        noise = torch.randn(x.shape, generator=g).to(args.device)
+        noise = draw_noise(x.shape, g, args.device)
         # [ours] Three pictures in ten have hardly any noise. What this U-Net cannot give back of a clean
         # picture, an editor that steers its frozen decoder cannot draw either.
         u, weak = torch.rand(2, len(x), generator=g)

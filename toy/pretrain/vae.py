@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from toy import world
 from toy.pretrain.loop import fit, pictures, save, to_float
-from training.draws import step_generator
+from training.draws import draw_noise, step_generator
 
 LATENT_CHANNELS = 16
 
@@ -88,7 +88,7 @@ def train_vae(args: argparse.Namespace) -> None:
         posterior = vae.encode(x).latent_dist
         # [ours] Noise of one fixed strength on the latents and a whisper of a penalty on their size, in
         # place of a learned variance. Both only keep the latents' scale in bounds and their space smooth.
-        z = posterior.mean + 0.05 * torch.randn(posterior.mean.shape, generator=g).to(x.device)
+        z = posterior.mean + 0.05 * draw_noise(posterior.mean.shape, g, x.device)
         error = vae.decode(z).sample - x
         pixel = error.abs().mean() / 4 + error.square().mean()
         return {"loss": pixel + 2e-4 * posterior.mean.square().mean(), "mse": error.square().mean()}
