@@ -30,3 +30,12 @@ def test_it_goes_on_from_its_state():
     one.update(other)
     two.update(other)
     assert int(two.updates) == 4 and torch.equal(one.module.weight, two.module.weight)
+
+
+def test_buffers_are_the_models():
+    model = nn.BatchNorm1d(2)
+    ema = EMA(model, 0.9)
+    for _ in range(2):
+        model(torch.randn(8, 2) + 5)
+        ema.update(model)
+    assert torch.equal(ema.module.running_mean, model.running_mean) and model.running_mean.min() > 0.1

@@ -23,12 +23,12 @@ def test_a_replay_is_the_step_forwards_and_backwards(monkeypatch):
             p.add_(0.02 * torch.randn_like(p))
     losses_of = object.__new__(train.Losses)
     losses_of.sd = sd
-    recorded = Recorded(losses_of.predict, model)
+    replay = Recorded(losses_of.predict, model).replay
     for _ in range(3):
         inputs = torch.randn(4, 16, 16, 16), torch.randint(1000, (4,)), torch.randn(4, 64, 128)
         inputs = [x.to(device) for x in (*inputs, torch.rand(4, 3, 128, 128) * 2 - 1)]
         results = []
-        for predict in (losses_of.predict, recorded.replay):
+        for predict in (losses_of.predict, replay):
             model.zero_grad()
             prediction = predict(model, *inputs)
             prediction.square().mean().backward()

@@ -50,7 +50,7 @@ def draw_noise(shape: Sequence[int], g: torch.Generator, device: torch.device) -
     """Standard normal noise. A GPU draws its own, from a seed out of `g`: a CPU's would keep it waiting."""
     if device.type != "cpu":
         g = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=g)))
-    return torch.randn(*shape, generator=g, device=device)
+    return torch.randn(shape, generator=g, device=device)
 
 
 def draw_timesteps(batch: int, timesteps: int, g: torch.Generator) -> Tensor:

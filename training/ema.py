@@ -9,7 +9,8 @@ from torch import nn
 
 
 class EMA(nn.Module):
-    """`module` is the average of a model's weights, once `update(model)` is called after each step.
+    """`module` is the average of a model's weights, once `update(model)` is called after each step; its
+    buffers are the model's.
 
     The decay grows to its final value as (1 + n) / (10 + n): the first weights, which are random or zero,
     would otherwise stay in the average for 1 / (1 - decay) steps.
@@ -26,4 +27,6 @@ class EMA(nn.Module):
         n = int(self.updates)
         weight = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
         torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()], weight)
+        for mine, theirs in zip(self.module.buffers(), model.buffers()):
+            mine.copy_(theirs)
         self.updates += 1

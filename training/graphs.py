@@ -22,6 +22,7 @@ class Recorded(nn.Module):
     def __init__(self, predict: Callable[..., Tensor], model: nn.Module) -> None:
         super().__init__()
         self.predict, self.model, self.is_recorded = predict, model, False
+        self.is_autocast, self.dtype = False, torch.float16  # as the first call finds them
 
     def forward(self, *inputs: Tensor) -> Tensor:
         with torch.autocast("cuda", self.dtype, enabled=self.is_autocast, cache_enabled=False):
