@@ -4,7 +4,6 @@
     python train.py --no-sam                         # an ablation; so --no-rcldm, --no-esm, --no-liu
     python train.py --resume --output runs/train     # goes on where a stopped run stood
     python train.py --backbone sd15 --data FOLDER --precision bf16 --batch 8 --accumulate 4
-    torchrun --nproc_per_node 2 train.py             # two processes: on a CPU faster than two threads
     accelerate launch train.py --backbone sd15 --data FOLDER      # several GPUs, or several machines
 
 [figure] One step, where Img_train is the whole grid and Img_VPcon the same with its answer grey:
@@ -52,6 +51,7 @@ from training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from training.draws import draw_noise, draw_order, draw_timesteps, keep_conditions, step_generator
 from training.ema import EMA
 from training.graphs import recorded
+from training.hardware import checkpoint_gradients, on_every_core
 from training.monitor import LossMonitor
 from training.muon import Muon, parameter_groups
 from training.precompute import Frozen, Precomputed, gather_batch, load_batches, precompute, read_instructions
@@ -279,10 +279,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
     if is_main:
         note_settings(args, accelerator.num_processes)
     if args.gradient_checkpointing:
-        for part in (model, sd.unet, sd.vae):
-            part.enable_gradient_checkpointing()
-        if clip is not None:  # L_es goes through the decoder and CLIP
-            clip.set_grad_checkpointing()
+        checkpoint_gradients(clip, model, sd.unet, sd.vae)
     ema = EMA(model, EMA_DECAY)
     optimizer = Muon(parameter_groups(model, WEIGHT_DECAY), args.lr)
     modules = {"model": model, "ema": ema, "monitor": (monitor := LossMonitor())}
@@ -296,9 +293,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
     log = held.enter_context(SummaryWriter(args.output / "tensorboard")) if is_main else None
     progress = tqdm(total=args.steps, initial=start, desc="train", mininterval=2, disable=not is_main)
     held.callback(progress.close)  # else it would be drawn below the line of an error
-    accelerator.print(
-        f"{model.num_parameters() / 1e6:.2f} M parameters to train, {len(data)} pairs", flush=True
-    )
+    accelerator.print(f"{model.num_parameters():,} parameters to train, {len(data)} pairs", flush=True)
 
     wrapped.train()
     losses_of.predict = recorded(losses_of.predict, wrapped, device, args, processes)
@@ -390,10 +385,14 @@ class Validation:
         return error
 
 
+def work(args: argparse.Namespace, new_model: Callable) -> None:
+    with Stop() as stop, contextlib.ExitStack() as held:
+        train(args, stop, held, new_model)
+
+
 @backbone.one_line_errors("train.py")
 def main(new_model=RCLDM.from_unet) -> None:
-    with Stop() as stop, contextlib.ExitStack() as held:
-        train(settings(), stop, held, new_model)
+    on_every_core(work, settings(), new_model)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -16,15 +15,12 @@ from rcldm import RCLDM
 def train_editor(args: argparse.Namespace) -> None:
     run = args.runs.parent / "editor"
     if args.device.type == "cuda":  # [ours] where large batches cost little, fewer and longer steps
-        count, budget = 1, ["--batch", 512, "--steps", 2400, "--lr", 0.025]
-    else:  # two processes, which are faster than as many threads
-        count, budget = 2, ["--batch", 32, "--steps", 14000]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count]
-    command += ["train.py", "--output", run, "--seed", args.seed, "--device", args.device, *budget]
-    command += ["--resume"] if run.exists() else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    subprocess.run([str(word) for word in command], cwd=root, check=True, env=environment)
+        budget = ["--batch", 512, "--steps", 2400, "--lr", 0.025]
+    else:
+        budget = ["--batch", 64, "--steps", 14000]
+    command = [sys.executable, "train.py", "--output", run, "--seed", args.seed, "--device", args.device]
+    command += [*budget, *(["--resume"] if run.exists() else [])]
+    subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[2], check=True)
     model = RCLDM.from_pretrained(run / "editor").half()
     model.register_to_config(_name_or_path="")  # no path of this machine
     with atomic_folder(args.out / "editor") as folder:

@@ -1,0 +1,103 @@
+"""One process for each core: shares of a step, and no process that outlives the first or is waited for."""
+
+import argparse
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import backbone
+from training.hardware import on_every_core
+
+PROGRAM = """
+import os, sys, time
+from argparse import Namespace
+from pathlib import Path
+import torch
+from training.hardware import on_every_core
+
+def work(args, folder, fails):
+    rank = os.environ.get("RANK", "alone")
+    Path(folder, rank).write_text(f"{args.batch} {torch.get_num_threads()} {os.getpid()}")
+    if rank == fails:
+        raise ValueError(f"{rank} fails")
+    if fails in ("0", "1", "nobody"):
+        time.sleep(0 if rank == "1" and fails == "0" else 120)
+
+if __name__ == "__main__":
+    on_every_core(work, Namespace(batch=int(sys.argv[1]), device="cpu"), *sys.argv[2:])
+"""
+
+
+def start(folder: Path, batch: int, fails: str = "") -> subprocess.Popen:
+    program = folder.parent / "program.py"
+    program.write_text(PROGRAM)
+    folder.mkdir()
+    environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
+    environment |= {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(backbone.HERE)}
+    command = [sys.executable, str(program), str(batch), str(folder), fails]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def told(folder: Path) -> dict[str, list[int]]:
+    """By rank: its batch, its threads, its process."""
+    return {path.name: [int(word) for word in path.read_text().split()] for path in folder.iterdir()}
+
+
+def wait_for(condition) -> bool:
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return condition()
+
+
+def lives(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(") ")[1][0] != "Z"
+    except OSError:
+        return False
+
+
+def test_processes_share_a_batch(tmp_path):
+    process = start(tmp_path / "told", 16)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and errors == ""
+    shares = {rank: numbers[:2] for rank, numbers in told(tmp_path / "told").items()}
+    assert shares == {"0": [8, 1], "1": [8, 1]}
+
+
+@pytest.mark.parametrize(
+    ("batch", "threads", "launched"), [(15, 2, False), (17, 2, False), (16, 1, False), (16, 2, True)]
+)
+def test_one_process_is_left_alone(monkeypatch, batch, threads, launched):
+    """With a batch too small or not to be shared, with one core, and where a launcher started several."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda name: pytest.fail("starts a process"))
+    if launched:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    called = []
+    args = argparse.Namespace(batch=batch, device="cpu")
+    on_every_core(lambda args, word: called.append((args.batch, word)), args, "more")
+    assert called == [(batch, "more")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("fails", ["0", "1", "nobody"])
+def test_no_process_is_left(tmp_path, fails):
+    """Whichever fails, and when the first is killed: all end, and the error is told once."""
+    process = start(tmp_path / "told", 16, fails)
+    assert wait_for(lambda: len(list((tmp_path / "told").iterdir())) == 2)
+    if fails == "nobody":
+        os.kill(process.pid, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == {"0": 1, "1": 1, "nobody": -signal.SIGKILL}[fails]
+    assert errors.count("ValueError: ") == (fails != "nobody")
+    (_, _, other) = told(tmp_path / "told")["1"]
+    assert wait_for(lambda: not lives(other))

@@ -1,0 +1,92 @@
+"""What a run takes of its machine: all cores of a CPU, less memory of a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import connection
+from typing import Any
+
+import torch
+from torch import nn
+
+import backbone
+
+SHARE = 8  # grids of a step, at least, of each process
+
+
+def on_every_core(work: Callable, args: argparse.Namespace, *more: Any) -> None:
+    """work(args, *more), on a CPU in several processes, each with its part of `args.batch`.
+
+    [ours] Small layers leave threads little to share, and whole processes much. Does nothing of its own where
+    a launcher has started several. The first process is this one, and alone tells of an error.
+    """
+    threads = torch.get_num_threads()
+    count = max(min(threads, args.batch // SHARE), 1)
+    on_cpu = backbone.pick_device(args.device).type == "cpu"
+    if count == 1 or args.batch % count or not on_cpu or "WORLD_SIZE" in os.environ:
+        work(args, *more)
+        return
+    args.batch //= count
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "LOCAL_RANK": 0}
+    os.environ |= {name: str(value) for name, value in group.items()}
+    os.environ["OMP_NUM_THREADS"] = str(threads // count)
+    torch.set_num_threads(threads // count)
+    spawn = multiprocessing.get_context("spawn")  # a fork would keep this process's threads
+    others = [spawn.Process(target=_join, args=(rank, work, args, *more)) for rank in range(1, count)]
+    over = threading.Event()
+    try:
+        for other in others:
+            other.start()
+        threading.Thread(target=_watch, args=(others, over), daemon=True).start()
+        work(args, *more)
+        for other in others:
+            other.join()
+    finally:
+        over.set()
+        for other in others:
+            other.kill()
+
+
+def _watch(others: list, over: threading.Event) -> None:
+    """Ends this process with the first of the others that fails: it would wait for that one forever."""
+    connection.wait([other.sentinel for other in others])
+    failed = [other.exitcode for other in others if other.exitcode is not None and other.exitcode <= 1]
+    if any(failed) and not over.is_set():
+        os._exit(1)
+
+
+def _join(rank: int, work: Callable, args: argparse.Namespace, *more: Any) -> None:
+    """One of the other processes: silent, unless it alone fails, and gone as soon as the first is."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    stderr = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        work(args, *more)
+    except Exception:
+        time.sleep(10)  # what fails in the first process as well is told there
+        os.write(stderr, traceback.format_exc().encode())
+        raise
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def checkpoint_gradients(clip: nn.Module | None, *parts: nn.Module) -> None:
+    """For `--gradient-checkpointing`. clip: an open_clip model, with another name for it than diffusers'."""
+    for part in parts:
+        part.enable_gradient_checkpointing()
+    if clip is not None:  # L_es goes through the decoder and CLIP
+        clip.set_grad_checkpointing()
