@@ -8,8 +8,8 @@ true shift: [ours]
     s = T(answer) − T(input)                               the editing shift; T has unit length
     L_es = |s_pred − s_true|² / (|s_pred|² + |s_true|²)    0: the true edit, 1: nothing done, 2: the opposite
 
-A training step has no answer yet, only a noise prediction. This file follows the differentiable path between
-the two: noise prediction → x̂_0 → answer panel → VAE decoder → CLIP → shift → loss.
+A training step has no answer yet, only the U-Net's prediction. This file follows the differentiable path
+between the two: prediction → x̂_0 → answer panel → VAE decoder → CLIP → shift → loss.
 """
 
 import torch

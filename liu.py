@@ -6,7 +6,7 @@ so different phrasings of one command become one condition:
 
     l' = U(l)          U("Maybe night view looks better") = U("turn day to night, please") = "make it night"
 
-This file's order: the standard form and the prompt that asks for it, the unifier, which replies are usable.
+This file defines the standard form and its prompt, then the unifier, then the test of a reply.
 """
 
 import re

@@ -1,8 +1,8 @@
 """Trains InstructGIE: a ControlNet of VMamba blocks learns to draw the missing panel of a 2×2 grid.
 
     python train.py                                  # the toy world, on whatever this machine has
-    python train.py --no-sam                         # an ablation; so --no-rcldm, --no-esm, --no-liu
-    python train.py --resume --output runs/train     # goes on where a stopped run stood
+    python train.py --no-sam                         # an ablation; also --no-rcldm, --no-esm, --no-liu
+    python train.py --resume --output runs/train     # continues a stopped run
     python train.py --backbone sd15 --data FOLDER --precision bf16 --batch 8 --accumulate 4
     accelerate launch train.py --backbone sd15 --data FOLDER      # several GPUs, or several machines
 
@@ -88,7 +88,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
 
     # [ours] All numbers below. The paper gives none of them.
     add("--steps", type=int, default=2500, help="optimiser steps; on two CPU cores about half an hour")
-    add("--batch", type=int, default=32, help="grids per step and process")
+    add("--batch", type=int, default=32, help="grids per step and process; on a CPU, per step")
     add("--accumulate", type=int, default=1, help="batches per optimiser step")
     add("--lr", type=float, help="peak (default: the preset's); warm-up, then cosine to a hundredth of it")
     add("--answer-weight", type=float, default=4.0, help="of the answer panel in L_dm; the others have 1")
@@ -343,7 +343,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
 
 
 class Validation:
-    """A few queries, the same each time: of the split `seen` (instructions of `train`, new pictures).
+    """A few queries, the same each time: of the split `seen` (edits of `train`, new pictures).
 
     A dataset without one lends pairs of `train`; the error is then of pictures that were learnt.
     """

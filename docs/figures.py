@@ -62,7 +62,7 @@ WIDTH, DPI = 8, 200  # inches, and dots each: two dots a pixel on a page of 800
 
 
 def read(args: argparse.Namespace) -> VisualPromptDataset:
-    """New scenes of the toy world under trained instructions."""
+    """New scenes of the toy world under trained edits."""
     pairs = read_pairs(backbone.data_folder(args.data), "seen")
     return VisualPromptDataset(pairs, backbone.preset("toy").panel)
 

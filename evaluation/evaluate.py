@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--split", default="seen")
     add("--columns", **backbone.COLUMNS)
     add("--output", type=Path, default=Path("out/eval"), help="each split and mode gets a folder below it")
-    add("--mode", nargs="+", choices=MODES, help="what is given besides the input (default: all it can take)")
+    add("--mode", nargs="+", choices=MODES, help="what is given besides the input (default: by method)")
     add("--told", metavar="KEY", help="a text of the metadata instead of the method's, as `paraphrase`")
     add("--caption", metavar="WORD", help="only queries whose outputs' captions have this word, as `face`")
     add("--count", type=int, default=512, help="queries, or all where the split has fewer")

@@ -1,7 +1,7 @@
 """The splits of the toy world: pairs of scenes with an instruction, written as a dataset folder.
 
-`train`; `seen`: new scenes, trained instructions; `unseen_combination`: the edit makes or touches a (colour,
-shape) combination that no training picture holds; `unseen_task`: families of edits never trained.
+`train`; `seen`: new scenes, trained edits; `unseen_combination`: the scene before or after the edit holds a
+(colour, shape) combination that no training picture holds; `unseen_task`: families of edits never trained.
 """
 
 from __future__ import annotations
