@@ -7,8 +7,6 @@ Two shifts span a plane, and in it they are drawn as arrows, of their true lengt
 SENTENCES explain each part, on the page.
 """
 
-from __future__ import annotations
-
 import io
 import textwrap
 from typing import Any

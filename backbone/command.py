@@ -1,7 +1,5 @@
 """What the programs share: devices, bounds of options, tables, and errors of one line."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math

@@ -1,7 +1,5 @@
 """A trained editor and the pretrained parts that it needs: found, loaded, and checked to fit each other."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 Weights are read from safetensors alone, and no code that comes with them is run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Pictures and latents, texts and their embeddings, and the sampler of an edit."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Iterable

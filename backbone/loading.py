@@ -1,7 +1,5 @@
 """The pretrained parts, loaded and frozen."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

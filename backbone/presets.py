@@ -1,7 +1,5 @@
 """The presets of pretrained parts, and the toy world's dataset."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ alone; the pipeline decodes the grid. ControlNet and RCLDM have random weights, 
 ones.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import tempfile

@@ -11,8 +11,6 @@ the U-Net's prediction as it is, to the last bit. Then `train.py` takes a step w
 Without `--real` the parts are those of bench/random_parts.py. The pictures are the toy world's.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import resource

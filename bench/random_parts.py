@@ -3,8 +3,6 @@
 They show shapes, memory, loading and time, and of quality nothing. float16, as on the hub.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A row of a table: measured in a process of its own, whose peak memory is its alone, then printed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context

@@ -6,8 +6,6 @@
 "reference" is the recurrence as it stands in rcldm.py; the others are those of scan_kernels/.
 """
 
-from __future__ import annotations
-
 import time
 
 import torch

@@ -14,8 +14,6 @@ instruction (it costs nothing here: encoded once, before training), L_es and L_s
 have random weights (bench/random_parts.py).
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import tempfile

@@ -6,8 +6,6 @@ Prints counts and scores, and names duplicates, broken files, pairs whose pictur
 instructions that are too thin. `--sheet` draws a contact sheet.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import os

@@ -8,8 +8,6 @@ split with `metadata.jsonl` and hard links to the pictures, or copies where the 
 It appears whole or not at all.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

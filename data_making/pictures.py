@@ -11,8 +11,6 @@ an instruction stays if two pairs or more do. The result is a dataset folder for
 Symbols: B samples drawn at a time; H, W a picture's pixels; C, h, w its latent's.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

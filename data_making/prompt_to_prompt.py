@@ -12,8 +12,6 @@ attention maps M of the first, and fills them with the values V' of its own prom
 Symbols: B pairs of pictures; R = 4B rows of a U-Net batch; L latent pixels; T tokens of a prompt.
 """
 
-from __future__ import annotations
-
 from itertools import chain
 from typing import Any
 

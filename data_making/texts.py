@@ -16,8 +16,6 @@ Stopped at any moment and started again, `texts` and `pictures` go on: what is f
 made twice. They share the work among GPUs and machines: `accelerate launch -m data_making.pictures …`.
 """
 
-from __future__ import annotations
-
 import argparse
 import atexit
 import hashlib

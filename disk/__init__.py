@@ -1,7 +1,5 @@
 """Files, folders and settings that are whole or not there at all."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

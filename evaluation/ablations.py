@@ -12,8 +12,6 @@ Every contribution is measured where it should show: RCLDM where the instruction
 example tells, ESM on everything, LIU on paraphrases that no model has seen, SAM on faces.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

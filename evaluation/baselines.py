@@ -19,8 +19,6 @@ Both of the latter are saved as diffusers' pipelines. A stopped training goes on
 Symbols: B samples; P panel size in pixels, p in latent pixels; C latent channels. Images are in [-1, 1].
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import math
@@ -63,7 +61,7 @@ class Baseline:
         self.pipeline.set_progress_bar_config(disable=True)
 
     @classmethod
-    def load(cls, source: str, device: str | torch.device, panel: int) -> Baseline:
+    def load(cls, source: str, device: str | torch.device, panel: int) -> "Baseline":
         """Raises BackboneError for what is no pipeline."""
         return cls(backbone.load_stable_diffusion(source, device), panel)
 
@@ -133,7 +131,7 @@ class PromptDiffusion(Baseline):
     settings: ClassVar = {"steps": 20, "guidance_text": 7.5}
 
     @classmethod
-    def load(cls, source: str, device: str | torch.device, panel: int) -> PromptDiffusion:
+    def load(cls, source: str, device: str | torch.device, panel: int) -> "PromptDiffusion":
         """Raises BackboneError for what is no pipeline, OSError for one without a ControlNet."""
         sd = backbone.load_stable_diffusion(source, device)
         control = new_control(sd.unet)

@@ -10,8 +10,6 @@ with a line for each, written when all are drawn; `settings.json`; `pictures/`, 
 with the inputs and outputs. Answers that lie there already are replaced.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -16,8 +16,6 @@ happened to the picture and what happened to its caption, in a CLIP that no trai
 Beside it stands that of the true output. Intervals hold 95 %, by a bootstrap over the queries.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

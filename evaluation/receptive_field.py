@@ -12,8 +12,6 @@ must see from afar. Printed is the smallest share of the grid's pixels that hold
 gradient.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from pathlib import Path

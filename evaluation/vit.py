@@ -8,8 +8,6 @@
 zero convolutions. `backbone.load_editor` knows such editors where this module is imported (evaluate.py).
 """
 
-from __future__ import annotations
-
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -48,7 +46,7 @@ class ViTRCLDM(RCLDM):
         return ViTPromptEncoder(channels, *size, config.factor)
 
     @classmethod
-    def from_unet(cls, unet: UNet2DConditionModel, design: str = "vit", **options) -> ViTRCLDM:
+    def from_unet(cls, unet: UNet2DConditionModel, design: str = "vit", **options) -> "ViTRCLDM":
         """`train.py` asks for "vmamba", in whose place ViT stands. Raises ValueError for "conv"."""
         if design == "conv":
             raise ValueError("--no-rcldm: this program trains ViT in that place; use train.py")

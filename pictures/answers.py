@@ -1,7 +1,5 @@
 """Answers as files: which pictures are edited, where each answer goes, and sheets of labelled pictures."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

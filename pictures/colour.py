@@ -1,7 +1,5 @@
 """Any picture as upright 8-bit sRGB: orientation, colour profiles, transparency, 16 bits."""
 
-from __future__ import annotations
-
 import io
 from functools import lru_cache
 

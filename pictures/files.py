@@ -1,7 +1,5 @@
 """Pictures from files and tables: six formats, a limit of pixels, errors of one line."""
 
-from __future__ import annotations
-
 import io
 import os
 import warnings

@@ -1,7 +1,5 @@
 """Edit pairs as they lie on a disk or on the hub: an ImageFolder, or a table of the `datasets` library."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """Pictures as tensors in [-1, 1] and back, square panels, and whether two pictures are one frame."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

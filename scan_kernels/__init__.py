@@ -14,8 +14,6 @@ Shapes: B batch · D channels · L length · N numbers of state per channel
         G groups of P = D/G channels, which share one B and C
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module

@@ -6,8 +6,6 @@ Shapes: B batch · G groups of P channels that share one B and C · N numbers of
         T steps held in memory at once
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

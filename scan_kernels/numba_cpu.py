@@ -17,8 +17,6 @@ Shapes: u, y (U, B, L, P), where U is G, or 1 for one u that all groups share, a
 A kernel takes the channels in S parts of W, P = S·W, so that there is work for every core.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 from collections.abc import Callable

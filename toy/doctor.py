@@ -8,8 +8,6 @@ nearest to the answer, and the mean absolute errors inside and outside the edit 
 is 0 where all three answers are right, and 1 where one is not.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import shutil

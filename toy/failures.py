@@ -8,8 +8,6 @@ nearest to; below, the first wrong answers of each family in the order of the qu
 nothing is picked. Beside answer and truth stands the candidate that was nearer to the answer than the truth.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

@@ -16,8 +16,6 @@ An answer of mode "other-pair" is measured by the edit that its example shows, o
 out where that edit cannot be made.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -12,8 +12,6 @@ The first two are shown the truth. "cut" tells how much of the edit the first ha
 metrics are those of `toy.score`, and so is what is right.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -6,8 +6,6 @@ The inputs are in `strangers.txt`, where houses, fish and faces are set down by 
 example pairs are the renderer's, of random scenes. Nobody knows the right answers: look.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A trained editor's folder: weights, settings and the model card, after card.md."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checkpoints, safetensors and JSON alone, and a resume that goes on where they stood."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

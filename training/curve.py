@@ -4,8 +4,6 @@ Read from the TensorBoard files that train.py writes: the losses, each a moving 
 validation pictures' answers in levels of 0 … 255. Hours are those in which the run stood, pauses left out.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What is drawn at random for each step: pairs, conditions that are left out, timesteps; each by its seed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 

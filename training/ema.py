@@ -1,7 +1,5 @@
 """The exponential moving average (EMA) of a model's weights, which is what an editor is saved from."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

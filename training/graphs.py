@@ -4,8 +4,6 @@ A small model's kernels take less time than their launches. RCLDM and U-Net laun
 forwards and backwards, the same at each step. So the first step records them, and all others replay these.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 

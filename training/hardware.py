@@ -1,7 +1,5 @@
 """What a run takes of its machine: all cores of a CPU, less memory of a GPU."""
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import os

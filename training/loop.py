@@ -1,7 +1,5 @@
 """The loop that trains everything but InstructGIE itself, whose loop stands in train.py."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """Moving averages of the losses, and which steps are not to be taken."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

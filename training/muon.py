@@ -6,8 +6,6 @@ learn as fast as common ones. `torch.optim.Muon` does so in bfloat16, for two ax
 kernel is a matrix too, of output channels by all else, and the work is float32, equal on every processor.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 

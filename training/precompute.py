@@ -3,8 +3,6 @@
 Symbols: N edit pairs; B of a batch; P panel size in pixels, p in latent pixels; C latent channels.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
@@ -44,7 +42,7 @@ class Precomputed(NamedTuple):
     areas: Tensor | None = None
     pictures: Tensor | None = None
 
-    def of(self, index: Tensor, device: torch.device) -> Precomputed:
+    def of(self, index: Tensor, device: torch.device) -> "Precomputed":
         """Those of some pairs, index (B,), on a device; all but the bytes as float32."""
         index = index.to(self.latents.device)
         rows = (None if column is None else column[index].to(device) for column in self)

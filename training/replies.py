@@ -1,7 +1,5 @@
 """The cache of a language model's replies: one wording is unified once, in whatever run it comes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Settings of a training run: filled in from the preset, checked, and kept beside the run."""
 
-from __future__ import annotations
-
 import argparse
 import math
 

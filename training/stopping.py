@@ -1,7 +1,5 @@
 """Ends that are asked for: Ctrl-C and SIGTERM."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -20,7 +18,7 @@ class Stop:
     def __init__(self) -> None:
         self.asked, self.at_work = 0, False
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> "Stop":
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 

@@ -17,8 +17,6 @@ show the same scene again with something changed, as the pages of comics do.  It
 no two rows that share an edit, so the editor still has everything about editing left to learn.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

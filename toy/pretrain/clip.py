@@ -1,7 +1,5 @@
 """CLIP, in open_clip's layout: one for training and the dataset filter, one for evaluation only."""
 
-from __future__ import annotations
-
 import argparse
 
 import torch

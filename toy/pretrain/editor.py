@@ -1,7 +1,5 @@
 """InstructGIE itself: what `python train.py` makes, in half precision."""
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import subprocess

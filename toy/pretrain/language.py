@@ -1,7 +1,5 @@
 """Two Llamas: one maps what people say to the canonical instruction, one writes a dataset's texts."""
 
-from __future__ import annotations
-
 import argparse
 import random
 

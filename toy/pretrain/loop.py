@@ -1,7 +1,5 @@
 """What the stages have in common."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path

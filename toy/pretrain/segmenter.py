@@ -1,7 +1,5 @@
 """Mask2Former, on the renderer's own classes."""
 
-from __future__ import annotations
-
 import argparse
 import random
 

@@ -1,7 +1,5 @@
 """The text encoder and the text-to-image U-Net, on single scenes and 2×2 collages."""
 
-from __future__ import annotations
-
 import argparse
 import random
 

@@ -1,7 +1,5 @@
 """AutoencoderKL: 64×64 pictures <-> 8×8 latents of 16 channels."""
 
-from __future__ import annotations
-
 import argparse
 import math
 

@@ -1,7 +1,5 @@
 """The tokenizers, learnt from the toy world's captions and instructions."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Writes the toy world as a dataset folder: `python -m toy.world`; see the package's docstring."""
 
-from __future__ import annotations
-
 import argparse
 import random
 from pathlib import Path

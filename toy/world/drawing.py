@@ -1,7 +1,5 @@
 """Pictures of scenes, and which class each of their pixels shows."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The edits of the toy world: rules from scene to scene, in 25 families. How people say them: sayings.txt."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable, Iterable

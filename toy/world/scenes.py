@@ -4,8 +4,6 @@ A scene is a background and one to three things, each in its own quarter of a 64
 flat shape or a face.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass, replace
 
@@ -94,7 +92,7 @@ class Scene:
     def find(self, kind: str) -> Thing | None:
         return next((thing for thing in self.things if thing.kind == kind), None)
 
-    def put(self, old: Thing, **changes: object) -> Scene:
+    def put(self, old: Thing, **changes: object) -> "Scene":
         """The scene with some properties of one thing changed."""
         things = (replace(thing, **changes) if thing is old else thing for thing in self.things)
         return replace(self, things=tuple(things))

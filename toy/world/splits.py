@@ -4,8 +4,6 @@
 (colour, shape) combination that no training picture holds; `unseen_task`: families of edits never trained.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import random
