@@ -31,6 +31,7 @@ from bench import random_parts
 from rcldm import RCLDM
 from toy import world
 from training.draws import draw_timesteps, keep_conditions, step_generator
+from training.settings import PARTS
 
 
 def licence(source: str) -> str:
@@ -121,9 +122,6 @@ def check(args: argparse.Namespace, folder: Path) -> None:
     pictures += ["--instruction", "make it night", "--output", folder / "answer.png"]
     run("edit.py", "--model", folder / "run" / "editor", *pictures, "--steps", 2, "--device", args.device)
     print(f"answer: {Image.open(folder / 'answer.png').size} pixels")
-
-
-PARTS = ("stable_diffusion", "clip", "segmenter", "llm")
 
 
 @backbone.one_line_errors("bench.paper_size")

@@ -17,12 +17,13 @@ show the same scene again with something changed, as the pages of comics do.  It
 no two rows that share an edit, so the editor still has everything about editing left to learn.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import backbone
-from toy.pretrain.clip import train_clip, train_clip_eval
+from toy.pretrain.clip import train_clip
 from toy.pretrain.editor import train_editor
 from toy.pretrain.language import train_llm, train_writer
 from toy.pretrain.segmenter import train_segmenter
@@ -34,7 +35,7 @@ STAGES = {
     "vae": train_vae,
     "unet": train_unet,
     "clip": train_clip,
-    "clip_eval": train_clip_eval,
+    "clip_eval": partial(train_clip, name="clip-eval", seed=20),
     "segmenter": train_segmenter,
     "llm": train_llm,
     "writer": train_writer,

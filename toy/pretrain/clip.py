@@ -57,7 +57,3 @@ def train_clip(args: argparse.Namespace, name: str = "clip", seed: int = 10) -> 
     set_model_preprocess_cfg(clip, {"mean": [0.5] * 3, "std": [0.5] * 3})
     with atomic_folder(args.out / name) as folder:
         save_for_hf(clip.half(), tokenizer, config, folder, safe_serialization=True)
-
-
-def train_clip_eval(args: argparse.Namespace) -> None:
-    train_clip(args, "clip-eval", seed=20)

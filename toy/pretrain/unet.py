@@ -14,8 +14,6 @@ from toy.pretrain.vae import LATENT_CHANNELS
 from toy.pretrain.words import CONTEXT, new_tokenizer, tokenize
 from training.draws import draw_noise, step_generator
 
-PANEL_NAMES = ("top left", "top right", "bottom left", "bottom right")
-
 
 def new_text_encoder(tokenizer) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -116,7 +114,7 @@ def train_unet(args: argparse.Namespace) -> None:
                 shown = 3
             grids.append(torch.cat([torch.cat(tiles[:2], -1), torch.cat(tiles[2:], -1)], -2))
             i, j = panels[shown]
-            caption = f"four pictures, the {PANEL_NAMES[shown]} shows {strips[i][j].caption()}"
+            caption = f"four pictures, the {[*world.PLACES][shown]} shows {strips[i][j].caption()}"
             texts.append(caption if rng.random() < 0.75 else "")
         return torch.stack(grids), texts
 
