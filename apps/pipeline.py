@@ -262,10 +262,6 @@ class InstructGIEPipeline(DiffusionPipeline):
         given = examples, has_example, queries, instructions
         return self.decode_answers(self.sample(*given, seeded(seeds), **sampling))
 
-    @torch.no_grad()
     def decode_answers(self, latents: Tensor) -> Tensor:
-        """Latents of grids (B, C, 2p, 2p) → the answers (B, 3, P, P) in [-1, 1], float32.
-
-        Raises ValueError for what is not finite.
-        """
+        """`edit.decode_answers` by this VAE: latents (B, C, 2p, 2p) → (B, 3, P, P) in [-1, 1]."""
         return edit.decode_answers(self.vae, latents)

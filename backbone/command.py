@@ -50,7 +50,6 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def hide_progress_bars() -> None:
-    """Of every part's loading."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()
 

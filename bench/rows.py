@@ -10,7 +10,6 @@ import torch
 
 
 def print_row(*cells: str) -> None:
-    """In Markdown."""
     print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -213,7 +213,6 @@ def finetune(
 
 
 def as_lines(rows: Iterable[dict]) -> str:
-    """JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

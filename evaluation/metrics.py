@@ -151,7 +151,6 @@ def measure(folder: Path, clip, tokenizer, features, device: torch.device) -> di
 
 
 def table(results: list[dict], features: str) -> str:
-    """A row for each folder."""
     rows = []
     for result in results:
         cells = []

@@ -86,7 +86,6 @@ def tell_machine(device: torch.device) -> None:
 
 @backbone.one_line_errors("toy.doctor")
 def main(argv: list[str] | None = None) -> None:
-    """Raises SystemExit where an answer is wrong."""
     parser = backbone.new_parser("toy.doctor", __doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)

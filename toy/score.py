@@ -84,7 +84,6 @@ class Truth:
         return int(np.square(apart).sum(axis=(1, 2, 3), dtype=np.int64).argmin())
 
     def is_right(self, candidate: int) -> bool:
-        """Whether the candidate of this index is the truth."""
         return candidate > 0 and np.array_equal(self.pictures[candidate], self.picture)
 
     def errors(self, answer: np.ndarray) -> dict[str, float | None]:

@@ -92,7 +92,6 @@ def measure(pipe: InstructGIEPipeline, data: VisualPromptDataset, mode: str, cou
 
 
 def table(scores: dict[str, dict[str, list[dict]]]) -> str:
-    """A row for each mode and stage."""
     rows = []
     for mode, by_stage in scores.items():
         for name, found in by_stage.items():

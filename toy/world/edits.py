@@ -192,12 +192,10 @@ _OPENINGS = ("", "", "", "please ", "could you ", "maybe ", "now ")
 
 
 def edits_of(family: str) -> list[Edit]:
-    """All edits of a family."""
     return [Edit(family, target, value) for target, value in FAMILIES[family].arguments]
 
 
 def every_edit() -> list[Edit]:
-    """All edits of the world, family by family."""
     return [edit for family in FAMILIES for edit in edits_of(family)]
 
 
