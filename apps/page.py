@@ -263,9 +263,6 @@ def toy_examples(folder: Path) -> list[list]:
     return [[before, after, query, ""], by_words, [plain, framed, new, ""]]
 
 
-# --- The command --------------------------------------------------------------------------------------------
-
-
 @backbone.one_line_errors("apps.page")
 def main() -> None:
     args = arguments()

@@ -36,8 +36,6 @@ GUIDANCE = 7.5, 15.0  # scale
 INJECTION = 0.1, 0.9  # part of the steps with the first picture's self-attention
 CROSS = 0.8  # part of the steps with its attention to the text
 
-# --- Two pictures from one noise ----------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def draw_pairs(

@@ -210,9 +210,6 @@ def contact_sheet(data: VisualPromptDataset, queries: list[Query], folder: Path,
     return panel_rows(rows, names, side=96, columns=min(2, len(queries)))
 
 
-# --- The program --------------------------------------------------------------------------------------------
-
-
 @backbone.one_line_errors("evaluation.evaluate")
 def main(argv: list[str] | None = None) -> None:
     parser = backbone.new_parser("evaluation.evaluate", __doc__)

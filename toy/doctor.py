@@ -65,9 +65,6 @@ def demo(pipe: InstructGIEPipeline, way: str) -> Image.Image:
     return pipe(words, world.render(SCENE), pair, generator=seeded([0])).images[0]
 
 
-# --- The machine --------------------------------------------------------------------------------------------
-
-
 def tell_machine(device: torch.device) -> None:
     print(collect_env.get_pretty_env_info())  # system, processor, GPUs, PyTorch and what belongs to it
     print(torch.__config__.show(), torch.__config__.parallel_info(), sep="\n")
@@ -79,9 +76,6 @@ def tell_machine(device: torch.device) -> None:
         print("commit:", subprocess.run(git, capture_output=True, text=True).stdout.strip() or "none")
     print("device:", device)
     print("scan:", ", because ".join(scan_kernels.scan_backend(torch.empty(1, device=device))), flush=True)
-
-
-# --- The command --------------------------------------------------------------------------------------------
 
 
 @backbone.one_line_errors("toy.doctor")
