@@ -172,13 +172,16 @@ def write_replies(model: nn.Module, tokenizer: Any, captions: list[str]) -> list
 
 def writing_loss(model: nn.Module, tokenizer: Any, records: list[dict]) -> Tensor:
     """Cross-entropy of the tokens of the replies, and of their end, to prompts without rules and examples."""
-    ids, labels = [], []
-    for record in records:
-        texts = as_prompt(record["pairs"][0][0]), as_reply(record)
-        prompt, reply = (tokenizer(text, add_special_tokens=False).input_ids for text in texts)
-        reply = [*reply, tokenizer.eos_token_id]
-        ids.append(torch.tensor(prompt + reply))
-        labels.append(torch.tensor([-100] * len(prompt) + reply))
+    texts = [(as_prompt(record["pairs"][0][0]), as_reply(record)) for record in records]
+    rows = [[tokenizer(text, add_special_tokens=False).input_ids for text in pair] for pair in texts]
+    return reply_loss(model, tokenizer, rows)
+
+
+def reply_loss(model: nn.Module, tokenizer: Any, rows: Iterable[tuple[list[int], list[int]]]) -> Tensor:
+    """Cross-entropy of replies and of their end. rows: the tokens of each prompt and of its reply."""
+    rows = [(prompt, [*reply, tokenizer.eos_token_id]) for prompt, reply in rows]
+    ids = [torch.tensor(prompt + reply) for prompt, reply in rows]
+    labels = [torch.tensor([-100] * len(prompt) + reply) for prompt, reply in rows]
     ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.eos_token_id).to(model.device)
     labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(model.device)
     return model(input_ids=ids, labels=labels).loss

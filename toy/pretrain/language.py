@@ -6,7 +6,7 @@ import random
 import torch
 from torch import Tensor, nn
 
-from data_making.texts import OWN_TASK, writing_loss
+from data_making.texts import OWN_TASK, reply_loss, writing_loss
 from toy import world
 from toy.pretrain.loop import fit, save
 from toy.pretrain.words import new_tokenizer, new_writer_tokenizer
@@ -40,13 +40,8 @@ def train_llm(args: argparse.Namespace) -> None:
             edit = rng.choice(edits if rng.random() < 0.5 else rng.choice(families))
             wish = world.say(edit, rng) if rng.random() < 0.9 else edit.instruction
             prompt = [*tokenizer(wish, add_special_tokens=False).input_ids, say]
-            reply = [*tokenizer(edit.instruction, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-            rows.append((prompt, reply))
-        length = max(len(p) + len(r) for p, r in rows)
-        pad = [[tokenizer.pad_token_id] * (length - len(p) - len(r)) for p, r in rows]
-        ids = torch.tensor([p + r + x for (p, r), x in zip(rows, pad)], device=args.device)
-        labels = torch.tensor([[-100] * len(p) + r + [-100] * len(x) for (p, r), x in zip(rows, pad)])
-        return {"loss": model(input_ids=ids, labels=labels.to(args.device)).loss}
+            rows.append((prompt, tokenizer(edit.instruction, add_special_tokens=False).input_ids))
+        return {"loss": reply_loss(model, tokenizer, rows)}
 
     fit("llm", model, loss, steps=2500, lr=2e-3, runs=args.runs, weight_decay=0.05)
     save(args.out / "llm", model.half(), tokenizer)
