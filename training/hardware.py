@@ -1,13 +1,14 @@
 """What a run takes of its machine: all cores of a CPU, less memory of a GPU."""
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import connection
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 import backbone
 
 SHARE = 8  # grids of a step, at least, of each process
+shared_threads = 0  # of this process, before it shared the cores with others
 
 
 def on_every_core(work: Callable, args: argparse.Namespace, *more: Any) -> None:
@@ -31,7 +33,8 @@ def on_every_core(work: Callable, args: argparse.Namespace, *more: Any) -> None:
     if count == 1 or args.batch % count or not on_cpu or "WORLD_SIZE" in os.environ:
         work(args, *more)
         return
-    args.batch //= count
+    global shared_threads
+    args.batch, shared_threads = args.batch // count, threads
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -80,6 +83,17 @@ def _join(rank: int, work: Callable, args: argparse.Namespace, *more: Any) -> No
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+@contextlib.contextmanager
+def on_all_threads() -> Iterator[None]:
+    """While the other processes wait for this one, their cores are its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, shared_threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def checkpoint_gradients(clip: nn.Module | None, *parts: nn.Module) -> None:

@@ -26,6 +26,7 @@ from dataset import VisualPromptDataset
 from disk import atomic_write
 from pictures import ImageError, TableImage, check_finite, from_bytes, to_bytes
 from pictures.pairs import DatasetError
+from training.hardware import on_all_threads
 from training.stopping import begin_worker
 
 
@@ -126,6 +127,7 @@ class Pairs(Dataset):
 IN_MEMORY = 4 << 30  # bytes of pictures that are kept, on the device; more are decoded at every step
 
 
+@on_all_threads()
 def precompute(
     data: VisualPromptDataset, frozen: Frozen, args: argparse.Namespace, device: torch.device
 ) -> tuple[VisualPromptDataset, Precomputed]:
