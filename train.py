@@ -87,8 +87,8 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no-sam", action="store_true", help="without selective-area matching")
 
     # [ours] All numbers below. The paper gives none of them.
-    add("--steps", type=int, default=2500, help="optimiser steps; on two CPU cores about half an hour")
-    add("--batch", type=int, default=32, help="grids per step and process; on a CPU, per step")
+    add("--steps", type=int, default=1500, help="optimiser steps; on two CPU cores about half an hour")
+    add("--batch", type=int, default=64, help="grids per step and process; on a CPU, per step")
     add("--accumulate", type=int, default=1, help="batches per optimiser step")
     add("--lr", type=float, help="peak (default: the preset's); warm-up, then cosine to a hundredth of it")
     add("--answer-weight", type=float, default=4.0, help="of the answer panel in L_dm; the others have 1")

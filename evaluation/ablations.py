@@ -279,8 +279,8 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--only", nargs="+", default=list(ARMS), choices=ARMS, help="these arms")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--steps", type=int, default=6000, help="of every arm's training")
-    add("--batch", type=int, default=16)
+    add("--steps", type=int, default=1500, help="of every arm's training")
+    add("--batch", type=int, default=64)
     add("--count", type=int, default=512, help="answers of each set")
     add("--precision", default="bf16", choices=("no", "bf16"))
     add("--runs", type=Path, default=Path("runs/ablations"), help="what is trained")

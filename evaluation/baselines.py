@@ -1,6 +1,6 @@
 """The editors that the paper compares itself with, trained on edits for `evaluate.py --method`.
 
-    python -m evaluation.baselines instruct-pix2pix --steps 6000 --output runs/instruct-pix2pix
+    python -m evaluation.baselines instruct-pix2pix --steps 1500 --batch 64 --output runs/instruct-pix2pix
     python -m evaluation.evaluate runs/instruct-pix2pix/pipeline --method instruct-pix2pix
     python -m evaluation.evaluate --method sdedit    # needs no training
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import backbone
-from training.hardware import on_every_core
+from training import hardware
 
 PROGRAM = """
 import os, sys, time
 from argparse import Namespace
 from pathlib import Path
 import torch
-from training.hardware import on_every_core
+from training import hardware
 
 def work(args, folder, fails):
     rank = os.environ.get("RANK", "alone")
@@ -65,15 +65,15 @@ def lives(process: int) -> bool:
 
 
 def test_processes_share_a_batch(tmp_path):
-    process = start(tmp_path / "told", 16)
+    process = start(tmp_path / "told", 64)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0 and errors == ""
     shares = {rank: numbers[:2] for rank, numbers in told(tmp_path / "told").items()}
-    assert shares == {"0": [8, 1], "1": [8, 1]}
+    assert shares == {"0": [32, 1], "1": [32, 1]}
 
 
 @pytest.mark.parametrize(
-    ("batch", "threads", "launched"), [(15, 2, False), (17, 2, False), (16, 1, False), (16, 2, True)]
+    ("batch", "threads", "launched"), [(63, 2, False), (65, 2, False), (64, 1, False), (64, 2, True)]
 )
 def test_one_process_is_left_alone(monkeypatch, batch, threads, launched):
     """With a batch too small or not to be shared, with one core, and where a launcher started several."""
@@ -83,8 +83,16 @@ def test_one_process_is_left_alone(monkeypatch, batch, threads, launched):
         monkeypatch.setenv("WORLD_SIZE", "2")
     called = []
     args = argparse.Namespace(batch=batch, device="cpu")
-    on_every_core(lambda args, word: called.append((args.batch, word)), args, "more")
+    hardware.on_every_core(lambda args, word: called.append((args.batch, word)), args, "more")
     assert called == [(batch, "more")]
+
+
+def test_the_first_process_takes_all_threads_while_the_others_wait(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(hardware, "shared_threads", threads + 1)
+    with hardware.on_all_threads():
+        assert torch.get_num_threads() == threads + 1
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.slow
@@ -92,7 +100,7 @@ def test_one_process_is_left_alone(monkeypatch, batch, threads, launched):
 @pytest.mark.parametrize("fails", ["0", "1", "nobody"])
 def test_no_process_is_left(tmp_path, fails):
     """Whichever fails, and when the first is killed: all end, and the error is told once."""
-    process = start(tmp_path / "told", 16, fails)
+    process = start(tmp_path / "told", 64, fails)
     assert wait_for(lambda: len(list((tmp_path / "told").iterdir())) == 2)
     if fails == "nobody":
         os.kill(process.pid, signal.SIGKILL)

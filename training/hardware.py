@@ -17,7 +17,7 @@ from torch import nn
 
 import backbone
 
-SHARE = 8  # grids of a step, at least, of each process
+SHARE = 32  # grids of a step, at least, of each process: a smaller share would not pay
 shared_threads = 0  # of this process, before it shared the cores with others
 
 

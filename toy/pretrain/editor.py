@@ -15,7 +15,7 @@ def train_editor(args: argparse.Namespace) -> None:
     if args.device.type == "cuda":  # [ours] where large batches cost little, fewer and longer steps
         budget = ["--batch", 512, "--steps", 2400, "--lr", 0.025]
     else:
-        budget = ["--batch", 64, "--steps", 14000]
+        budget = ["--batch", 64, "--steps", 14000, "--lr", 0.01]
     command = [sys.executable, "train.py", "--output", run, "--seed", args.seed, "--device", args.device]
     command += [*budget, *(["--resume"] if run.exists() else [])]
     subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[2], check=True)
