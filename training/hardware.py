@@ -9,7 +9,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ def on_every_core(work: Callable, args: argparse.Namespace, *more: Any) -> None:
     try:
         for other in others:
             other.start()
-        threading.Thread(target=_watch, args=(others, over), daemon=True).start()
+            threading.Thread(target=_watch, args=(other, over), daemon=True).start()
         work(args, *more)
         for other in others:
             other.join()
@@ -58,11 +57,10 @@ def on_every_core(work: Callable, args: argparse.Namespace, *more: Any) -> None:
             other.kill()
 
 
-def _watch(others: list, over: threading.Event) -> None:
-    """Ends this process with the first of the others that fails: it would wait for that one forever."""
-    connection.wait([other.sentinel for other in others])
-    failed = [other.exitcode for other in others if other.exitcode is not None and other.exitcode <= 1]
-    if any(failed) and not over.is_set():
+def _watch(other: Any, over: threading.Event) -> None:
+    """Ends this process when another fails or is killed: it would wait for that one forever."""
+    other.join()
+    if not over.is_set() and other.exitcode is not None and (other.exitcode == 1 or other.exitcode < 0):
         os._exit(1)
 
 
