@@ -51,6 +51,10 @@ def on_every_core(work: Callable, args: argparse.Namespace, *more: Any) -> None:
         work(args, *more)
         for other in others:
             other.join()
+    except SystemExit:  # asked to stop, as all of them were
+        for other in others:
+            other.join(10)
+        raise
     finally:
         over.set()
         for other in others:
