@@ -23,8 +23,8 @@ shared_threads = 0  # of this process, before it shared the cores with others
 def on_every_core(work: Callable, args: argparse.Namespace, *more: Any) -> None:
     """work(args, *more), on a CPU in several processes, each with its part of `args.batch`.
 
-    [ours] Small layers leave threads little to share, and whole processes much. Does nothing of its own where
-    a launcher has started several. The first process is this one, and alone tells of an error.
+    [ours] Small layers leave threads little to share, and whole processes much. Calls work at once where a
+    launcher has started several. This process is the first; an error is told once.
     """
     threads = torch.get_num_threads()
     count = max(min(threads, args.batch // SHARE), 1)
