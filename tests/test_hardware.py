@@ -1,4 +1,4 @@
-"""One process for each core: shares of a step, and no process that outlives the first or is waited for."""
+"""One process for each core: shares of a step, and no process that outlives the others or is waited for."""
 
 import argparse
 import multiprocessing
@@ -98,15 +98,32 @@ def test_the_first_process_takes_all_threads_while_the_others_wait(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("fails", ["0", "1", "nobody"])
-def test_no_process_is_left(tmp_path, fails):
-    """Whichever fails, and when the first is killed: all end, and the error is told once."""
+@pytest.mark.parametrize("fails", ["0", "1"])
+def test_an_error_ends_all_and_is_told(tmp_path, fails):
     process = start(tmp_path / "told", 64, fails)
-    assert wait_for(lambda: len(list((tmp_path / "told").iterdir())) == 2)
-    if fails == "nobody":
-        os.kill(process.pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == {"0": 1, "1": 1, "nobody": -signal.SIGKILL}[fails]
-    assert errors.count("ValueError: ") == (fails != "nobody")
-    (_, _, other) = told(tmp_path / "told")["1"]
-    assert wait_for(lambda: not lives(other))
+    assert process.returncode == 1
+    assert errors.rstrip().endswith(f"ValueError: {fails} fails")
+    assert not any(lives(numbers[2]) for numbers in told(tmp_path / "told").values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize(
+    ("to_first", "number", "code", "line"),
+    [
+        (True, signal.SIGKILL, -signal.SIGKILL, ""),
+        (True, signal.SIGTERM, 143, ""),
+        (True, signal.SIGINT, -signal.SIGINT, ""),
+        (False, signal.SIGKILL, 1, "a process was killed: if memory ran out, give a smaller"),
+    ],
+)
+def test_a_signal_ends_all(tmp_path, to_first, number, code, line):
+    process = start(tmp_path / "told", 64, "nobody")
+    assert wait_for(lambda: len(list((tmp_path / "told").iterdir())) == 2)
+    started = [numbers[2] for numbers in told(tmp_path / "told").values()]
+    os.kill(process.pid if to_first else started[0], number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert line in errors and ("BackboneError" in errors) == (line != "")
+    assert wait_for(lambda: not any(lives(number) for number in started))

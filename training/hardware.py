@@ -4,11 +4,12 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import signal
 import socket
 import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
@@ -17,14 +18,17 @@ from torch import nn
 import backbone
 
 SHARE = 32  # grids of a step, at least, of each process: a smaller share would not pay
-shared_threads = 0  # of this process, before it shared the cores with others
+LARGE_PAGES = "glibc.malloc.hugetlb=1"  # else each step asks the system for 25,000 small ones
+LESS_MEMORY = "if memory ran out, give a smaller --batch or --workers"
+shared_threads = 0  # of all processes together, in one of several
 
 
 def on_every_core(work: Callable, args: argparse.Namespace, *more: Any) -> None:
     """work(args, *more), on a CPU in several processes, each with its part of `args.batch`.
 
     [ours] Small layers leave threads little to share, and whole processes much. Calls work at once where a
-    launcher has started several. This process is the first; an error is told once.
+    launcher has started several. Otherwise this process only waits: it passes signals on, and raises the
+    error of the first that fails.
     """
     threads = torch.get_num_threads()
     count = max(min(threads, args.batch // SHARE), 1)
@@ -32,54 +36,61 @@ def on_every_core(work: Callable, args: argparse.Namespace, *more: Any) -> None:
     if count == 1 or args.batch % count or not on_cpu or "WORLD_SIZE" in os.environ:
         work(args, *more)
         return
-    global shared_threads
-    args.batch, shared_threads = args.batch // count, threads
+    args.batch //= count
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "LOCAL_RANK": 0}
+        group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    group |= {"OMP_NUM_THREADS": threads // count, "GLIBC_TUNABLES": LARGE_PAGES}
     os.environ |= {name: str(value) for name, value in group.items()}
-    os.environ["OMP_NUM_THREADS"] = str(threads // count)
-    torch.set_num_threads(threads // count)
     spawn = multiprocessing.get_context("spawn")  # a fork would keep this process's threads
-    others = [spawn.Process(target=_join, args=(rank, work, args, *more)) for rank in range(1, count)]
-    over = threading.Event()
+    with ProcessPoolExecutor(count, spawn) as pool, _signals_passed_on() as asked:
+        ranks = [pool.submit(_join, rank, threads, work, args, *more) for rank in range(count)]
+        try:
+            ended, _ = wait(ranks, return_when=FIRST_EXCEPTION)
+            stopped = any(isinstance(rank.exception(), SystemExit) for rank in ended)
+            wait(ranks, None if stopped else 10)  # the first may still save; what fails in all, it tells
+            for rank in ranks:
+                if rank.done():
+                    rank.result()
+        except BrokenProcessPool:
+            if asked:
+                raise SystemExit(128 + asked[0]) from None
+            raise backbone.BackboneError(f"a process was killed: {LESS_MEMORY}") from None
+        finally:
+            if not all(rank.done() for rank in ranks):
+                for process in multiprocessing.active_children():
+                    process.kill()
+
+
+@contextlib.contextmanager
+def _signals_passed_on() -> Iterator[list[int]]:
+    """To the processes started, which a terminal's Ctrl-C does not reach (see _join); yields those so far."""
+    asked: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        asked.append(number)
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for other in others:
-            other.start()
-            threading.Thread(target=_watch, args=(other, over), daemon=True).start()
-        work(args, *more)
-        for other in others:
-            other.join()
-    except SystemExit:  # asked to stop, as all of them were
-        for other in others:
-            other.join(10)
-        raise
+        yield asked
     finally:
-        over.set()
-        for other in others:
-            other.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _watch(other: Any, over: threading.Event) -> None:
-    """Ends this process when another fails or is killed: it would wait for that one forever."""
-    other.join()
-    if not over.is_set() and other.exitcode is not None and (other.exitcode == 1 or other.exitcode < 0):
-        os._exit(1)
-
-
-def _join(rank: int, work: Callable, args: argparse.Namespace, *more: Any) -> None:
-    """One of the other processes: silent, unless it alone fails, and gone as soon as the first is."""
+def _join(rank: int, threads: int, work: Callable, args: argparse.Namespace, *more: Any) -> None:
+    """One of the processes: silent but for the first, and gone as soon as the one that started it is."""
+    global shared_threads
+    shared_threads = threads
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    stderr = os.dup(2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    multiprocessing.set_start_method(None, force=True)  # spawning is not for the loader's workers
+    os.setpgrp()  # a signal comes once, from the process that waits
+    if rank:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        work(args, *more)
-    except Exception:
-        time.sleep(10)  # what fails in the first process as well is told there
-        os.write(stderr, traceback.format_exc().encode())
-        raise
+    work(args, *more)
 
 
 def _end_with_parent() -> None:
