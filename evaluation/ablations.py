@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--steps", type=int, default=1500, help="of every arm's training")
     add("--batch", type=int, default=64)
     add("--count", type=int, default=512, help="answers of each set")
-    add("--precision", default="bf16", choices=("no", "bf16"))
+    add("--precision", default="no", choices=("no", "bf16"))
     add("--runs", type=Path, default=Path("runs/ablations"), help="what is trained")
     add("--out", type=Path, default=Path("out/ablations"), help="answers and numbers")
     add("--table", action="store_true", help="only write the page")

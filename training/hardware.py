@@ -18,7 +18,7 @@ from torch import nn
 import backbone
 
 SHARE = 32  # grids of a step, at least, of each process: a smaller share would not pay
-LARGE_PAGES = "glibc.malloc.hugetlb=1"  # else each step asks the system for 25,000 small ones
+LARGE_PAGES = "glibc.malloc.hugetlb=1"  # else each step asks the system for thousands of small ones
 LESS_MEMORY = "if memory ran out, give a smaller --batch or --workers"
 shared_threads = 0  # of all processes together, in one of several
 
