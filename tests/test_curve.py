@@ -3,9 +3,12 @@
 import time
 
 import pytest
+import torch
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from training import curve
+from training.loop import fit
 
 
 def write(folder, steps, start, loss):
@@ -28,6 +31,22 @@ def test_a_resumed_run_is_one_table_without_its_pause(tmp_path, capsys):
         "| 30 | 0.3 | 0.5000 | 3.0 |",
         "| 40 | 0.4 | 0.5000 | 4.0 |",
     ]
+
+
+def test_the_loop_of_the_parts_is_logged_through_a_stop(tmp_path, capsys):
+    torch.manual_seed(0)
+    line, x = nn.Linear(1, 1), torch.linspace(-1, 1, 9)[:, None]
+
+    def losses_of(steps):
+        return ({"mse": (line(x) - 3 * x).square().mean()} for _ in steps)
+
+    for steps in (40, 100):  # as if stopped
+        fit("line", line, losses_of, tmp_path, steps=steps, lr=0.1, warmup=1)
+    curve.main([str(tmp_path), "--rows", "3"])
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == "| step | hours | mse |" and rows[-1].startswith("| 100 |")
+    losses = [float(row.split("|")[3]) for row in rows]
+    assert losses[-1] < 0.1 * losses[0]
 
 
 def test_a_folder_without_a_log_is_one_line(tmp_path, capsys):

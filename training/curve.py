@@ -1,7 +1,7 @@
 """A training's log as a table: `python -m training.curve runs/train`.
 
-Read from the TensorBoard files that train.py writes: the losses, each a moving average, and the error of the
-validation pictures' answers in levels of 0 … 255. Hours are those in which the run stood, pauses left out.
+Read from the TensorBoard files of `train.py` or `training.loop`: the losses, each a moving average, and of
+`train.py` the error of the validation pictures' answers in levels of 0 … 255. Hours leave pauses out.
 """
 
 from itertools import pairwise
@@ -26,12 +26,12 @@ def read_scalars(folder: Path) -> dict[str, dict[int, tuple[float, float]]]:
             new = {event.step: (event.wall_time, event.value) for event in events.Scalars(name)}
             scalars[name] = scalars.get(name, {}) | new
     if not scalars:
-        raise ValueError(f"{folder}: no log of a training; name the folder that train.py wrote with --output")
+        raise ValueError(f"{folder}: no log of a training; name the folder of its checkpoints")
     return scalars
 
 
 def table(folder: Path, rows: int) -> str:
-    """Markdown, `rows` steps of those that have a validation error, the last among them."""
+    """Markdown, `rows` steps of those that have a validation error if any has one, the last among them."""
     scalars = read_scalars(folder)
     losses = sorted(name for name in scalars if name.startswith("loss/"))
     logged = sorted(scalars[losses[0]].items())
@@ -39,21 +39,23 @@ def table(folder: Path, rows: int) -> str:
     for (_, (before, _)), (step, (now, _)) in pairwise(logged):
         spent += now - before if 0 < now - before < PAUSE else 0
         hours[step] = spent / 3600
-    steps = sorted(scalars["validation error"].keys() & hours.keys())
+    errors = {step: f"{error:.1f}" for step, (_, error) in scalars.get("validation error", {}).items()}
+    steps = sorted(hours.keys() & errors.keys() if errors else hours)
     shown = sorted({steps[-1 - k * (len(steps) - 1) // max(1, rows - 1)] for k in range(rows)})
-    head = ["step", "hours", *(name.removeprefix("loss/") for name in losses), "validation error"]
+    head = ["step", "hours", *(name.removeprefix("loss/") for name in losses)]
+    head += ["validation error"] if errors else []
     lines = []
     for step in shown:
         values = (scalars[name][step][1] for name in losses)
-        error = scalars["validation error"][step][1]
-        lines.append([f"{step:,}", f"{hours[step]:.1f}", *(f"{v:.4f}" for v in values), f"{error:.1f}"])
+        error = [errors[step]] if errors else []
+        lines.append([f"{step:,}", f"{hours[step]:.1f}", *(f"{v:.4f}" for v in values), *error])
     return backbone.markdown(head, lines, words=0)
 
 
 @backbone.one_line_errors("training.curve")
 def main(argv: list[str] | None = None) -> None:
     parser = backbone.new_parser("training.curve", __doc__)
-    parser.add_argument("run", type=Path, help="what train.py was told with --output")
+    parser.add_argument("run", type=Path, help="the folder of its checkpoints")
     parser.add_argument("--rows", type=int, default=12)
     args = parser.parse_args(argv)
     print(table(args.run, args.rows), end="")

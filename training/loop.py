@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.ema import EMA
+from training.monitor import LossMonitor
 from training.muon import Muon, parameter_groups
 
 SAVE_EVERY = 60.0  # seconds
@@ -33,7 +35,8 @@ def fit(
 
     losses_of: for the steps that are left, one after the other, named losses; the first is minimised. What it
         draws must depend on the step's number alone.
-    folder: of checkpoints, one a minute and one at the end. A run that was stopped goes on from the newest.
+    folder: of the log, and of checkpoints, one a minute and one at the end. A run that was stopped goes on
+        from the newest.
     ema_decay: 0 for no average. muon: train by Muon, not AdamW.
     """
     module.train()
@@ -42,29 +45,35 @@ def fit(
         optimizer = Muon(parameter_groups(module, weight_decay), lr)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
-    modules, ema = {"model": module}, None
+    modules, ema = {"model": module, "monitor": (monitor := LossMonitor())}, None
     if ema_decay:
         modules["average"] = ema = EMA(module, ema_decay)
     start = load_checkpoint(folder, modules, optimizer)
     saved = time.monotonic()
+    log = SummaryWriter(folder / "tensorboard")
     progress = tqdm(total=steps, initial=start, desc=name, mininterval=10)
     for step, losses in enumerate(losses_of(range(start, steps)), start):
         schedule = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = lr * max(schedule, 0.01)
         next(iter(losses.values())).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        monitor.add(losses)
+        if monitor.is_sound(nn.utils.clip_grad_norm_(parameters, 1.0)):
+            optimizer.step()
+            if ema:
+                ema.update(module)
         optimizer.zero_grad()
-        if ema:
-            ema.update(module)
-        if step % 20 == 0:
-            progress.set_postfix({k: f"{v.item():.4f}" for k, v in losses.items()}, refresh=False)
+        monitor.check()
+        if (step + 1) % 20 == 0:
+            progress.set_postfix(monitor.text(), refresh=False)
+            for loss, average in monitor.averages.items():
+                log.add_scalar(f"loss/{loss}", average, step + 1)
         progress.update()
         if time.monotonic() - saved >= SAVE_EVERY or step + 1 == steps:
             save_checkpoint(folder, step + 1, modules, optimizer, keep=2)
             saved = time.monotonic()
     progress.close()
+    log.close()
     if ema:
         module.load_state_dict(ema.module.state_dict())
     module.eval()
