@@ -37,6 +37,7 @@ docs-check: $(VENV)/installed-dev  ## runs every command that README and docs sh
 
 toy: $(VENV)/installed-dev  ## trains what is under toy/weights anew; resumable
 	$(RUN) -m toy.pretrain
+	$(RUN) -m toy.pretrain.report
 
 results: $(VENV)/installed-dev  ## trains and measures every arm of docs/results.md, three seeds each; resumable
 	$(RUN) -m evaluation.ablations

@@ -1,11 +1,14 @@
 """The toy parts' tokenizer: the same in every process, and still the tokenizer that was trained."""
 
+import hashlib
 import random
+
+from torch.utils.tensorboard import SummaryWriter
 
 import backbone
 from data_making.texts import as_reply
 from toy import world
-from toy.pretrain import words
+from toy.pretrain import report, words
 
 
 def test_the_tokenizer_is_a_function_of_the_seed_alone():
@@ -44,3 +47,21 @@ def test_the_shipped_writers_tokenizer_knows_this_world():
     assert [shipped.decode(ids) for ids in shipped(texts).input_ids] == texts
     lengths = [sum(map(len, tokenizer(texts).input_ids)) for tokenizer in (shipped, anew)]
     assert lengths[0] <= 1.01 * lengths[1]
+
+
+def test_the_report_tells_losses_hours_and_hashes(tmp_path, monkeypatch):
+    runs, weights, page = tmp_path / "runs", tmp_path / "weights", tmp_path / "page.md"
+    for start, name in ((2e6, "editor"), (1e6, "pretrain/unet"), (0, "pretrain/vae")):
+        with SummaryWriter(runs / name / "tensorboard") as log:
+            for step in range(20, 2001, 20):
+                log.add_scalar("loss/loss", 1 / step, step, walltime=start + 3.6 * step)
+    (weights / "unet").mkdir(parents=True)
+    (weights / "unet" / "config.json").write_text("{}")
+    monkeypatch.setattr(report, "PAGE", page)
+    monkeypatch.setattr(report, "WEIGHTS", weights)
+    report.main(["--runs", str(runs)])
+    lines = page.read_text().splitlines()
+    rows = [line for line in lines if "| 2,000 |" in line]
+    assert [line.split()[1] for line in rows] == ["vae", "unet", "editor"]
+    assert rows[0] == "| vae | 2,000 | 1.98 | 0.0500 | 0.0050 | 0.0010 | 0.0005 |"
+    assert f"| `unet/config.json` | `{hashlib.sha256(b'{}').hexdigest()[:16]}` |" in lines

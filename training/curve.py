@@ -30,15 +30,20 @@ def read_scalars(folder: Path) -> dict[str, dict[int, tuple[float, float]]]:
     return scalars
 
 
+def hours_of(scalar: dict[int, tuple[float, float]]) -> dict[int, float]:
+    """By step, the hours since the first one that is logged, without pauses."""
+    hours, spent = {}, 0.0
+    for (_, (before, _)), (step, (now, _)) in pairwise(sorted(scalar.items())):
+        spent += now - before if 0 < now - before < PAUSE else 0
+        hours[step] = spent / 3600
+    return hours
+
+
 def table(folder: Path, rows: int) -> str:
     """Markdown, `rows` steps of those that have a validation error if any has one, the last among them."""
     scalars = read_scalars(folder)
     losses = sorted(name for name in scalars if name.startswith("loss/"))
-    logged = sorted(scalars[losses[0]].items())
-    hours, spent = {}, 0.0
-    for (_, (before, _)), (step, (now, _)) in pairwise(logged):
-        spent += now - before if 0 < now - before < PAUSE else 0
-        hours[step] = spent / 3600
+    hours = hours_of(scalars[losses[0]])
     errors = {step: f"{error:.1f}" for step, (_, error) in scalars.get("validation error", {}).items()}
     steps = sorted(hours.keys() & errors.keys() if errors else hours)
     shown = sorted({steps[-1 - k * (len(steps) - 1) // max(1, rows - 1)] for k in range(rows)})
