@@ -43,7 +43,7 @@ def test_a_run_makes_an_editor_with_pictures_and_checkpoints(run, tmp_path, caps
     editor = InstructGIEPipeline.from_pretrained(output / "editor")
     assert editor.panel == P and editor.settings["trained_steps"] == 3
     card = (output / "editor" / "README.md").read_text()
-    assert "\nlicense: other\n" in card and "learnt in 3 steps; each process took 2 grids" in card
+    assert "\nlicense: other\n" in card and "trained for 3 steps. In each, a process took 2 grids" in card
     assert re.search(r"^\| validation error \| [\d.]+ \|$", card, re.M)
     progress = capsys.readouterr().err
     assert all(term in progress for term in ("loss=", "dm=", "es=", "sam="))
