@@ -5,13 +5,13 @@
     python edit.py --prompt-pair before.png after.png --instruction "add a hat" --input photos/ --output out/
     python edit.py --model runs/train/editor --instruction "add a hat" --input a.png b.png --output out/
 
-[figure] An edit, in the order of this file:
+An edit. [figure] Its condition, U and networks; [ours] its sampling, and edits by example or words alone:
 
-    example pair, query -> Img_VPcon = [[before, after], [query, grey]] -> G_ven, once per edit
-    instruction l -> U -> l' -> text encoder, once per edit
+    example pair, query -> Img_VPcon = [[before, after], [query, grey]] -> G_ven, before the loop
+    instruction l -> U -> l' -> text encoder, before the loop
     noise x_T; for every timestep: RCLDM(x_t, l', condition) -> residuals -> frozen U-Net -> its prediction
         (of the noise, x_0 or v, as it was trained); the sampler's step x_t -> x_(t-1)
-        [ours] guidance: away from the predictions without the instruction or the example
+        classifier-free guidance: away from the predictions without the instruction or the example
     lower right quadrant of x_0 -> VAE decoder -> the answer
 
 Symbols: B samples; P panel size in pixels, p in latent pixels; C latent channels; K branches of guidance.
@@ -82,12 +82,12 @@ def guidance_weights(text: float, visual: float, told: bool, shown: bool) -> dic
 
     text, visual: the scales s_text and s_visual. Both 1: no guidance, e(text, pair) alone. s_text 0 ignores
     the instruction, both 0 ignore the pair too. told, shown: whether any edit has an instruction, an example
-    pair. Without an instruction s_text is set to s_visual, so that its term vanishes; without a pair
+    pair. Without an instruction s_text is set to s_visual, which spares the branch e(0, pair); without a pair
     s_visual is 1.
 
-    [ours] Two scales, after InstructPix2Pix (Brooks et al., 2023, section 3.2.1):
+    [ours] Classifier-free guidance, two scales, as InstructPix2Pix (Brooks et al., 2023, section 3.2.1):
         e = e(0, 0) + s_visual · (e(0, pair) - e(0, 0)) + s_text · (e(text, pair) - e(0, pair))
-    Here 0 is an empty text, or a grey example row. The query is shown in all three.
+    Here 0 is an empty text, or a grey example row.
     """
     visual = float(visual) if shown else 1.0
     text = float(text) if told else visual
@@ -97,7 +97,7 @@ def guidance_weights(text: float, visual: float, told: bool, shown: bool) -> dic
 
 @dataclass
 class Branches:
-    """The edits as guidance compares them: K branches of B grids, one after the other.
+    """What guidance compares: K branches of B grids, in one batch.
 
     weights: K numbers. states: text embeddings (K·B, T, D). condition: encodings (K·B, C0, 2p, 2p).
     """
@@ -124,11 +124,11 @@ def encode_branches(
     weights: dict[tuple[bool, bool], float],
     device: torch.device | None = None,
 ) -> Branches:
-    """Encodes condition grids (B, 3, 2P, 2P) and unified instructions, once per edit."""
+    """Encodes condition grids (B, 3, 2P, 2P) and unified instructions for all branches, before the loop."""
     texts = [text if told else "" for told, _ in weights for text in instructions]
-    condition = torch.cat([grids if shown else drop_example(grids) for _, shown in weights])
     states = backbone.encode_text(sd, texts, device)
-    return Branches([*weights.values()], states, rcldm.encode_condition(condition))
+    encoded = {shown: rcldm.encode_condition(grids if shown else drop_example(grids)) for _, shown in weights}
+    return Branches([*weights.values()], states, torch.cat([encoded[shown] for _, shown in weights]))
 
 
 # --- The sampling loop --------------------------------------------------------------------------------------
@@ -186,8 +186,9 @@ def sample(
 
 @torch.no_grad()
 def decode_answers(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Latents of grids (B, C, 2p, 2p) → the answers (B, 3, P, P) in [-1, 1], float32. [figure]
+    """Latents of grids (B, C, 2p, 2p) → the answers (B, 3, P, P) in [-1, 1], float32.
 
+    [ours] Only the answer is decoded; the figure draws the whole grid.
     Raises ValueError for what is not finite.
     """
     return check_finite(backbone.decode_latents(vae, answer_panel(latents)), "the VAE's picture")

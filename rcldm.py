@@ -1,13 +1,13 @@
-"""Contribution 1 of InstructGIE: the Reformed Conditional Latent Diffusion Model (RCLDM).
+"""Contribution 1 of InstructGIE: the Reformed Conditioned Latent Diffusion Model (RCLDM).
 
 The visual prompt is a 2×2 grid: an example pair above, the query and its grey answer panel below. To read the
-edit off the example, the network must relate panels that lie half an image apart. [paper] So VMamba stands
-where ControlNet has convolutions, for its larger effective receptive field. Its cost is linear in the area.
+edit off the example, the network must relate panels that lie half an image apart. [paper] So VMamba encodes
+the visual prompt, for its larger effective receptive field. Its cost is linear in the area.
 Marks in all files: [paper] the paper's public summary, [figure] its figures, [ours] our choice.
 
     condition grid → VisualPromptEncoder → + → trainable copy of the U-Net's encoder → ZeroVMamba links
                         (0 at the start)   ↑                                            (0 at the start)
-                                     noisy latents            frozen U-Net's skip features + residuals ↲
+                             conv_in(noisy latents)                         residuals of the frozen U-Net ↲
 
 VMamba (Liu et al., 2024) runs Mamba's selective state space model (Gu and Dao, 2023) over the pixels in four
 orders. Each channel keeps a state h of N numbers; Δ, B and C are computed from the input:
@@ -82,10 +82,7 @@ def _in_scan_order(x: Tensor) -> Tensor:
 
 
 def cross_scan(x: Tensor) -> Tensor:
-    """An image as four sequences, in VMamba's orders: (B, C, H, W) → (B, 4, C, H·W).
-
-    In memory the channels are innermost, as the scan likes them.
-    """
+    """An image as four sequences, in VMamba's orders: (B, C, H, W) → (B, 4, C, H·W)."""
     return _in_scan_order(x.permute(0, 2, 3, 1).expand(4, -1, -1, -1, -1)).permute(1, 0, 3, 2)
 
 
@@ -123,7 +120,7 @@ class _PerDirection(nn.Linear):
 class SS2D(nn.Module):
     """VMamba's 2-D selective scan: (B, H, W, C) → (B, H, W, C), every pixel reading from every other.
 
-    d_model: channels C, of which the scan runs on D = `ssm_ratio`·C. d_state: N. R is C/16, rounded up.
+    d_model: C. The scan of each direction has D = `ssm_ratio`·C channels. d_state: N. R is C/16, rounded up.
 
     As in VMamba's released weights: no gate, and a depthwise convolution without bias before the scan.
     Parameters have VMamba's names, the directions' weights one below the other: x_proj.weight (K·(R+2N), D),
@@ -246,10 +243,10 @@ class VisualPromptEncoder(nn.Module):
     a linear projection that starts at zero. From the first block on, every place can read the whole grid.
 
     [ours] Depth 4, blocks at latent resolution, the width of the U-Net's first level but 64 at least.
-    [ours] Each place is told where in its panel it lies, and in which panel: corresponding places of the four
-    panels then share most of their code.
-    [ours] N = 4 numbers of state, where VMamba v2 classifies with one. A place reads another by the product
-    C · B, its query and the other's key, both of length N, as in linear attention.
+    [ours] A positional encoding tells the position within its panel, and the panel: corresponding positions
+    of the four panels share most of it.
+    [ours] N = 4 numbers of state, where VMamba v2 classifies with one. A position reads another by C · B, its
+    query and the other's key, both of length N, as in linear attention.
     """
 
     def __init__(
@@ -295,9 +292,9 @@ class RCLDM(ModelMixin, ConfigMixin):
         prompt_encoder_depth, _width, _d_state: of the `VisualPromptEncoder`.
         panel: P, pixels along the side of the panels that it is trained for, if known.
 
-    Untrained, every design leaves the U-Net's output exactly as it is, because the condition enters through a
-    zero projection and leaves through zero projections. The first gradient reaches the links' projections,
-    the second the links, the copy and the encoder's projection, the third the rest.
+    Untrained, every design leaves the U-Net's output exactly as it is: the projections behind the links start
+    at zero. The encoder's zero leaves the copy's input as it was. The first gradient reaches the links'
+    projections, the second the links, the copy and the encoder's projection, the third the rest.
     """
 
     _supports_gradient_checkpointing = True
@@ -353,7 +350,7 @@ class RCLDM(ModelMixin, ConfigMixin):
         """The condition grid (B, 3, H, W) in [-1, 1] → its encoding (B, C0, H/factor, W/factor).
 
         `forward` takes it in the grid's place, so that an edit encodes its grid once. To leave the example
-        out, encode a grid whose example row is grey (`dataset.drop_example`): training knows no zeros.
+        out, encode a grid whose example row is grey (`dataset.drop_example`): no zero encoding was trained.
         """
         sides = 2 * self.config.factor  # two panels, each a whole number of latents
         if grid.dim() != 4 or grid.shape[1] != 3 or grid.shape[2] % sides or grid.shape[3] % sides:

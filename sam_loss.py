@@ -1,9 +1,9 @@
 """Selective-area matching (SAM), the fourth contribution of InstructGIE. Only training uses it.
 
 People notice corrupted detail first in some areas, such as faces. The paper (summary, section 2; figure 2,
-"Mask2Former" and "LLM", "masked GT" and "masked output") gives them a loss of their own. [paper] [figure] A
-language model names the segmenter's classes for such areas. [ours] The segmenter finds them in the training
-images, and the loss compares prediction and truth only there:
+"Mask2Former" and "LLM", "masked GT" and "masked output") gives them a loss of their own. [ours] A language
+model names the segmenter's classes for such areas. [figure] The segmenter finds them in the training images,
+and the loss compares prediction and truth only there:
 
     L_sam = Σ m · |x̂_0 − x_0|² / Σ m        over the answer panel's latent; m: the area, 0 … 1
                                             |·|²: the mean over channels

@@ -1,4 +1,4 @@
-"""Trains InstructGIE: a ControlNet of VMamba blocks learns to draw the missing panel of a 2×2 grid.
+"""Trains InstructGIE: a ControlNet with VMamba encoder and links learns to draw the missing panel of a grid.
 
     python train.py                                  # the toy world, on whatever this machine has
     python train.py --no-sam                         # an ablation; also --no-rcldm, --no-esm, --no-liu
@@ -6,7 +6,7 @@
     python train.py --backbone sd15 --data FOLDER --precision bf16 --batch 8 --accumulate 4
     accelerate launch train.py --backbone sd15 --data FOLDER      # several GPUs, or several machines
 
-[figure] One step, where Img_train is the whole grid and Img_VPcon the same with its answer grey:
+[figure] One step, where Img_train is the whole 2×2 grid and Img_VPcon the same with its answer grey:
 
     panels of Img_train -> VAE -> x_0; with noise -> x_t     instruction l -> U, an LLM -> l' -> text encoder
     Img_VPcon -> G_ven; with x_t and l' -> trainable copy -> Zero-VMamba links -> residuals
@@ -14,7 +14,7 @@
     L = L_dm + λ_es · L_es + λ_sam · L_sam
 
 [ours] The VAE encodes each panel alone. [ours] L_es and L_sam see x̂_0 where the figure draws the output
-image. [ours] The losses are summed with weights λ.
+image, and of it the answer alone. [ours] The losses are summed with weights λ.
 The file reads from top to bottom: settings, one step's losses, the loop, the validation. The frozen parts
 process the data once, before the first step, in training/precompute.py.
 """
@@ -86,13 +86,13 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no-liu", action="store_true", help="instructions as people wrote them")
     add("--no-sam", action="store_true", help="without selective-area matching")
 
-    # [ours] All numbers below. The paper gives none of them.
+    # [ours] All numbers below. The paper's summary and figures give none of them.
     add("--steps", type=int, default=1500, help="optimiser steps; on two CPU cores about half an hour")
-    add("--batch", type=int, default=64, help="grids per step and process; on a CPU, per step")
+    add("--batch", type=int, default=64, help="grids per process and pass; on a CPU, of all processes")
     add("--accumulate", type=int, default=1, help="batches per optimiser step")
     add("--lr", type=float, help="peak (default: the preset's); warm-up, then cosine to a hundredth of it")
     add("--answer-weight", type=float, default=4.0, help="of the answer panel in L_dm; the others have 1")
-    add("--change-weight", type=float, default=1.0, help="the same, added where the edit changes latents")
+    add("--change-weight", type=float, default=1.0, help="share of it added where the edit changes latents")
     add("--es-weight", type=float, default=0.6, help="λ_es")
     add("--sam-weight", type=float, default=1.8, help="λ_sam")
     # [ours] Conditioning dropout teaches edits by the example alone and by the instruction alone (with both,
@@ -118,8 +118,8 @@ WARMUP = 50  # steps
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0  # the largest norm of the gradient
 EMA_DECAY = 0.998
-# [ours] L_es decodes one answer in so many of a batch: decoder and CLIP are the dearest parts.
-ES_SHARE = 32
+# [ours] Of each 32 answers of a batch, L_es decodes one: decoder and CLIP cost more than all other parts.
+ES_EVERY = 32
 CHECKPOINTS = 2  # that stay
 VALIDATION_PICTURES = 6
 
@@ -189,8 +189,8 @@ class Losses:
         noise = draw_noise(x_0.shape, g, device)
         t = draw_timesteps(len(x_0), scheduler.config.num_train_timesteps, g)
         trust = esm.noise_weight(t, scheduler)  # (B,)
-        trusted = trust.nonzero()[:, 0]  # (S,)  on the CPU: on a GPU it would wait
-        to_decode = trusted[: math.ceil(len(t) / ES_SHARE)]
+        trusted = trust.nonzero()[:, 0]  # (S,)  on the CPU: nonzero would wait for a GPU
+        to_decode = trusted[: math.ceil(len(t) / ES_EVERY)]
         t, trust, to_decode = (x.to(device) for x in (t, trust, to_decode))
         x_t = scheduler.add_noise(x_0, noise, t)
 
@@ -201,7 +201,7 @@ class Losses:
 
         x_0_hat = esm.predict_x0(x_t, prediction, t, scheduler)
         if not args.no_esm:
-            losses["es"] = 0 * losses["dm"]  # where all are too noisy: every process has the same losses
+            losses["es"] = 0 * losses["dm"]  # if all are too noisy: all processes average the same losses
             if len(to_decode):
                 before, after = query.embeddings[to_decode].unbind(1)
                 answers = esm.decode_answer(self.sd.vae, x_0_hat[to_decode])
@@ -226,10 +226,10 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 def read_data(
     args: argparse.Namespace, classes: tuple[str, ...] | None, device: torch.device, lock: Callable
 ) -> tuple[VisualPromptDataset, Losses, Validation]:
-    """The pairs of `train`, and with the frozen parts, which read all of them once, the losses. Segmenter and
-    language model have then done their work, and their memory is free again.
+    """The pairs of `train`, the losses and the validation. Segmenter and language model have then done their
+    work, and their memory is free again.
 
-    classes: whose areas the segmenter selects; None asks the language model for them [figure]. lock: called
+    classes: whose areas the segmenter selects; None asks the language model for them. lock: called
     once all parts are there, before the long work.
     """
     source = backbone.data_folder(args.data)
@@ -320,7 +320,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
         if is_sound:
             ema.update(model)
         step += 1
-        if progress.update() or step == args.steps:  # not always: to read losses is to wait for the GPU
+        if progress.update() or step == args.steps:  # when the bar is drawn: reading losses waits for the GPU
             progress.set_postfix(monitor.text())
         stop.agree(accelerator)
         is_done, stops_early = step == args.steps, bool(stop.asked or monitor.is_over)
