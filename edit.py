@@ -77,20 +77,20 @@ def condition_grids(examples: Tensor, queries: Tensor, has_example: Tensor | Non
 # --- Guidance -----------------------------------------------------------------------------------------------
 
 
-def guidance_weights(text: float, visual: float, told: bool, shown: bool) -> dict[tuple[bool, bool], float]:
+def guidance_weights(text: float, visual: float, has_text: bool, has_pair: bool) -> dict[tuple, float]:
     """The weight of each prediction e(text, pair), by (text given, pair given); those of weight 0 left out.
 
     text, visual: the scales s_text and s_visual. Both 1: no guidance, e(text, pair) alone. s_text 0 ignores
-    the instruction, both 0 ignore the pair too. told, shown: whether any edit has an instruction, an example
-    pair. Without an instruction s_text is set to s_visual, which spares the branch e(0, pair); without a pair
+    the instruction, both 0 ignore the pair too. has_text, has_pair: whether any edit has an instruction, an
+    example pair. Without instructions s_text is s_visual, which spares the branch e(0, pair); without pairs
     s_visual is 1.
 
     [ours] Classifier-free guidance, two scales, as InstructPix2Pix (Brooks et al., 2023, section 3.2.1):
         e = e(0, 0) + s_visual · (e(0, pair) - e(0, 0)) + s_text · (e(text, pair) - e(0, pair))
     Here 0 is an empty text, or a grey example row.
     """
-    visual = float(visual) if shown else 1.0
-    text = float(text) if told else visual
+    visual = float(visual) if has_pair else 1.0
+    text = float(text) if has_text else visual
     weights = {(False, False): 1 - visual, (False, True): visual - text, (True, True): text}
     return {branch: weight for branch, weight in weights.items() if weight != 0}
 
@@ -121,13 +121,14 @@ def encode_branches(
     rcldm: nn.Module,
     grids: Tensor,
     instructions: list[str],
-    weights: dict[tuple[bool, bool], float],
+    weights: dict[tuple, float],
     device: torch.device | None = None,
 ) -> Branches:
     """Encodes condition grids (B, 3, 2P, 2P) and unified instructions for all branches, before the loop."""
-    texts = [text if told else "" for told, _ in weights for text in instructions]
+    texts = [text if has_text else "" for has_text, _ in weights for text in instructions]
     states = backbone.encode_text(sd, texts, device)
-    encoded = {shown: rcldm.encode_condition(grids if shown else drop_example(grids)) for _, shown in weights}
+    visible = {True: grids, False: drop_example(grids)}
+    encoded = {shown: rcldm.encode_condition(visible[shown]) for shown in {shown for _, shown in weights}}
     return Branches([*weights.values()], states, torch.cat([encoded[shown] for _, shown in weights]))
 
 
@@ -139,7 +140,7 @@ def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def draw_noise(sd: backbone.StableDiffusion, panel: int, generators: list[torch.Generator]) -> Tensor:
+def initial_noise(sd: backbone.StableDiffusion, panel: int, generators: list[torch.Generator]) -> Tensor:
     """x_T, each grid's by a generator of its own: (B, C, 2p, 2p), on the CPU."""
     shape = sd.unet.config.in_channels, *[2 * panel // backbone.vae_factor(sd.vae)] * 2
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
@@ -188,8 +189,7 @@ def sample(
 def decode_answers(vae: nn.Module, latents: Tensor) -> Tensor:
     """Latents of grids (B, C, 2p, 2p) → the answers (B, 3, P, P) in [-1, 1], float32.
 
-    [ours] Only the answer is decoded; the figure draws the whole grid.
-    Raises ValueError for what is not finite.
+    [ours] Only the answer is decoded; the figure draws the whole grid. Raises ValueError for NaN or infinity.
     """
     return check_finite(backbone.decode_latents(vae, answer_panel(latents)), "the VAE's picture")
 
@@ -228,8 +228,7 @@ def main() -> None:
     record = {"instruction": instruction, "unified": unified, **used, "model": model, "device": device}
     record |= {name: getattr(args, name) for name in ("prompt_pair", "scheduler", "dtype")}
 
-    # [ours] One answer at a time. A batch would be faster, but rounds differently. One at a time,
-    # each is the same to the last bit, whatever else is edited.
+    # [ours] One answer at a time. A batch would be faster, but it rounds by its size.
     for source, paths in zip(inputs, targets):
         query = load_image(source)
         picture, box = fit_panel(query, panel)
@@ -237,7 +236,7 @@ def main() -> None:
         branches = encode_branches(sd, rcldm, grid.to(device, dtype), [unified], weights)
         for seed, path in enumerate(paths, start=args.seed):
             generators = seeded([seed])
-            noise = draw_noise(sd, panel, generators).to(device)
+            noise = initial_noise(sd, panel, generators).to(device)
             latents = sample(sd, rcldm, branches, noise, used["steps"], generators)
             answer = tensor_to_image(unfit(decode_answers(sd.vae, latents)[0], box))
             record |= {"input": source, "seed": seed}

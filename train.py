@@ -372,7 +372,7 @@ class Validation:
         grids = edit.condition_grids(panels[:, :2], panels[:, 2])
         branches = edit.encode_branches(sd, model.eval(), grids, self.texts, {(True, True): 1.0})
         generators = edit.seeded(range(len(panels)))
-        noise = edit.draw_noise(sd, panels.shape[-1], generators).to(panels.device)
+        noise = edit.initial_noise(sd, panels.shape[-1], generators).to(panels.device)
         drawn = edit.sample(sd, model, branches, noise, backbone.SAMPLING["steps"], generators)
         answers = edit.decode_answers(sd.vae, drawn)
         shown = torch.stack([*panels[:, :3].unbind(1), answers, panels[:, 3]], 1)  # (N, 5, 3, P, P)
