@@ -37,8 +37,8 @@ def test_the_loop_of_the_parts_is_logged_through_a_stop(tmp_path, capsys):
     torch.manual_seed(0)
     line, x = nn.Linear(1, 1), torch.linspace(-1, 1, 9)[:, None]
 
-    def losses_of(steps):
-        return ({"mse": (line(x) - 3 * x).square().mean()} for _ in steps)
+    def losses_of(steps):  # one of them is no number, and is left out
+        return ({"mse": (line(x) - 3 * x).square().mean() / (step != 50)} for step in steps)
 
     for steps in (40, 100):  # as if stopped
         fit("line", line, losses_of, tmp_path, steps=steps, lr=0.1, warmup=1)
