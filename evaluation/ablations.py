@@ -214,8 +214,11 @@ def table(each: str, names: tuple[str, ...], args: argparse.Namespace) -> str:
     return backbone.markdown(head, rows) + left if rows else NOT_YET
 
 
-def difference(rows: dict[int, dict], full: dict[int, dict], key: str, digits: int) -> str:
-    """How far a metric lies above the full arm's of the same seed: mean, interval, and how many seeds say so.
+def difference(
+    rows: dict[int, dict], full: dict[int, dict], key: str, digits: int, paper: float | None
+) -> tuple[str, str]:
+    """How far a metric lies above the full arm's of the same seed: mean, interval, and how many seeds say so;
+    and what that says of `paper`, the paper's own difference.
 
     The interval is of the queries: a paired bootstrap of the mean. An arm of one seed meets all of the full
     one's.
@@ -227,21 +230,25 @@ def difference(rows: dict[int, dict], full: dict[int, dict], key: str, digits: i
     draws = torch.tensor([[row[f"{key}_draws"] for row in pair] for pair in pairs], dtype=torch.float64)
     low, high = interval(mean, (draws[:, 0] - draws[:, 1]).mean(0))
     alike = sum((value > 0) == (mean > 0) for value in apart)
-    return f"{mean:+.{digits}f} ± {(high - low) / 2:.{digits}f} ({alike} of {len(apart)})"
+    sign = "no difference" if low <= 0 <= high else "agrees" if mean * (paper or 0) > 0 else "disagrees"
+    text = f"{mean:+.{digits}f} ± {(high - low) / 2:.{digits}f} ({alike} of {len(apart)})"
+    return text, "–" if paper is None else sign
 
 
 def differences(args: argparse.Namespace) -> str:
     """A row for each arm and set: FID and directional similarity less those of its budget's full arm."""
-    head = ["", "answers", "FID (clip)", "CLIP DirSim", "paper: FID", "DirSim"]
+    head = ["", "answers", "FID (clip)", "CLIP DirSim", "paper: FID", "DirSim", "sign: FID", "DirSim"]
     rows = []
     for each, name in ROWS:
         arm = ARMS[name]
         full, found = gather(arm.beside, each, args), gather(name, each, args)
         if name in ("full", "full-3x", "shipped") or not found or not full:
             continue
-        cells = [difference(found, full, "fid", 4), difference(found, full, "directional_similarity", 3)]
-        cells += [f"{a - b:+.2f}" if a else "–" for a, b in zip(arm.paper, ARMS["full"].paper)]
-        rows.append([arm.label, f"`{each}`", *cells])
+        paper = [a and a - b for a, b in zip(arm.paper, ARMS["full"].paper)]
+        measured = ("fid", 4), ("directional_similarity", 3)
+        texts, signs = zip(*(difference(found, full, *each, by) for each, by in zip(measured, paper)))
+        told = ("–" if by is None else f"{by:+.2f}" for by in paper)
+        rows.append([arm.label, f"`{each}`", *texts, *told, *signs])
     return backbone.markdown(head, rows) if rows else NOT_YET
 
 

@@ -100,6 +100,7 @@ def test_the_page_keeps_what_is_written_around_the_tables(programs):
     # Paired: a spread that both share says nothing of their difference.
     line = (
         "| without RCLDM | `example` | +0.4877 ± 0.0000 (2 of 2) | +0.000 ± 0.277 (2 of 2) | +2.58 | -0.14 |"
+        " agrees | no difference |"
     )
     assert line in page and "| InstructPix2Pix | `unseen_combination` | +0.4877 ± 0.0000 (2 of 2) |" in page
     assert "## Receptive fields of the encoders\n\nNot measured yet.\n" in page
@@ -138,3 +139,13 @@ def test_a_page_without_marks_is_left_alone(programs, tmp_path, capsys):
 def test_a_program_that_fails_stops_it(tmp_path):
     with pytest.raises(ValueError, match=r"toy\.world failed"):
         ablations.call("toy.world", "--out", tmp_path)  # which exists already
+
+
+@pytest.mark.parametrize(
+    ("spread", "paper", "sign"),
+    [(0.1, 2.5, "agrees"), (0.1, -2.5, "disagrees"), (4.0, 2.5, "no difference"), (0.1, None, "–")],
+)
+def test_the_sign_beside_the_papers(spread, paper, sign):
+    full = {0: {"fid": 1.0, "fid_draws": [1.0, 1.0, 1.0]}}
+    rows = {0: {"fid": 2.0, "fid_draws": [2.0 - spread, 2.0, 2.0 + spread]}}
+    assert ablations.difference(rows, full, "fid", 1, paper)[1] == sign
