@@ -5,15 +5,16 @@ standard form, so that "maybe night view looks better" and "show it at night" be
 night". How well it does so can be measured without knowing the right form: give U groups of wordings, each
 group of one edit, and see which forms agree.
 
-But a U that answers "make it night" to everything agrees best of all. Write three measures, such that a U
-that has 1 in all three deserves it:
+But a U that answers "make it night" to everything agrees best of all. Write three measures, each for a fault
+that the others may miss:
 
     consistency    the share of all wordings that U brings to the form that is commonest in their group
     distinctness   the share of groups whose commonest form is the commonest of no other group
     stability      the share of all wordings' forms that U leaves as they are when it is given them again
 
 Question: which of the three notices the identity? A constant? A U that begins every form with "please", and
-so the form of a form with two? What does the toy language model score on wordings that it was not trained on?
+so the form of a form with two? Which bad U still has 1 in all three? What does the toy language model score
+on the canonical wordings and those held out of its training?
 
 Read: liu.py; `Family.held_out_sayings` in toy/world/edits.py.
 Test: pytest exercises -k 09, and with -s to see what is measured

@@ -2,6 +2,9 @@
 distinctness, the identity as little consistency as there can be. Stability says that what has the standard
 form already stays as it is; one "please" more each time fails it.
 
+A U that gives each group a wrong form of its own, and leaves these forms as they are, still has 1 in all
+three. The measures tell which forms agree, not which are right.
+
 The toy language model, on the canonical wordings and those held out of its training: consistency 0.76,
 distinctness 0.92, stability 0.83."""
 
