@@ -386,6 +386,12 @@ def test_09_a_bad_unifier_is_noticed(exercise):
     ):
         assert measures(exercise, unify) == pytest.approx(marks), name
 
+    groups = [[*GROUPS[0], "by night"], GROUPS[1]]
+    twice = dict.fromkeys(("night please", "at night"), "do night")
+    unify = table(FORMS | twice | {"do night": "make it night", "by night": "make it night"})
+    name = "a form that does not stay, of two wordings and not the commonest"
+    assert measures(exercise, unify, groups) == pytest.approx((5 / 7, 1, 5 / 7)), name
+
 
 def test_09_the_toy_language_model(exercise):
     unify = InstructionUnifier(*backbone.load_llm("toy/weights/llm")).unify

@@ -155,6 +155,16 @@ def wordings_that_stay(m, unify, groups):
     return np.mean([unify([wording]) == [wording] for group in groups for wording in group])
 
 
+def each_form_once(m, unify, groups):
+    forms = sorted({form for group in groups for form in unify(group)})
+    return np.mean([form == again for form, again in zip(forms, unify(forms))])
+
+
+def commonest_forms_alone(m, unify, groups):
+    forms = [m.commonest(unify(group)) for group in groups]
+    return np.mean([form == again for form, again in zip(forms, unify(forms))])
+
+
 def direct_path_forgotten(m, *inputs):
     return m.scan_backward(*inputs[:-1], torch.zeros_like(inputs[-1]))
 
@@ -450,6 +460,8 @@ WRONG = [
     ("09", "distinctness", forms_counted),
     ("09", "stability", the_same_twice),
     ("09", "stability", wordings_that_stay),
+    ("09", "stability", each_form_once),
+    ("09", "stability", commonest_forms_alone),
     ("10", "scan_backward", direct_path_forgotten),
     ("10", "scan_backward", b_and_c_exchanged),
     ("10", "scan_backward", step_without_its_decay),
