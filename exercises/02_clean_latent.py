@@ -1,11 +1,11 @@
 """02 · What a noise prediction says of the picture                              warm-up, 20 minutes
 
-A training step draws no picture: it adds noise to the clean latent x_0 of the grid,
+A training step draws no picture. It adds noise to the clean latent x_0 of the grid:
 
     x_t = √ᾱ · x_0 + √(1 - ᾱ) · ε        ε ~ N(0, 1), 0 < ᾱ ≤ 1
 
-and asks the U-Net for ε. Editing-shift matching and selective-area matching both need a picture all the same.
-They take the x_0 that the prediction implies, x̂_0.
+A U-Net, such as Stable Diffusion's, is asked for the noise ε. Editing-shift matching and selective-area
+matching both need a picture all the same. They take the x_0 that the prediction implies, x̂_0.
 
 Write it, and the factor by which an error of the prediction has grown when it arrives in x̂_0.
 Question: from which ᾱ on is that factor at most 2? Where is this number in esm.py?

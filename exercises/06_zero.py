@@ -6,9 +6,9 @@ features. They pass through links, `ZeroVMamba`: a VMamba block, and behind it a
 
 Write how the residuals reach the U-Net; then break the zero, and see what it was good for.
 Question: before any training, how far is the U-Net's picture off, for how much noise in the projections?
-(Where PyTorch starts a linear layer of this size, the deviation is 0.05 to 0.07.) Which parameters have a
-gradient at the first step, with the zero and without? Why does a projection of zeros learn at all, and would
-it, if the block before it gave zeros too?
+(This U-Net predicts x_0 itself. Where PyTorch starts linear layers of these sizes, the deviation is 0.06 to
+0.10.) Which parameters have a gradient at the first step, with the zero and without? Why does a projection of
+zeros learn at all, and would it, if the block before it gave zeros too?
 
 Read: `ZeroVMamba` and `RCLDM.forward` in rcldm.py; the arguments `down_block_additional_residuals` and
 `mid_block_additional_residual` of diffusers' U-Net.
