@@ -305,10 +305,11 @@ def test_08_a_place_counts_by_its_share(exercise):
 
 def masked_batch():
     g = torch.Generator().manual_seed(0)
-    predicted, target = torch.randn(2, 3, 4, 8, 8, generator=g)
-    area = torch.zeros(3, 1, 32, 32)
+    predicted, target = torch.randn(2, 4, 4, 8, 8, generator=g)
+    area = torch.zeros(4, 1, 32, 32)
     area[0, :, 8:14, 8:16] = 1  # 1.5 by 2 places
     area[1, :, :24, :24] = 1  # a larger one; sample 2 has none
+    area[3, :, 8:10, 8:11] = 1  # less than one place
     return predicted.requires_grad_(), target, area
 
 

@@ -147,6 +147,12 @@ def mean_over_all_faces(m, predicted, target, area):
     return (area * (predicted - target).square().mean(1, True)).sum() / area.sum().clamp_min(1e-6)
 
 
+def one_place_at_least(m, predicted, target, area):
+    area = m.latent_area(area, predicted.shape[-1])
+    error = (area * (predicted - target).square().mean(1, True)).sum((1, 2, 3))
+    return (error / area.sum((1, 2, 3)).clamp_min(1)).mean()
+
+
 def forms_counted(m, unify, groups):
     return len({m.commonest(unify(group)) for group in groups}) / len(groups)
 
@@ -455,6 +461,7 @@ WRONG = [
     ("08", "selective_area_loss", sum_of_the_channels),
     ("08", "selective_area_loss", mean_over_the_panel),
     ("08", "selective_area_loss", mean_over_all_faces),
+    ("08", "selective_area_loss", one_place_at_least),
     ("09", "consistency", groups_that_agree),
     ("09", "consistency", one_form_for_all),
     ("09", "distinctness", forms_counted),
