@@ -10,10 +10,11 @@ as DDPM.
 
 Write it, so that no rounding can spoil it. Without that an editor draws right pictures on one processor and
 black ones on another: at ᾱ = 0 and η = 1 the second root is of zero.
-Question: for how many of these ᾱ' does float32 put it below zero? What becomes of the picture there?
+Question: for how many of ᾱ' = 0.001 … 0.999 does float32 put it below zero, with σ² the square of σ as
+computed? What becomes of the picture there?
 
 Read: `check_finite` in pictures/tensors.py, after you have tried.
-Test: pytest exercises -k 13
+Test: pytest exercises -k 13, and with -s to see what is measured
 """
 
 from torch import Tensor

@@ -1,7 +1,7 @@
 """σ is a root and σ² its square, which may miss the number under the root by a bit. Then 1 - ᾱ' - σ² is not 0
-but some 6e-8 above or below: below for 296 of 999 values of ᾱ'. The root of what lies below is NaN. The next
-pass of the U-Net spreads NaN over the picture, and as bytes it is black. Processors round some products in
-another order, so the bit depends on the machine.
+but some 6e-8 above or below. The count of ᾱ' where it is below depends on the machine, since processors round
+in different ways: 296 of 999 on one, 221 on another. The root of a number below zero is NaN. The next pass of
+the U-Net spreads NaN over the picture, and as bytes it is black.
 
 The clamp is the mend. A look at what is written, which refuses NaN, makes the next such fault loud."""
 
