@@ -616,6 +616,7 @@ def test_14_a_loss_is_heard_where_the_drawing_stands(exercise):
     for close, share in ((0.0, 1), (0.2, 0.75), (0.55, 0.5), (3.0, 0)):
         assert exercise.heard(lambda x: (x - 9).square().sum(), drawn, draft, close) == share
     assert exercise.heard(lambda x: x[:, :, 0, 0].sum(), drawn, draft, 0.05) == 0.25
+    assert exercise.heard(lambda x: x[:, 0].sum(), drawn, draft, 0.05) == 1, "one channel of two is enough"
 
 
 def test_14_what_an_ablation_still_sees(exercise):

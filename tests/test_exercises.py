@@ -410,6 +410,19 @@ def places_that_stand(m, loss, drawn, draft, close):
     return (m.settle(drawn, draft, close) == drawn).all(1).float().mean().item()
 
 
+def gradient_of(m, loss, drawn, draft, close):
+    drawn = drawn.detach().requires_grad_()
+    return torch.autograd.grad(loss(m.settle(drawn, draft, close)), drawn)[0]
+
+
+def heard_in_every_channel(m, *inputs):
+    return (gradient_of(m, *inputs) != 0).all(1).float().mean().item()
+
+
+def share_of_the_numbers(m, *inputs):
+    return (gradient_of(m, *inputs) != 0).float().mean().item()
+
+
 def only_the_taught_settled(m, taught, untaught, truth, draft, close):
     settled = m.settle(taught, draft, close)
     return m.seen(settled, untaught, truth, draft, -1.0)
@@ -497,6 +510,8 @@ WRONG = [
     ("14", "settle", channel_by_channel),
     ("14", "heard", the_loss_unsettled),
     ("14", "heard", places_that_stand),
+    ("14", "heard", heard_in_every_channel),
+    ("14", "heard", share_of_the_numbers),
     ("14", "seen", only_the_taught_settled),
     ("14", "seen", difference_unscaled),
 ]
