@@ -521,6 +521,9 @@ class Listener:
         return shown[0]
 
     def __call__(self, prompt, image, prompt_pair, num_inference_steps, generator):
+        once = isinstance(prompt, str) and isinstance(prompt_pair, tuple)
+        assert once, "the words and the pair are given once, and hold for all queries"
+        assert isinstance(generator, torch.Generator), "one generator, of seed 0, for all queries"
         assert num_inference_steps == 7 and generator.initial_seed() == 0
         before, after = prompt_pair
         example = self.scene(before)
