@@ -9,7 +9,8 @@ Every e costs a pass of the U-Net. Sorted by the e's it is a weighted sum, and a
 computed. Write the weights, and the sum.
 Question: what do the weights add up to, and why must they? Which scales need one pass, two, three?
 
-Read: InstructPix2Pix (Brooks et al., 2023), section 3.2.1, has the formula.
+Read: InstructPix2Pix (Brooks et al., 2023), section 3.2.1, has the formula; `guidance_weights` in edit.py,
+after you have tried.
 Test: pytest exercises -k 03
 """
 
