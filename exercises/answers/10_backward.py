@@ -3,7 +3,9 @@ by the step between. It is the forward recurrence with time reversed, and forget
 
 It needs the inputs, which are there anyway, and h_{t-1} and h_t at every step. Those can be computed again:
 keep the state at the start of every piece of √L steps, and run a piece forward once more before it is run
-backward. scan_kernels/chunked.py does that: one more forward pass, for 2√L states in memory, not L."""
+backward. That is one more forward pass, for 2√L states in memory, not L. scan_kernels/chunked.py
+holds three arrays as large as a piece's states, so its pieces are shorter: ½√L steps, or more where the cache
+or a GPU has room."""
 
 import torch
 from torch import Tensor
