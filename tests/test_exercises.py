@@ -65,6 +65,30 @@ def test_one_command_tests_one_exercise():
     assert re.findall(r"^3 (failed|passed)", done.stdout, re.MULTILINE) == ["failed", "passed"], done.stdout
 
 
+# By exercise, what its answer quotes of the trained weights.
+QUOTED = {
+    "06": ("14 of 355", "268"),
+    "07": ("0.49", "0.89"),
+    "08": ("12.1%", "6.5 times"),
+    "09": ("consistency 0.76", "distinctness 0.92", "stability 0.83"),
+    "12": ("6 of 6", "both 2, nothing 4 of 6", "39.5 levels", "3.8 levels"),
+    "14": ("41%", "15%", "93%", "61%"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", QUOTED)
+def test_an_answer_quotes_what_its_test_prints(number, capsys):
+    answer = load(number, answers=True)
+    for name, test in TESTS.items():
+        if name[5:7] == number:
+            test(answer)
+    texts = capsys.readouterr().out, answer.__doc__
+    printed, told = (" ".join(text.split()).replace(" %", "%") for text in texts)
+    for quote in QUOTED[number]:
+        assert quote in printed and quote in told
+
+
 # --- Wrong answers: each takes the right module, then what the function takes that it stands in for ---------
 
 

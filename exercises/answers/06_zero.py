@@ -2,7 +2,7 @@
 and training would start by mending what it broke; `-s` prints how far.
 
 The gradient of a projection W x by W is dy xᵀ: it needs an x, and no W. So at the first step exactly the 7
-links' projections learn, weight and bias, 14 parameters of 355; what lies behind them would have to be
+links' projections learn, weight and bias, 14 of 355 parameters; what lies behind them would have to be
 reached through W = 0. Without the zero 268 learn, all but what is behind the prompt encoder's own zero. If a
 block gave zeros as well, it and its projection would wait for each other for ever."""
 

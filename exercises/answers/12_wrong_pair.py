@@ -1,9 +1,10 @@
-"""The example wins: all eighteen answers where shown and told disagree make the shown edit. In
-training three samples in ten have no words; where it sees an example, the editor has learnt to do without.
+"""Mostly the example wins: with stripes shown and inverted colours told, or with two backgrounds, the shown
+edit is the nearest for 6 of 6 answers. In training three samples in ten have no words. Where it sees an
+example, the editor has learnt to do without them.
 
-Look at the distances, not at the vote alone. Where shown and told agree, they tell how near this editor comes
-to a picture at all. An answer much further off than that is none of the four, but a mixture for which nobody
-asked, and the vote hides it. The nearest candidate says little without its distance."""
+With night shown and a white background told, the vote is "both 2, nothing 4 of 6". Look at the distance, too:
+39.5 levels, where the editor is 3.8 levels away if shown and told agree. Such an answer is none of the four,
+but a mixture for which nobody asked. The nearest candidate says little without its distance."""
 
 from collections.abc import Callable
 
