@@ -100,7 +100,7 @@ def four_scans(x: Tensor, *parameters: Tensor) -> Tensor:
     from scan_kernels import scan_image, scans_images_in_place
 
     if scans_images_in_place(x):  # the same sum by a kernel that needs no copies of the image
-        return scan_image(x, cross_scan, *parameters, delta_softplus=True)
+        return scan_image(x, cross_scan, *parameters, delta_softplus=True)  # which learns the orders from it
     return cross_merge(selective_scan(cross_scan(x), *parameters, delta_softplus=True), *x.shape[2:])
 
 
@@ -340,8 +340,8 @@ class RCLDM(ModelMixin, ConfigMixin):
     def from_unet(cls, unet: UNet2DConditionModel, design: str = "vmamba", **options) -> RCLDM:
         """A model for `unet`, whose trainable copy starts from its weights. `options`: those of the class."""
         copy = ControlNetModel.from_unet(unet)
-        options_of_copy = ControlNetModel._get_init_keys(ControlNetModel) - {"self"}
-        model = cls({name: copy.config[name] for name in sorted(options_of_copy)}, design, **options)
+        config = {name: copy.config[name] for name in sorted(copy.config) if not name.startswith("_")}
+        model = cls(config, design, **options)
         weights = {name: w for name, w in copy.state_dict().items() if not name.startswith("controlnet_")}
         model.trainable_copy.load_state_dict(weights, strict=False)  # lacks only input and output projections
         return model

@@ -17,6 +17,7 @@
 image, and of it the answer alone. [ours] The losses are summed with weights λ.
 The file reads from top to bottom: settings, one step's losses, the loop, the validation. The frozen parts
 process the data once, before the first step, in training/precompute.py.
+Symbols: B grids of a batch; P panel size in pixels, p in latent pixels; C latent channels; T tokens.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def panel_weights(query: Tensor, answer: float, change: float) -> Tensor:
 class Losses:
     """L = L_dm + λ_es · L_es + λ_sam · L_sam, for batches of the data loader.
 
-    precomputed: the frozen parts' outputs for every pair. texts (U + 1, T, D): embeddings of the unified
+    precomputed: the frozen parts' outputs for every pair. texts (I + 1, T, D): embeddings of the I unified
     instructions, then of the empty text. rows: the row of `texts` for each pair.
     """
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -326,6 +327,17 @@ def test_the_page_of_failures_shows_the_first_of_each_family(data, tmp_path, edi
     _, _, before, answer, truth, nearest = panels
     assert np.array_equal(before, answer) and np.array_equal(answer, nearest)
     assert not np.array_equal(truth, answer)
+
+
+def test_the_page_of_failures_without_one_shows_no_picture(data, tmp_path, editor):
+    run(data, tmp_path, "--count", "4")
+    folder, page = tmp_path / "seen" / "both", tmp_path / "page.md"
+    for record in lines(folder):
+        shutil.copy(record["output"], folder / record["answer"])
+    failures.main([str(folder), "--out", str(page)])
+    text = page.read_text()
+    assert "4 queries, 100.0 % right." in text and text.endswith(" – |\n")
+    assert "png" not in text and not page.with_suffix(".png").exists()
 
 
 def test_wilson_interval():

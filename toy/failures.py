@@ -74,11 +74,14 @@ def main(argv: list[str] | None = None) -> None:
     text = (
         f"# What goes wrong on `{result['split']}`, given {result['mode']}\n\n"
         f"Written by `python -m toy.failures {args.folder} --out {args.out}`: {result['n']} queries, "
-        f"{100 * result['accuracy']:.1f} % right.\n\n{table(result)}\n"
-        f"The first {EACH} wrong answers of each family, by query number:\n\n"
-        f"![example pair, input, answer, truth and the nearest candidate]({picture.name})\n"
+        f"{100 * result['accuracy']:.1f} % right.\n\n{table(result)}"
     )
-    save_png(sheet(args.folder, first_failures(result)), picture)
+    if wrong := first_failures(result):
+        save_png(sheet(args.folder, wrong), picture)
+        text += (
+            f"\nThe first {EACH} wrong answers of each family, by query number:\n\n"
+            f"![example pair, input, answer, truth and the nearest candidate]({picture.name})\n"
+        )
     write_text(args.out, text)
     print(args.out)
 
