@@ -325,7 +325,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
             progress.set_postfix(monitor.text())
         stop.agree(accelerator)
         is_done, stops_early = step == args.steps, bool(stop.asked or monitor.is_over)
-        if is_main and step % 20 == 0:
+        if is_main and (step % 20 == 0 or is_done):
             for name, value in monitor.averages.items():
                 log.add_scalar(f"loss/{name}", value, step)
         if is_main and (step % args.save_every == 0 or is_done or stops_early):

@@ -37,6 +37,9 @@ SMALLER = {
     r"data/visual-prompts": "made",
     r"SPLIT": "seen",
     r"MODE": "both",
+    r"--count N": "--count 4",
+    r"--guidance-text S --guidance-visual V": "--guidance-text 1.5",
+    r"--device cuda": "--device auto",
     r"--out docs/": "--out out/",
     r"^make (?!demo)": "make -n ",
     r"^make demo": "make -o .venv/installed demo",
@@ -53,6 +56,7 @@ SMALLER = {
     r"(data_making\.pictures.*)": r"\1 --steps 2 --samples 2"
     " --min-caption -1 --min-image -1 --min-direction -1",
     r"(data_making\.check made.*)": r"\1 || test $? = 1",  # so few pairs leave something to complain of
+    r"(toy\.pretrain.*)": r"\1 --help",  # hours
     r"(data_making\.convert).*": r"\1 --help",  # there is no such dataset in small
     r"^.*bash bench/gpu\.sh.*": "DEVICE=cpu BACKBONE=toy PARITY=small_steps bash bench/gpu.sh",
     r"(bench\.paper_size).*": r"\1 --backbone toy --device cpu",

@@ -49,7 +49,20 @@ def test_the_loop_of_the_parts_is_logged_through_a_stop(tmp_path, capsys):
     assert losses[-1] < 0.1 * losses[0]
 
 
-def test_a_folder_without_a_log_is_one_line(tmp_path, capsys):
+def test_a_run_of_two_steps_is_one_row(tmp_path, capsys):
+    with SummaryWriter(tmp_path / "tensorboard") as log:
+        log.add_scalar("loss/dm", 0.25, 2)
+        log.add_scalar("validation error", 9, 2)
+    curve.main([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[2:] == ["| 2 | 0.0 | 0.2500 | 9.0 |"]
+
+
+@pytest.mark.parametrize("logged", [None, "validation error"])
+def test_a_folder_without_losses_is_one_line(tmp_path, capsys, logged):
+    if logged:
+        with SummaryWriter(tmp_path / "tensorboard") as log:
+            log.add_scalar(logged, 9, 2)
     with pytest.raises(SystemExit):
         curve.main([str(tmp_path)])
-    assert "no log of a training" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "no log of a training's losses" in message and message.count("\n") == 1

@@ -106,33 +106,34 @@ def branches(editor, edits, monkeypatch, **options):
     draw(editor, edits, **options)
     hook.remove()
     monkeypatch.undo()
-    assert len(sizes) == 2 and len(set(sizes)) == 1 and encoded == sizes[:1]
-    return sizes[0] // 3
+    assert len(sizes) == 2 and len(set(sizes)) == 1 and set(encoded) == {3}
+    return sizes[0] // 3, len(encoded)
 
 
 NO_PAIR, NO_TEXT = {"has_example": [False] * 3}, {"texts": [""] * 3}
 
 
 @pytest.mark.parametrize(
-    "text, visual, absent, count",
+    "text, visual, absent, count, grids",
     [
-        (1, 1, {}, 1),
-        (2, 1, {}, 2),
-        (2, 2, {}, 2),
-        (1, 2, {}, 3),
-        (2, 1.5, {}, 3),
-        (2, 1.5, NO_PAIR, 2),
-        (2, 1.5, NO_TEXT, 2),
-        (2, 1, NO_TEXT, 1),
-        (2, 1.5, NO_PAIR | NO_TEXT, 1),
-        (2, 1.5, {"has_example": [False, True, False], "texts": ["", "", "add a hat"]}, 3),
+        (1, 1, {}, 1, 1),
+        (2, 1, {}, 2, 1),
+        (2, 2, {}, 2, 2),
+        (1, 2, {}, 3, 2),
+        (2, 1.5, {}, 3, 2),
+        (2, 1.5, NO_PAIR, 2, 1),
+        (2, 1.5, NO_TEXT, 2, 2),
+        (2, 1, NO_TEXT, 1, 1),
+        (2, 1.5, NO_PAIR | NO_TEXT, 1, 1),
+        (2, 1.5, {"has_example": [False, True, False], "texts": ["", "", "add a hat"]}, 3, 2),
     ],
 )
 def test_guidance_leaves_out_the_branches_that_nobody_needs(
-    editor, edits, monkeypatch, text, visual, absent, count
+    editor, edits, monkeypatch, text, visual, absent, count, grids
 ):
+    """grids: that are encoded of each edit, for all its branches."""
     options = {"guidance_text": text, "guidance_visual": visual} | absent
-    assert branches(editor, edits, monkeypatch, **options) == count
+    assert branches(editor, edits, monkeypatch, **options) == (count, grids)
 
 
 def test_guidance_is_the_formula(editor, edits):
@@ -643,7 +644,8 @@ def test_the_card_tells_licence_and_numbers():
     settings["no_esm"] = True
     card = model_card(settings, {"dm": 0.12345})
     assert "license: creativeml-openrail-m" in card and "base_model: stable-diffusion-v1-5/" in card
-    assert "without ESM" in card and "| dm | 0.1235 |" in card and "long side of 256 pixels" in card
+    assert "without ESM" in card and "| dm | 0.1235 |" in card
+    assert "long side of an answer has 256 pixels" in card
     toy = model_card(settings | {"stable_diffusion": backbone.preset("toy").stable_diffusion}, {})
     assert "license: mit" in toy and "base_model" not in toy
 

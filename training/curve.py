@@ -25,14 +25,14 @@ def read_scalars(folder: Path) -> dict[str, dict[int, tuple[float, float]]]:
         for name in events.Tags()["scalars"]:
             new = {event.step: (event.wall_time, event.value) for event in events.Scalars(name)}
             scalars[name] = scalars.get(name, {}) | new
-    if not scalars:
-        raise ValueError(f"{folder}: no log of a training; name the folder of its checkpoints")
+    if not any(name.startswith("loss/") for name in scalars):
+        raise ValueError(f"{folder}: no log of a training's losses; name the folder of its checkpoints")
     return scalars
 
 
 def hours_of(scalar: dict[int, tuple[float, float]]) -> dict[int, float]:
     """By step, the hours since the first one that is logged, without pauses."""
-    hours, spent = {}, 0.0
+    hours, spent = {min(scalar): 0.0}, 0.0
     for (_, (before, _)), (step, (now, _)) in pairwise(sorted(scalar.items())):
         spent += now - before if 0 < now - before < PAUSE else 0
         hours[step] = spent / 3600

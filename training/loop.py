@@ -64,7 +64,7 @@ def fit(
                 ema.update(module)
         optimizer.zero_grad()
         monitor.check()
-        if (step + 1) % 20 == 0:
+        if (step + 1) % 20 == 0 or step + 1 == steps:
             progress.set_postfix(monitor.text(), refresh=False)
             for loss, average in monitor.averages.items():
                 log.add_scalar(f"loss/{loss}", average, step + 1)
