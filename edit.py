@@ -124,12 +124,12 @@ def encode_branches(
     weights: dict[tuple, float],
     device: torch.device | None = None,
 ) -> Branches:
-    """Encodes condition grids (B, 3, 2P, 2P) and unified instructions for all branches, before the loop."""
+    """Encodes condition grids (B, 3, 2P, 2P) and unified instructions, once for the whole loop."""
     texts = [text if has_text else "" for has_text, _ in weights for text in instructions]
     states = backbone.encode_text(sd, texts, device)
-    visible = {True: grids, False: drop_example(grids)}
-    encoded = {shown: rcldm.encode_condition(visible[shown]) for shown in {shown for _, shown in weights}}
-    return Branches([*weights.values()], states, torch.cat([encoded[shown] for _, shown in weights]))
+    shown = {has_pair for _, has_pair in weights}  # branches share these grids
+    encoded = {pair: rcldm.encode_condition(grids if pair else drop_example(grids)) for pair in shown}
+    return Branches([*weights.values()], states, torch.cat([encoded[has_pair] for _, has_pair in weights]))
 
 
 # --- The sampling loop --------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def main() -> None:
     record = {"instruction": instruction, "unified": unified, **used, "model": model, "device": device}
     record |= {name: getattr(args, name) for name in ("prompt_pair", "scheduler", "dtype")}
 
-    # [ours] One answer at a time. A batch would be faster, but it rounds by its size.
+    # [ours] One answer at a time: a batch would be faster, but its size would change an answer's last bits.
     for source, paths in zip(inputs, targets):
         query = load_image(source)
         picture, box = fit_panel(query, panel)

@@ -326,8 +326,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
         stop.agree(accelerator)
         is_done, stops_early = step == args.steps, bool(stop.asked or monitor.is_over)
         if is_main and (step % 20 == 0 or is_done):
-            for name, value in monitor.averages.items():
-                log.add_scalar(f"loss/{name}", value, step)
+            monitor.write(log, step)
         if is_main and (step % args.save_every == 0 or is_done or stops_early):
             if is_done or not stops_early:
                 measured = {name: value.item() for name, value in monitor.averages.items()}

@@ -66,8 +66,7 @@ def fit(
         monitor.check()
         if (step + 1) % 20 == 0 or step + 1 == steps:
             progress.set_postfix(monitor.text(), refresh=False)
-            for loss, average in monitor.averages.items():
-                log.add_scalar(f"loss/{loss}", average, step + 1)
+            monitor.write(log, step + 1)
         progress.update()
         if time.monotonic() - saved >= SAVE_EVERY or step + 1 == steps:
             save_checkpoint(folder, step + 1, modules, optimizer, keep=2)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 
 class LossMonitor:
@@ -52,6 +53,11 @@ class LossMonitor:
         if self.is_over:
             way = "try --resume with a lower --lr or with --precision no"
             raise ValueError(f"{self.in_a_row} steps in a row were no numbers or exploded; {way}")
+
+    def write(self, log: SummaryWriter, step: int) -> None:
+        """To TensorBoard, as training/curve.py reads it."""
+        for name, value in self.averages.items():
+            log.add_scalar(f"loss/{name}", value, step)
 
     def text(self) -> dict[str, str]:
         shown = {name: f"{value:.4f}" for name, value in self.averages.items()}
