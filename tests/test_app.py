@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -226,6 +227,12 @@ def test_the_examples_can_be_edited(editor, tmp_path):
     assert len(rows) == 3
 
 
+@pytest.fixture(autouse=True)
+def no_litter(tmp_path, monkeypatch):
+    """Gradio's blocks and its client put pictures into the folder for temporary files, and leave them."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
 # ------------------------------------------------------------------------------------------- the command
 
 
@@ -315,7 +322,7 @@ def test_a_large_upload_is_refused(server):
 
 
 def test_by_gradio_client(server, tmp_path):
-    client = Client(server, verbose=False, download_files=str(tmp_path))
+    client = Client(server, verbose=False)
     settings = 5, 2, 1.0, 1.0, "ddim"
 
     def ask(before):
