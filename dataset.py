@@ -113,10 +113,9 @@ class VisualPromptDataset(Dataset):
         count = Counter(pair.instruction for pair in pairs)
         self.left_out = [instruction for instruction, n in count.items() if n == 1]
         if len(self.left_out) == len(count):
-            raise DatasetError(
-                f"none of the {len(count)} instructions has a second edit pair to serve as the example; "
-                f"give at least two pairs with the same instruction"
-            )
+            where = pairs[0].output if pairs else "no pairs"
+            reason = "no instruction here has a second edit pair to serve as the example"
+            raise DatasetError(f"{where}: {reason}; give at least two pairs with the same instruction")
         if self.left_out:
             which = "; ".join(self.left_out[:3]) + ("; …" if len(self.left_out) > 3 else "")
             log.warning("instructions left out, of a single pair: %d (%s)", len(self.left_out), which)
@@ -134,7 +133,7 @@ class VisualPromptDataset(Dataset):
         i = range(len(self))[i]
         group = self._group[self.pairs[i].instruction]
         onward = np.random.default_rng((self.seed, epoch, i)).integers(1, len(group))
-        return group[(bisect_left(group, i) + onward) % len(group)]  # so many places on, round the group
+        return group[(bisect_left(group, i) + onward) % len(group)]  # so many on, cyclically
 
     def load_pair(self, i: int) -> tuple[Tensor, Tensor]:
         """Before and after of pair `i`, each (3, P, P) in [-1, 1]. Raises ImageError, also for a `misfit`."""

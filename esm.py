@@ -42,8 +42,8 @@ def predict_x0(noisy: Tensor, prediction: Tensor, timestep: Tensor, scheduler: S
     raise ValueError(f"unknown prediction type {kind!r}: expected epsilon, v_prediction or sample")
 
 
-def noise_weight(timestep: Tensor, scheduler: SchedulerMixin, min_signal: float = 0.2) -> Tensor:
-    """How far x̂_0 can be trusted at each timestep: ᾱ_t, or 0 below `min_signal`. (B,) → (B,), in [0, 1].
+def noise_weight(timestep: Tensor, scheduler: SchedulerMixin, min_alpha_bar: float = 0.2) -> Tensor:
+    """How far x̂_0 can be trusted at each timestep: ᾱ_t, or 0 below `min_alpha_bar`. (B,) → (B,), in [0, 1].
 
     [ours] The paper does not say at which noise levels its image losses act. At high noise x̂_0 is the
     average of many answers, a blur that CLIP misreads, so matching it would teach nothing. Leave samples of
@@ -51,7 +51,7 @@ def noise_weight(timestep: Tensor, scheduler: SchedulerMixin, min_signal: float 
     same weight.
     """
     alpha_bar = _alpha_bar(timestep, scheduler)
-    return torch.where(alpha_bar >= min_signal, alpha_bar, 0.0)
+    return torch.where(alpha_bar >= min_alpha_bar, alpha_bar, 0.0)
 
 
 def _alpha_bar(timestep: Tensor, scheduler: SchedulerMixin) -> Tensor:
@@ -120,8 +120,8 @@ def editing_shift_loss(
     [ours] Their cosine alone would rate a tenth of an edit like the whole edit, and would give a copy of the
     input no gradient. Their plain distance would let large edits drown small ones. The distance relative to
     both lengths measures direction and strength, and is smooth even at a zero shift. For shifts of length
-    ratio r it is 1 − cosine · 2r / (1 + r²). `eps` matters below lengths of about 0.03, for true edits that
-    change nothing.
+    ratio r it is 1 − cosine · 2r / (1 + r²). `eps` bounds the gradient of small shifts; an unchanged input
+    costs half as much where the true shift's length is 0.03.
     """
     with torch.no_grad():
         before, after = embed(clip, before), embed(clip, after)

@@ -6,6 +6,8 @@ so different phrasings of one command become one condition:
 
     l' = U(l)          U("Maybe night view looks better") = U("turn day to night, please") = "make it night"
 
+[ours] The second wording and the form of l' are examples of ours.
+
 This file defines the standard form and its prompt, then the unifier, then the test of a reply.
 """
 
@@ -23,9 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 # it names the object and the change and leaves out the speaker. Examples teach it to a small model better
 # than rules do.
 RULES = (
-    "Rewrite the wish of a photo editor's customer as one short command in a standard form: imperative, "
-    "present tense, lower case, no politeness, no reasons. Name the object and its change, and nothing that "
-    "the customer did not ask for. Reply with the command alone."
+    "Rewrite the wish of a photo editor's customer as one short command in a standard form: English, "
+    "imperative, present tense, lower case, no politeness, no reasons. Name the object and its change, and "
+    "nothing that the customer did not ask for. Reply with the command alone."
 )
 EXAMPLES = (
     ("Maybe night view looks better", "make it night"),
@@ -40,6 +42,7 @@ EXAMPLES = (
     ("it's way too colourful for me, black and white would do", "make it black and white"),
     ("The house looks tiny, can it be larger?", "make the house bigger"),
     ("get rid of the clouds and have the sky purple", "remove the clouds and make the sky purple"),
+    ("Das Auto im Hintergrund stört", "remove the car in the background"),
 )
 
 
@@ -65,6 +68,7 @@ def few_shot_prompt(instruction: str) -> str:
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 GREEDY |= {"temperature": None, "top_p": None, "top_k": None}
 MAX_NEW_TOKENS = 48  # of a reply
+CUT = "…"  # ends a reply that had more
 
 
 class InstructionUnifier:
@@ -74,9 +78,7 @@ class InstructionUnifier:
     own; its chat template is used where it has one, and `eos_token` pads where it has no `pad_token`.
     cache: of raw replies, with `load` and `append`, such as training/replies.py's; None keeps them only for
     this object's life. max_new_tokens: the reply's greatest length. batch_size: instructions at a time.
-
-    An instruction can steer only its own wording: each is a separate conversation, without the control tokens
-    of the template.
+    An instruction steers only its own wording: each is a conversation without the template's control tokens.
     """
 
     def __init__(
@@ -152,10 +154,14 @@ class InstructionUnifier:
             pad_token_id=self.tokenizer.pad_token_id,
             **GREEDY,
         )
-        replies = self.tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
-        if self.tokenizer.chat_template:
-            return replies
-        return [reply.strip().split("\n")[0] for reply in replies]  # a bare model goes on to invent examples
+        output = output[:, tokens.shape[1] :]
+        ends = torch.tensor(self.tokenizer.all_special_ids, device=output.device)
+        is_whole = torch.isin(output[:, -1:], ends).any(1) | (output.shape[1] < self.max_new_tokens)
+        replies = self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        replies = [reply if whole else reply + CUT for reply, whole in zip(replies, is_whole)]
+        if not self.tokenizer.chat_template:  # a bare model goes on to invent examples
+            replies = [reply.strip().split("\n")[0] for reply in replies]
+        return replies
 
     @cached_property
     def _control_tokens(self) -> list[str]:
@@ -179,8 +185,11 @@ _MARKUP = re.compile(r"<\||\|>|</?\w+>|\[/?inst\]|\b(wish|command|user|assistant
 
 
 def standard_form(reply: str) -> str:
-    """A reply without what small models like to add: surrounding space and quotes, capitals, a full stop."""
-    return re.sub(r"^[\s\"'“”‘’`]+|[\s\"'“”‘’`.]+$", "", reply).lower()
+    """A reply without what small models like to add: quotes or markup around it, capitals, a full stop."""
+    form = re.sub(r"^[\s\"'“”‘’`*#>-]*(\d+[.)]\s+)?|[\s\"'“”‘’`*.!]+$", "", reply)
+    if re.search(r"[\"“”`]", form):  # quoted words at one of its ends
+        form = reply.strip(" \t\n*#>-.!")
+    return form.lower()
 
 
 def fault(reply: str, instruction: str) -> str | None:
@@ -188,6 +197,8 @@ def fault(reply: str, instruction: str) -> str | None:
     words = len(reply.split())
     if not reply:
         return "it is empty"
+    if reply.endswith(CUT):
+        return "it is cut"
     if len(reply.splitlines()) > 1:
         return "it has more than one line"
     # A short wish may grow to a full command, "night" to "make it night"; a long one should hardly grow.
@@ -204,13 +215,8 @@ def main() -> None:
     """A worked example without a model: the prompt for a wish, and what becomes of some replies to it."""
     wish = "Perhaps the sofa could be green?"
     print(few_shot_prompt(wish), "\n")
-    for reply in (
-        '"Make the sofa green."',
-        "",
-        "Sure, a green sofa!",
-        "make it green\nWish: bigger",
-        RULES[:60],
-    ):
+    replies = '"Make the sofa green."', "", "Sure, a green sofa!", "make it green\nWish: bigger", RULES[:60]
+    for reply in replies:
         form = standard_form(reply)
         problem = fault(form, wish)
         print(f"{reply!r:65} → l' = {wish if problem else form!r}", f"({problem})" if problem else "")

@@ -58,7 +58,7 @@ def propose_classes(
     greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": 96}
     output = llm.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **greedy)
     reply = tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
-    named = {_plain(name) for name in re.split(r"[,;\n]", reply)}
+    named = {_plain(name) for name in re.split(r"[,;:\n]|\band\b", reply)}
     chosen = tuple(label for label in labels if _plain(label) in named)
     if chosen:
         return chosen

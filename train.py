@@ -98,14 +98,8 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sam-weight", type=float, default=1.8, help="λ_sam")
     # [ours] Conditioning dropout teaches edits by the example alone and by the instruction alone (with both,
     # a model need not look at either). It also makes guidance possible.
-    add(
-        "--drop",
-        type=float,
-        nargs=3,
-        metavar=("TEXT", "EXAMPLE", "BOTH"),
-        default=(0.3, 0.4, 0.05),
-        help="shares of samples without the instruction, without the example pair, without either",
-    )
+    shares = {"nargs": 3, "metavar": ("TEXT", "EXAMPLE", "BOTH"), "default": (0.3, 0.4, 0.05)}
+    add("--drop", type=float, **shares, help="shares of samples without instruction, example pair, either")
     add("--panel", type=int, help="P, pixels along a panel's side (default: the preset's)")
 
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
@@ -245,6 +239,7 @@ def read_data(
     if not args.no_sam:
         segmenter, processor = backbone.load_segmenter(args.segmenter, device)
         classes = classes or sam_loss.propose_classes(*llm, segmenter.config.id2label.values())
+        print(f"selective areas: {', '.join(classes)}", flush=True)
         areas = sam_loss.SelectiveAreas(segmenter, processor, classes)
     lock()
     data, precomputed = precompute(data, Frozen(sd.vae, clip, areas), args, device)
@@ -330,7 +325,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
         if is_main and (step % args.save_every == 0 or is_done or stops_early):
             if is_done or not stops_early:
                 measured = {name: value.item() for name, value in monitor.averages.items()}
-                measured["validation error"] = validation.draw(ema.module, sd, args.output, step, log)
+                measured[validation.name] = validation.draw(ema.module, sd, args.output, step, log)
                 save_editor(ema.module, args, step, measured)
             # The checkpoint comes last: a run that is killed above goes on from the one before, and makes
             # this step's picture and editor once more.
@@ -343,16 +338,19 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
 
 
 class Validation:
-    """A few queries, the same each time: of the split `seen` (edits of `train`, new pictures).
-
-    A dataset without one lends pairs of `train`; the error is then of pictures that were learnt.
-    """
+    """A few queries, the same each time: of the split `seen` (edits of `train`, new pictures), or else pairs
+    of `train`, whose error is then of learnt pictures."""
 
     def __init__(self, data: VisualPromptDataset, source: str, unifier, args: argparse.Namespace) -> None:
+        learnt, self.name = {pair.output for pair in data.pairs}, "validation error"
+        reason = "the split `seen` has the same pictures"
         try:
             data = VisualPromptDataset(read_pairs(source, "seen", args.columns), args.panel, args.seed)
         except DatasetError as error:
-            print(f"validation is on training pairs: {error}", flush=True)
+            reason = error
+        if learnt.issuperset(pair.output for pair in data.pairs):
+            self.name = "error on training pairs"
+            print(f"validation is on training pairs: {reason}", flush=True)
         g = torch.Generator().manual_seed(args.seed)
         order, items = torch.randperm(len(data), generator=g).tolist(), []
         while order and len(items) < VALIDATION_PICTURES:

@@ -1,9 +1,9 @@
-"""Contribution 5, phase 1: a look at a dataset, ours or another, before it is trained on.
+"""Inspects a dataset, ours or another, before training.
 
     python -m data_making.check data/mine --sheet sheet.png
 
-Prints counts and scores, and names duplicates, broken files, pairs whose pictures do not show one frame, and
-instructions that are too thin. `--sheet` draws a contact sheet.
+Prints counts and scores, and names duplicates, broken files, pairs of different frames, and instructions with
+too few pairs. `--sheet` draws a contact sheet.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from statistics import fmean, median
 
+from PIL import Image
 from tqdm.contrib.concurrent import thread_map
 
 import backbone
@@ -22,12 +23,14 @@ from pictures import ImageError, load_image, misfit
 from pictures.answers import panel_rows
 from pictures.pairs import EditPair, read_pairs
 
-THIN = "instructions of fewer than 2 good pairs"
-FAULTS = ("broken files", "pairs of two frames", "pairs without a change", "pairs there twice", THIN)
+THIN = "instructions with fewer than 2 good pairs"
+FAULTS = ("broken files", "pairs of different frames", "pairs without a change", "duplicate pairs", THIN)
 
 
 def check(args: argparse.Namespace) -> None:
     """Prints what a split holds; exits with 1 where something should be mended."""
+    if args.sheet and args.sheet.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--sheet {args.sheet}: give a picture's name, such as sheet.png")
     pairs = read_pairs(args.data, args.split, args.columns)
     read = {str(file) for pair in pairs for file in (pair.input, pair.output)}
     if args.sheet and os.path.realpath(args.sheet) in read:
@@ -41,14 +44,14 @@ def check(args: argparse.Namespace) -> None:
         size, before, after, reason = look
         sizes["{} × {}".format(*size)] += 1
         if reason:
-            faults["pairs of two frames"].append(f"{pair.output}: {reason}")
+            faults["pairs of different frames"].append(f"{pair.output}: {reason}")
         elif before == after:
             faults["pairs without a change"].append(f"{pair.output}: the same picture as {pair.input}")
-        elif (before, after) in seen:
-            line = f"{pair.input}, {pair.output}: the same pictures as {seen[before, after]}"
-            faults["pairs there twice"].append(line)
+        elif (key := (pair.instruction, before, after)) in seen:  # in other words it is another pair
+            line = f"{pair.input}, {pair.output}: the same pictures as {seen[key]}"
+            faults["duplicate pairs"].append(line)
         else:
-            seen[before, after] = pair.input
+            seen[key] = pair.input
             groups[pair.instruction].append(pair)
     faults[THIN] = [text for text, group in groups.items() if len(group) < 2]
     counts = [len(group) for group in groups.values()]

@@ -16,9 +16,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import backbone
-from data_making.texts import as_lines
-from disk import atomic_folder
+from disk import as_lines, atomic_folder
 from pictures import path_inside
+from pictures.pairs import clean_instruction
 
 # As in `edit_dataset.py` of timothybrooks/instruct-pix2pix, parts of the list of folders. [ours] The cuts are
 # rounded, so that a single folder is `train`.
@@ -43,7 +43,7 @@ def convert(source: Path, output: Path) -> dict[str, int]:
                 for folder, seeds in tqdm(listing[begin:end], desc=split, unit="folder", mininterval=1):
                     where = Path(path_inside(source, f"{folder}/prompt.json"))
                     prompt = json.loads(where.read_text("utf-8"))
-                    told = {"instruction": prompt["edit"]}
+                    told = {"instruction": clean_instruction(prompt["edit"])}
                     told |= {f"{key}_caption": prompt[key] for key in ("input", "output") if key in prompt}
                     for seed in seeds:
                         names = [f"{folder}/{seed}_{k}.jpg" for k in (0, 1)]

@@ -27,8 +27,9 @@ from tqdm import tqdm
 import backbone
 import esm
 from data_making.prompt_to_prompt import PromptToPrompt, align
-from data_making.texts import as_lines, hash_of, processes, read_texts, same_settings, stage
-from disk import atomic_folder
+from data_making.stage import hash_of, processes, same_settings, stage
+from data_making.texts import read_texts
+from disk import as_lines, atomic_folder
 from pictures import tensor_to_image
 
 # [ours] InstructPix2Pix's ranges and Prompt-to-Prompt's part of the steps.
@@ -43,16 +44,16 @@ def draw_pairs(
     captions: list[str],
     seeds: list[int],
     guidance: list[float],
-    own: list[float],
-    cross: float,
+    self_share: list[float],
+    cross_share: float,
     steps: int,
     size: int,
 ) -> Tensor:
     """Draws both captions from the same noise, B times → pictures (B, 2, 3, size, size) in [-1, 1].
 
-    seeds, guidance: noise and guidance scale of each sample. own, of each sample, and cross: in which part
-    of the steps, counted from the first, self-attention and attention to the text are those of the first
-    picture. With 0 and 0 the two pictures share nothing but the noise.
+    seeds, guidance: noise and guidance scale of each sample. self_share, of each sample, and cross_share: the
+    first part of the steps in which self-attention and attention to the text are those of the first picture.
+    With 0 and 0 the two pictures share nothing but the noise.
     """
     unet, device = sd.unet, sd.unet.device
     matrix, known = align(*captions, sd.tokenizer)
@@ -63,13 +64,13 @@ def draw_pairs(
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.stack(noise * 2).to(device, unet.dtype)  # (2B, C, h, w)
     scale = torch.tensor(guidance * 2).to(latents)[:, None, None, None]
-    part = torch.tensor(own, device=device)
+    share = torch.tensor(self_share, device=device)
     plain = unet.attn_processors
     unet.set_attn_processor(control)
     backbone.set_timesteps(sd.scheduler, steps, device)
     latents = latents * sd.scheduler.init_noise_sigma
     for i, t in enumerate(sd.scheduler.timesteps):
-        control.cross, control.own = i < cross * steps, i < part * steps
+        control.replace_cross, control.replace_self = i < cross_share * steps, i < share * steps
         rows = sd.scheduler.scale_model_input(torch.cat([latents] * 2), t)
         without, told = unet(rows, t, encoder_hidden_states=text).sample.chunk(2)
         latents = sd.scheduler.step(without + scale * (told - without), t, latents).prev_sample
@@ -101,11 +102,11 @@ def draw_best(
     """Draws a pair of captions as often as asked.
 
     Returns the best sample that passes, as its scores and settings and its pictures (2, 3, H, W); and how
-    many samples were drawn, and failed by which threshold.
+    many samples were drawn, and failed by which threshold. Captions too long for the text encoder have none.
     """
     best, counts = None, Counter()
     if backbone.cut_off(sd.tokenizer, captions):  # the end, where the edit often stands, would not be read
-        return best, counts
+        return best, Counter(long=1)
     rng = random.Random(f"{args.seed} {name}")
     tries = [
         (rng.getrandbits(32), rng.uniform(*GUIDANCE), rng.uniform(*INJECTION)) for _ in range(args.samples)
@@ -114,7 +115,7 @@ def draw_best(
         seeds, guidance, injection = map(list, zip(*tries[first : first + args.batch]))
         pictures = draw_pairs(sd, captions, seeds, guidance, injection, CROSS, args.steps, args.size)
         scores = clip_scores(clip, tokenizer, pictures, captions)
-        for k, (seed, scale, own) in enumerate(zip(seeds, guidance, injection)):
+        for k, (seed, scale, share) in enumerate(zip(seeds, guidance, injection)):
             score = {key: round(value[k].item(), 4) for key, value in scores.items()}
             passed = {  # which NaN does not
                 "caption": all(score[key] >= args.min_caption for key in ("clip_before", "clip_after")),
@@ -123,7 +124,7 @@ def draw_best(
             }
             counts.update(reason for reason, is_so in passed.items() if not is_so)
             if all(passed.values()) and (best is None or score["clip_direction"] > best[0]["clip_direction"]):
-                drawn = {"seed": seed, "guidance": round(scale, 3), "injection": round(own, 3)}
+                drawn = {"seed": seed, "guidance": round(scale, 3), "injection": round(share, 3)}
                 best = score | drawn, pictures[k]
     return best, counts + Counter(drawn=len(tries))
 
@@ -161,7 +162,8 @@ def images(args: argparse.Namespace) -> None:
         counts += draw_instruction(folder, instruction, texts[instruction], *parts, args)
     print(
         f"process {state.process_index}: {counts['pairs']} pairs of {counts['instructions']} instructions in "
-        f"{args.out / 'train'}, {counts['thin']} instructions left out that had fewer than two; of "
+        f"{args.out / 'train'}, {counts['thin']} instructions left out that had fewer than two; "
+        f"{counts['long']} pairs of captions too long for the text encoder; of "
         f"{counts['drawn']} samples, {counts['caption']} were too far from their captions, {counts['image']} "
         f"from each other, {counts['direction']} from the edit"
     )

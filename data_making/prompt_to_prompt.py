@@ -33,9 +33,9 @@ def align(source: str, target: str, tokenizer: Any) -> tuple[Tensor, Tensor]:
     for the k-th; where the tokens are not as many, each gets its share of all. Otherwise the longest common
     subsequence of tokens: what is removed has no heir, what is added keeps to itself. In "a cat on a sofa" →
     "a fox on a sofa" the fox takes the cat's attention over; in → "a cat asleep on a sofa", `asleep` is new.
-    [ours] What follows the words, and in a prompt of as many words what follows the last replaced one, stays
-    with them, padding with padding. Theirs goes by position there: words that were removed hand their
-    attention on to padding, and behind a longer word each stands for its neighbour.
+    [ours] The number of words chooses between the two; the authors leave the choice to the user.
+    [ours] The end token and padding keep their distance from the end. The authors align them by position, so
+    that padding inherits the attention of a removed word.
     """
     split = [prompt.split() for prompt in (source, target)]
     words = [[tokenizer(word, add_special_tokens=False).input_ids for word in prompt] for prompt in split]
@@ -85,8 +85,9 @@ class PromptToPrompt:
     """An attention processor of diffusers for batches of rows in the order (2 guidance, 2 prompts, B pairs):
     without text before with text, the source's picture before the target's.
 
-    matrix (T, T), known (T,): of `align`, for all pairs. To be set before each step: `cross`, whether the
-    target attends to the text as the source does; `own` (B,) bool, for which pairs it attends to itself so.
+    matrix (T, T), known (T,): of `align`, for all pairs. To be set before each step: `replace_cross`,
+    whether the target attends to the text as the source does; `replace_self` (B,) bool, for which pairs it
+    attends to itself so.
     Source: Prompt-to-Prompt, section 3, which has both for the rows with text alone. [ours] As in
     InstructPix2Pix, self-attention is taken over in those without text too.
     """
@@ -97,7 +98,7 @@ class PromptToPrompt:
 
     def __init__(self, matrix: Tensor, known: Tensor) -> None:
         self.matrix, self.known = matrix[None, None], known  # (1, 1, T, T): for all pairs and heads
-        self.cross, self.own = False, torch.tensor(False)
+        self.replace_cross, self.replace_self = False, torch.tensor(False)
         self.plain = AttnProcessor2_0()
 
     def __call__(
@@ -109,7 +110,8 @@ class PromptToPrompt:
         **more,
     ) -> Tensor:
         to_text = encoder_hidden_states is not None
-        if not (self.cross if to_text else self.own.any() and hidden_states.shape[1] <= self.FINEST):
+        is_fine = hidden_states.shape[1] > self.FINEST
+        if not (self.replace_cross if to_text else self.replace_self.any() and not is_fine):
             return self.plain(attn, hidden_states, encoder_hidden_states, *rest, **more)
         context = encoder_hidden_states if to_text else hidden_states
         q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
@@ -126,6 +128,6 @@ class PromptToPrompt:
         else:  # its maps are a function of queries and keys, so these are taken over in their place
             for x in (q, k):
                 source, target = x.unflatten(0, (2, 2, -1)).unbind(1)  # (2, B, heads, L, d) each
-                target.copy_(torch.where(self.own[:, None, None, None], source, target))
+                target.copy_(torch.where(self.replace_self[:, None, None, None], source, target))
             out = F.scaled_dot_product_attention(q, k, v)
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2))) / attn.rescale_output_factor

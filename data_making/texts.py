@@ -2,7 +2,7 @@
 
 InstructPix2Pix's generator makes edit pairs that share no instruction. Learning from an example needs several
 pairs of one, so here the language model also writes further captions under the instruction that it has found.
-The three programs of this folder are the steps of the paper's dataset figure, phase 1:
+Two programs make phase 1 of the paper's dataset figure, and a third looks at the result [ours]:
 
     python -m data_making.texts    --seeds captions.txt --out data/mine   # I0 → E0, O0 and (I1,O1) … (I4,O4)
     python -m data_making.pictures --out data/mine                        # each (Ik,Ok) → pairs of pictures
@@ -17,8 +17,6 @@ made twice. They share the work among GPUs and machines: `accelerate launch -m d
 """
 
 import argparse
-import atexit
-import hashlib
 import json
 import math
 from collections import Counter, defaultdict
@@ -28,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import backbone
-from disk import atomic_folder, other_settings, write_text
+from data_making.stage import hash_of, processes, same_settings, stage
+from disk import as_lines, atomic_folder, write_text
 from training.draws import draw_order
 from training.loop import fit
 
@@ -60,7 +58,7 @@ ONE_TEXT = (
 def read_texts(path: Path) -> list[dict]:
     """The lines of texts.jsonl, or of a file of examples. Raises ValueError, which names the line."""
     records = []
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
+    for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -79,6 +77,13 @@ def read_texts(path: Path) -> list[dict]:
     return records
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8; save it as UTF-8") from None
+
+
 EXAMPLES = read_texts(Path(__file__).with_name("examples.jsonl"))
 
 
@@ -87,7 +92,7 @@ def as_prompt(caption: str) -> str:
 
 
 def as_reply(record: dict) -> str:
-    """What the model is to write after the first caption of `record`, which is as a line of texts.jsonl:
+    """The reply that the model should write for `record`, a line of texts.jsonl:
     {"instruction": E0, "pairs": [[I0, O0], [I1, O1], …]}."""
     (_, edited), *more = record["pairs"]
     further = "".join(f"Caption: {before}\nEdited: {after}\n" for before, after in more)
@@ -212,45 +217,6 @@ def finetune(
         tokenizer.save_pretrained(new)
 
 
-# --- What this stage and the next share ---------------------------------------------------------------------
-
-
-def as_lines(rows: Iterable[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def same_settings(path: Path, settings: dict, state: PartialState) -> None:
-    """Notes the settings, or raises ValueError where work with others has begun."""
-    with state.main_process_first():
-        other = other_settings(path, settings)
-    if other:
-        now = ", ".join(f"{name} {there}, now {mine}" for name, (there, mine) in other.items())
-        raise ValueError(f"{path.parent} has been begun with other settings ({now}); give another --out")
-
-
-def hash_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:12]
-
-
-def processes(name: str) -> tuple[PartialState, torch.device]:
-    """Which of how many processes this one is, and its device."""
-    device = backbone.pick_device(name)
-    state = PartialState(cpu=device.type == "cpu", timeout=backbone.PATIENCE)
-    atexit.register(state.destroy_process_group)  # its threads may abort a process that ends before them
-    return state, state.device if state.num_processes > 1 and device.type != "cpu" else device
-
-
-def stage(program: str, doc: str) -> argparse.ArgumentParser:
-    """A parser with the options that both stages have."""
-    parser = backbone.new_parser(program, doc)
-    add = parser.add_argument
-    add("--out", type=Path, required=True, help="the dataset's folder")
-    add("--backbone", default="toy", help=f"whose parts to take: {', '.join(backbone.PRESETS)}")
-    add("--seed", type=int, default=0)
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    return parser
-
-
 # --- The program --------------------------------------------------------------------------------------------
 
 TRIES = 4  # replies to a caption until one will do
@@ -258,12 +224,14 @@ TRIES = 4  # replies to a caption until one will do
 
 def texts(args: argparse.Namespace) -> None:
     state, device = processes(args.device)
-    lines = args.seeds.read_text("utf-8").splitlines()
+    lines = _read(args.seeds).splitlines()
     seeds = list(dict.fromkeys(" ".join(line.split()) for line in lines if line.strip()))
     if not seeds:
         raise ValueError(f"{args.seeds}: holds no caption")
     source = args.llm or backbone.preset(args.backbone).writer
     examples = read_texts(args.finetune) if args.finetune else None
+    if examples and any(len(record["pairs"]) <= FURTHER for record in examples):
+        raise ValueError(f"--finetune {args.finetune}: each example needs {1 + FURTHER} pairs of captions")
     settings = {"llm": source, "finetuned on": hash_of(examples) if examples else None}
     same_settings(args.out / "texts.settings.json", settings, state)
     if examples:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text whole or not at all, and makes its folder. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def as_lines(rows: Iterable[dict]) -> str:
+    """JSON Lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 @contextlib.contextmanager

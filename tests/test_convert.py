@@ -62,6 +62,7 @@ def test_the_raw_layout_becomes_a_dataset(tmp_path, monkeypatch, capsys, links):
         ('[["b", ["1"]]]', "{}", "b/prompt.json"),
         ('[["a", ["/../../1"]]]', '{"edit": "e"}', "prompt.json: .* is not a relative path inside"),
         ('[["a", ["1"]]]', '{"input": "e"}', "a/prompt.json: has no 'edit'"),
+        ('[["a", ["1"]]]', '{"edit": " "}', "a/prompt.json: the instruction is empty"),
         ("[]", "{}", "no pairs"),
     ],
 )

@@ -18,7 +18,7 @@ from test_liu import byte_tokenizer, tiny_llama
 from tiny import Stopped, stop_after
 
 import backbone
-from data_making import check
+from data_making import check, stage
 from data_making import pictures as drawing
 from data_making import texts as writing
 from data_making.texts import EXAMPLES, OWN_TASK, Refusal, as_prompt, as_reply, parse_reply
@@ -94,6 +94,21 @@ def test_files_of_texts_are_read_strictly(tmp_path):
     file.write_text("")
     with pytest.raises(ValueError, match="is empty"):
         writing.read_texts(file)
+    file.write_text(json.dumps(EXAMPLES[0]), encoding="utf-8-sig")  # as Windows writes it
+    assert writing.read_texts(file) == EXAMPLES[:1]
+    file.write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"texts\.jsonl: not UTF-8; save it as UTF-8"):
+        writing.read_texts(file)
+
+
+def test_examples_of_too_few_pairs_teach_nothing(tmp_path, capsys):
+    (tmp_path / "seeds.txt").write_text("a lake")
+    (tmp_path / "own.jsonl").write_text('{"instruction": "x", "pairs": [["a", "b"], ["c", "d"]]}')
+    options = ["--seeds", "seeds.txt", "--out", "out", "--finetune", "own.jsonl"]
+    with pytest.raises(SystemExit):
+        writing.main([str(tmp_path / word) if "." in word or word == "out" else word for word in options])
+    assert "own.jsonl: each example needs 5 pairs of captions" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # --- The language model -------------------------------------------------------------------------------------
@@ -394,7 +409,7 @@ def test_processes_share_the_work_and_make_what_one_would(painted, tmp_path, mon
             main_process_first=contextlib.nullcontext,
             destroy_process_group=lambda: None,
         )
-        monkeypatch.setattr(writing, "PartialState", lambda state=state, **_: state)
+        monkeypatch.setattr(stage, "PartialState", lambda state=state, **_: state)
         images(tmp_path / "two", "--min-image", "0")
         shares.append(painted.read_text().count("\n") - sum(shares))
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
@@ -433,6 +448,8 @@ def test_captions_that_the_text_encoder_would_cut_are_not_drawn(painted, tmp_pat
     write_texts(tmp_path / "out", [{"instruction": "x", "pairs": [[long, long + " red"]] * 2}])
     images(tmp_path / "out")
     assert not painted.exists() and not list((tmp_path / "out").rglob("*.png"))
+    (report,) = (tmp_path / "out" / "train").glob("*/report.json")
+    assert json.loads(report.read_text())["counts"]["long"] == 2
 
 
 @pytest.mark.parametrize(
@@ -512,8 +529,23 @@ def test_check_finds_what_is_broken_double_unchanged_and_thin(painted, tmp_path,
     code, printed = program(check, out)
     assert code == 1
     assert "broken files: 3" in printed and f"{one[1].input}: not a picture" in printed
-    assert "pairs without a change: 1" in printed and "pairs there twice: 1" in printed
-    assert f"instructions of fewer than 2 good pairs: 1\n    {one[0].instruction}" in printed
+    assert "pairs without a change: 1" in printed and "duplicate pairs: 1" in printed
+    assert f"instructions with fewer than 2 good pairs: 1\n    {one[0].instruction}" in printed
+    assert program(check, out, "--sheet", "sheet") == (2, "")  # before the work
+
+
+def test_two_wordings_of_one_edit_are_no_duplicates(tmp_path, program):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = ["input_file_name,output_file_name,instruction"]
+    for k in range(2):
+        for name in ("in", "out"):
+            colour = (100 * k, 50, 50 if name == "in" else 150)
+            Image.new("RGB", (8, 8), colour).save(folder / f"{k}_{name}.png")
+        rows += [f"{k}_in.png,{k}_out.png,{words}" for words in ("make it blue", "more blue, please")]
+    (folder / "metadata.csv").write_text("\n".join(rows))
+    code, printed = program(check, folder)
+    assert code == 0 and "duplicate pairs: 0" in printed and "good pairs of each            2 to 2" in printed
 
 
 def test_check_names_pairs_of_two_frames_and_reads_columns_of_any_name(tmp_path, program):
@@ -531,7 +563,7 @@ def test_check_names_pairs_of_two_frames_and_reads_columns_of_any_name(tmp_path,
     Image.open(folder / "3_out.png").resize((8, 6)).save(folder / "3_out.png")  # of one frame
     (folder / "metadata.csv").write_text("\n".join(rows))
     code, printed = program(check, folder, "--columns", "source", "target", "wish")
-    assert code == 1 and "pairs of two frames: 2\n" in printed
+    assert code == 1 and "pairs of different frames: 2\n" in printed
     assert f"{folder / '1_out.png'}: 24 × 12 pixels, where the picture before has 16 × 12" in printed
     assert f"{folder / '2_out.png'}: 12 × 16 pixels, where the picture before has 16 × 12" in printed
     assert "good pairs of each            3 to 3" in printed

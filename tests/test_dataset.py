@@ -781,7 +781,7 @@ def test_columns_reach_training_and_evaluation(parts, run, tmp_path, capsys):
         metadata.with_suffix(".csv").write_text("\n".join(map(",".join, lines)))
         metadata.unlink()
     run("--no-liu", "--steps", "1", *columns, data=data)
-    assert "validation pictures are drawn from" not in capsys.readouterr().out  # its split is read, too
+    assert "validation is on training pairs" not in capsys.readouterr().out  # its split is read, too
     few = "--count", "2", "--steps", "1", "--device", "cpu", "--output", str(tmp_path / "eval")
     evaluate.main([str(tmp_path / "run" / "editor"), "--data", str(data), *few, *columns])
     assert "2 answers in" in capsys.readouterr().out

@@ -15,7 +15,8 @@ from docs import check  # noqa: E402
 
 BUILT = {  # not spelt out there
     "train.py": {"--stable-diffusion", "--clip", "--segmenter", "--llm"},
-    "data_making.pictures": {"--out"},
+    "data_making.texts": {"--out", "--backbone"},
+    "data_making.pictures": {"--out", "--backbone"},
 }
 
 

@@ -107,6 +107,9 @@ def test_what_is_usable():
     assert fault("invert the colours", "could I have the inverse of these colours") is None
     assert standard_form('  "Make the sky Purple."\n') == "make the sky purple"
     assert standard_form("‘make it 1.5 times larger’") == "make it 1.5 times larger"
+    assert standard_form('Change the sign to "OPEN".') == 'change the sign to "open"'
+    for marked in ("**make it night**", "- make it night!", "1. make it night", '"make it night'):
+        assert standard_form(marked) == "make it night"
     for wish, command in EXAMPLES:  # the examples keep the rules that they teach
         assert standard_form(command) == command and fault(command, wish) is None
 
@@ -202,6 +205,8 @@ def test_a_batch_replies_as_one_by_one(template):
     together = unifier._generate(asked)
     assert together == [unifier._generate([text])[0] for text in asked]
     assert len(set(together)) > 1
+    with pytest.warns(UserWarning, match="it is cut"):  # this model knows no end
+        assert unifier.unify(asked) == asked
 
 
 def test_the_model_is_frozen_and_reads_the_prompt(monkeypatch):

@@ -85,7 +85,7 @@ def test_attention_to_the_text_keeps_its_sum(sd, monkeypatch):
     for case in ("removed", "tokens added"):
         source, target, _ = PUBLISHED[case]
         control = prompt_to_prompt.PromptToPrompt(*align(source, target, sd.tokenizer))
-        control.cross = True
+        control.replace_cross = True
         layer = next(m for name, m in sd.unet.named_modules() if name.endswith("attn2"))
         text = torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(0))
         value = torch.ones(1, 64, layer.to_v.out_features)  # the same everywhere: out is the sum of the maps

@@ -155,6 +155,7 @@ def tokenizer(request) -> PreTrainedTokenizerFast:
         ("Cat.\n- Person\n- dragon", ("person", "cat")),
         ("1. person; 2. wall-other-merged", ("person", "wall-other-merged")),
         ("person, person", ("person",)),
+        ("Names: cat, and person.", ("person", "cat")),
     ],
 )
 def test_proposal_keeps_labels_only(tokenizer, reply, chosen):

@@ -45,8 +45,17 @@ def test_a_run_makes_an_editor_with_pictures_and_checkpoints(run, tmp_path, caps
     card = (output / "editor" / "README.md").read_text()
     assert "\nlicense: other\n" in card and "trained for 3 steps. In each, a process took 2 grids" in card
     assert re.search(r"^\| validation error \| [\d.]+ \|$", card, re.M)
-    progress = capsys.readouterr().err
-    assert all(term in progress for term in ("loss=", "dm=", "es=", "sam="))
+    said = capsys.readouterr()
+    assert all(term in said.err for term in ("loss=", "dm=", "es=", "sam="))
+    assert "selective areas: " in said.out and "validation is on training pairs" not in said.out
+
+
+@pytest.mark.filterwarnings("ignore:instruction")
+def test_a_folder_without_splits_is_validated_on_what_it_learnt_and_says_so(parts, run, tmp_path, capsys):
+    run("--steps", "1", data=parts / "data" / "train")
+    assert "validation is on training pairs: the split `seen` has the same" in capsys.readouterr().out
+    card = (tmp_path / "run" / "editor" / "README.md").read_text()
+    assert re.search(r"^\| error on training pairs \| [\d.]+ \|$", card, re.M)
 
 
 @pytest.mark.filterwarnings("ignore:instruction")
