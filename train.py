@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -113,7 +113,7 @@ WARMUP = 50  # steps
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0  # the largest norm of the gradient
 EMA_DECAY = 0.998
-# [ours] Of each 32 answers of a batch, L_es decodes one: decoder and CLIP cost more than all other parts.
+# [ours] L_es decodes one in 32 answers of a batch, at least one: decoder and CLIP cost the most.
 ES_EVERY = 32
 CHECKPOINTS = 2  # that stay
 VALIDATION_PICTURES = 6
@@ -256,8 +256,9 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
     preset = fill_in(args)
     device = backbone.pick_device(args.device)
     options = {"mixed_precision": args.precision, "gradient_accumulation_steps": args.accumulate}
-    patience = InitProcessGroupKwargs(timeout=backbone.PATIENCE)
-    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience], **options)
+    # A CUDA graph would keep what autocast's cache holds: weights that were cast once, before training.
+    handlers = [InitProcessGroupKwargs(timeout=backbone.PATIENCE), AutocastKwargs(cache_enabled=False)]
+    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=handlers, **options)
     held.callback(accelerator.end_training)  # its threads may abort a process that ends before them
     device, is_main = accelerator.device, accelerator.is_main_process
     device = torch.device("cpu") if device.type == "cpu" else device  # not "cpu:0", which safetensors refuses
@@ -273,7 +274,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
     if args.init:
         load_weights(model, args.init)
     if is_main:
-        note_settings(args, accelerator.num_processes)
+        note_settings(args, accelerator.num_processes, device)
     if args.gradient_checkpointing:
         checkpoint_gradients(clip, model, sd.unet, sd.vae)
     ema = EMA(model, EMA_DECAY)
@@ -314,15 +315,16 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
         if not accelerator.sync_gradients:
             continue
         if is_sound:
-            ema.update(model)
+            ema.update_parameters(model)
         step += 1
         if progress.update() or step == args.steps:  # when the bar is drawn: reading losses waits for the GPU
             progress.set_postfix(monitor.text())
         stop.agree(accelerator)
-        is_done, stops_early = step == args.steps, bool(stop.asked or monitor.is_over)
-        if is_main and (step % 20 == 0 or is_done):
+        is_done, stops_early = step == args.steps, bool(stop.asked or monitor.gave_up)
+        saves = step % args.save_every == 0 or is_done or stops_early
+        if is_main and (step % 20 == 0 or saves):
             monitor.write(log, step)
-        if is_main and (step % args.save_every == 0 or is_done or stops_early):
+        if is_main and saves:
             if is_done or not stops_early:
                 measured = {name: value.item() for name, value in monitor.averages.items()}
                 measured[validation.name] = validation.draw(ema.module, sd, args.output, step, log)
@@ -330,7 +332,9 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
             # The checkpoint comes last: a run that is killed above goes on from the one before, and makes
             # this step's picture and editor once more.
             save_checkpoint(args.output, step, modules, optimizer.optimizer, keep=CHECKPOINTS)
-        monitor.check()
+        if stops_early:
+            accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one ends
+        monitor.check("try --resume with a lower --lr or with --precision no")
         if stop.asked and step < args.steps:
             stop.end(f"step {step}")
     progress.close()
@@ -342,15 +346,12 @@ class Validation:
     of `train`, whose error is then of learnt pictures."""
 
     def __init__(self, data: VisualPromptDataset, source: str, unifier, args: argparse.Namespace) -> None:
-        learnt, self.name = {pair.output for pair in data.pairs}, "validation error"
-        reason = "the split `seen` has the same pictures"
+        self.name = "validation error"
         try:
             data = VisualPromptDataset(read_pairs(source, "seen", args.columns), args.panel, args.seed)
         except DatasetError as error:
-            reason = error
-        if learnt.issuperset(pair.output for pair in data.pairs):
             self.name = "error on training pairs"
-            print(f"validation is on training pairs: {reason}", flush=True)
+            print(f"validation is on training pairs: {error}", flush=True)
         g = torch.Generator().manual_seed(args.seed)
         order, items = torch.randperm(len(data), generator=g).tolist(), []
         while order and len(items) < VALIDATION_PICTURES:

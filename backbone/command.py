@@ -14,8 +14,8 @@ import transformers
 
 from backbone.folders import BackboneError
 
-# Of processes for each other: one looks at all the pictures while the others wait, on GPUs for ten minutes if
-# PyTorch is not told. Should that one fail, the launcher ends all.
+# How long processes wait for one another: the first precomputes meanwhile, for longer than PyTorch's ten
+# minutes. Should it fail, the launcher ends all.
 PATIENCE = timedelta(days=7)
 
 # `--columns` of the programs that read datasets.

@@ -59,7 +59,7 @@ def load_clip_tokenizer(source: str) -> Any:
     """The tokenizer of an open_clip model: texts (list of str) → token ids (B, context length)."""
     import open_clip
 
-    folder = find_folder(source, ["*"])
+    folder = find_folder(source, ["open_clip*", "tokenizer*", "vocab*", "merges*", "special_tokens*"])
     with clear_errors(source, "an open_clip folder", folder):
         config = read_json(folder / "open_clip_config.json")["model_cfg"]["text_cfg"]
         # Given here, this stands above the config's own, which could ask for the folder's code to be run.

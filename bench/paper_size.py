@@ -30,7 +30,7 @@ import backbone
 from bench import random_parts
 from rcldm import RCLDM
 from toy import world
-from training.draws import draw_timesteps, keep_conditions, step_generator
+from training.draws import draw_noise, draw_timesteps, keep_conditions, step_generator
 from training.settings import PARTS
 
 
@@ -84,12 +84,12 @@ def check_start(sd: backbone.StableDiffusion, panel: int) -> torch.Size:
     return x_t.shape[1:]
 
 
-def seed_of_weak_noise(shape: torch.Size) -> int:
+def seed_of_weak_noise(shape: torch.Size, device: torch.device) -> int:
     """Of a training whose first grid has so little noise that L_es and L_sam act, and their memory counts."""
     for seed in itertools.count():
         g = step_generator(seed, 0)
         keep_conditions(1, (0.0, 0.0, 0.0), g)
-        torch.randn(1, *shape, generator=g)
+        draw_noise((1, *shape), g, device)
         if draw_timesteps(1, 1000, g) < 300:
             return seed
 
@@ -98,7 +98,8 @@ def run(*command: object) -> None:
     print("$ python", *command, flush=True)
     start = time.monotonic()
     subprocess.run([sys.executable, *map(str, command)], cwd=backbone.HERE, check=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 2**30
     print(f"{time.monotonic() - start:.0f} s; largest process so far {peak:.1f} GiB\n", flush=True)
 
 
@@ -116,7 +117,7 @@ def check(args: argparse.Namespace, folder: Path) -> None:
     options = [x for part in PARTS for x in (f"--{part.replace('_', '-')}", sources[part])]
     options += ["--backbone", args.backbone, "--data", folder / "data", "--cache", folder / "cache"]
     options += ["--device", args.device, "--precision", args.precision, "--gradient-checkpointing"]
-    options += ["--steps", 1, "--batch", 1, "--seed", seed_of_weak_noise(shape), "--workers", 0]
+    options += ["--steps", 1, "--batch", 1, "--seed", seed_of_weak_noise(shape, device), "--workers", 0]
     run("train.py", *options, "--output", folder / "run")
     pictures = ["--prompt-pair", "examples/before.png", "examples/after.png", "--input", "examples/input.png"]
     pictures += ["--instruction", "make it night", "--output", folder / "answer.png"]

@@ -55,7 +55,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 for name in weights.keys():  # noqa: SIM118 (no dict)
                     if not weights.get_tensor(name).isfinite().all():
                         raise ValueError(f"NaN or infinity in {name}: {path} is not written")
-        for file in temporary.rglob("*"):  # in the file system before its name is, should the power fail
+        for file in temporary.rglob("*"):  # on the disk before its name is, should the power fail
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)

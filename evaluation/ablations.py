@@ -215,20 +215,27 @@ def table(each: str, names: tuple[str, ...], args: argparse.Namespace) -> str:
 
 
 def difference(
-    rows: dict[int, dict], full: dict[int, dict], key: str, digits: int, paper: float | None
+    rows: dict[int, dict],
+    full: dict[int, dict],
+    key: str,
+    digits: int,
+    paper: float | None,
+    untrained: bool = False,
 ) -> tuple[str, str]:
     """How far a metric lies above the full arm's of the same seed: mean, interval, and how many seeds say so;
     and what that says of `paper`, the paper's own difference.
 
-    The interval is of the queries: a paired bootstrap of the mean. An arm of one seed meets all of the full
-    one's.
+    The interval is a paired bootstrap of queries and seeds; three seeds still understate their own spread.
+    untrained: the arm has one seed, which meets all of the full one's.
     """
-    only = next(iter(rows.values())) if len(rows) == 1 else None
+    only = next(iter(rows.values())) if untrained else None
     pairs = [(rows.get(seed, only), full[seed]) for seed in full if only or seed in rows]
     apart = [mine[key] - theirs[key] for mine, theirs in pairs]
     mean = fmean(apart)
     draws = torch.tensor([[row[f"{key}_draws"] for row in pair] for pair in pairs], dtype=torch.float64)
-    low, high = interval(mean, (draws[:, 0] - draws[:, 1]).mean(0))
+    each = draws[:, 0] - draws[:, 1]  # (seeds, draws)
+    picked = torch.randint(len(each), each.shape, generator=torch.Generator().manual_seed(0))
+    low, high = interval(mean, each.gather(0, picked).mean(0))
     alike = sum((value > 0) == (mean > 0) for value in apart)
     sign = "no difference" if low <= 0 <= high else "agrees" if mean * (paper or 0) > 0 else "disagrees"
     text = f"{mean:+.{digits}f} ± {(high - low) / 2:.{digits}f} ({alike} of {len(apart)})"
@@ -242,11 +249,14 @@ def differences(args: argparse.Namespace) -> str:
     for each, name in ROWS:
         arm = ARMS[name]
         full, found = gather(arm.beside, each, args), gather(name, each, args)
-        if name in ("full", "full-3x", "shipped") or not found or not full:
+        untrained = not arm.trainer
+        pairs = found and full if untrained else found.keys() & full.keys()
+        if name in ("full", "full-3x", "shipped") or not pairs:
             continue
         paper = [a and a - b for a, b in zip(arm.paper, ARMS["full"].paper)]
         measured = ("fid", 4), ("directional_similarity", 3)
-        texts, signs = zip(*(difference(found, full, *each, by) for each, by in zip(measured, paper)))
+        compared = (difference(found, full, *metric, by, untrained) for metric, by in zip(measured, paper))
+        texts, signs = zip(*compared)
         told = ("–" if by is None else f"{by:+.2f}" for by in paper)
         rows.append([arm.label, f"`{each}`", *texts, *told, *signs])
     return backbone.markdown(head, rows) if rows else NOT_YET

@@ -68,7 +68,8 @@ def bootstrap(statistic: Callable[[Tensor], float], count: int, draws: int = 500
     a difference.
     """
     g = torch.Generator().manual_seed(0)
-    drawn = [statistic(torch.randint(count, (count,), generator=g)) for _ in range(draws)]
+    rounds = tqdm(range(draws), desc="bootstrap", mininterval=2, leave=False)
+    drawn = [statistic(torch.randint(count, (count,), generator=g)) for _ in rounds]
     return torch.tensor(drawn, dtype=torch.float64)
 
 
@@ -129,8 +130,9 @@ def measure(folder: Path, clip, tokenizer, features, device: torch.device) -> di
     found = embed_all(records, folder, clip, tokenizer, features, device)
     answers, outputs = (found.get(f"{key} features", found[key]) for key in ("answer", "output"))
     n, d = answers.shape
-    if n <= d:
-        raise ValueError(f"{folder}: {n} answers are too few for an FID on {d} features; give more than {d}")
+    if n <= 1.6 * d:  # a bootstrap's draw has 0.63 n different ones
+        few = f"{n} answers are too few for an FID on {d} features and its interval"
+        raise ValueError(f"{folder}: {few}; give more than {int(1.6 * d)}")
     said = found["input_caption"], found["output_caption"]
     direction, true_direction = (
         directional_similarity(found["input"], found[key], *said) for key in ("answer", "output")

@@ -5,6 +5,9 @@ import math
 import os
 import sys
 import textwrap
+from collections.abc import Iterable
+from itertools import chain
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +27,16 @@ def plan_answers(
     an answer, or its grid, would overwrite a picture that is read or left out.
     """
     inputs, left_out = find_pictures(sources)
-    read = set(map(os.path.realpath, [*inputs, *left_out, *pair]))
+    read = same_files(inputs, left_out, pair)
     is_file = output.suffix.lower() in Image.registered_extensions() and not output.is_dir()
     if is_file and (output.suffix.lower() != ".png" or len(inputs) * count > 1):
         raise ValueError(f"--output {output}: one answer goes to a .png file, several go to a folder")
     taken, targets = set(), []
     for path in inputs:
-        for again in ("", *(f"-{n + 2}" for n in range(len(inputs)))):  # two pictures may have one stem
+        for again in chain([""], (f"-{n}" for n in count_from(2))):  # two pictures may have one stem
             stems = [path.stem + again] if count == 1 else [f"{path.stem}{again}_{k}" for k in range(count)]
             paths = [output] if is_file else [output / f"{stem}.png" for stem in stems]
-            written = set(map(os.path.realpath, (*paths, *map(grid_path, paths))))
+            written = same_files(paths, map(grid_path, paths))
             if written & read:
                 raise ValueError(f"--output {output}: an answer would overwrite a picture that is read")
             if not written & taken:
@@ -46,6 +49,11 @@ def plan_answers(
         taken |= written
         targets.append(paths)
     return inputs, targets
+
+
+def same_files(*paths: Iterable[Path]) -> set[str]:
+    """Equal names for equal files, also where capitals do not count, as on macOS."""
+    return {os.path.realpath(path).casefold() for path in chain(*paths)}
 
 
 def find_pictures(sources: list[Path]) -> tuple[list[Path], list[Path]]:

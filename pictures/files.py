@@ -82,5 +82,5 @@ def path_inside(folder: Path, name: object) -> str:
     name.encode()  # raises ValueError where it was no UTF-8
     path = os.path.realpath(os.path.join(folder, name.replace("\\", "/")))
     if not path.startswith(os.path.join(folder, "")):
-        raise ValueError(f"{name[:80]!r} is not a relative path inside the folder")
+        raise ValueError(f"{name[:80]!r} is not a relative path inside the folder, free of links out of it")
     return path

@@ -46,7 +46,7 @@ def read_pairs(
     """The edit pairs of one split of a dataset, of the first of these layouts that `source` has:
 
     - a folder `source/<split>` with `metadata.jsonl` or `metadata.csv`, or subfolders (shards) with one each;
-    - a folder `source` with such a file, which is itself a split, whatever `split` says;
+    - a folder `source` with such a file, which is itself the split "train";
     - a table: a folder of Parquet or Arrow files or of `Dataset.save_to_disk`, or a hub id `owner/name`.
 
     A row of metadata has `input_file_name` and `output_file_name`, relative to its file, and `instruction`;
@@ -60,7 +60,9 @@ def read_pairs(
         raise DatasetError(f"{source}: no such folder; give a dataset's folder or its hub id, owner/name")
     try:
         folder = Path(path_inside(root.resolve(), split))
-        files = _metadata(folder) or _metadata(folder, "*/") or _metadata(root.resolve())
+        files = _metadata(folder) or _metadata(folder, "*/")
+        if not files and (files := _metadata(root.resolve())) and split != "train":
+            raise ValueError("not there; the folder is itself one split, train")
         if files:
             pairs = [pair for file in files for pair in _read_metadata(file, columns or _FOLDER_COLUMNS)]
         else:
@@ -152,7 +154,7 @@ def _load_table(source: str | Path, split: str) -> Any:
     try:
         if any((root / name).is_file() for name in ("dataset_dict.json", "state.json")):
             table = datasets.load_from_disk(str(root))
-            return table[split] if isinstance(table, datasets.DatasetDict) else table
+            return table[split] if isinstance(table, datasets.DatasetDict) else {"train": table}[split]
         return datasets.load_dataset(str(source), split=split)
     except Exception as error:  # of the hub's client, of pyarrow and of datasets
         raise ValueError(f"cannot load it ({_first_line(error)})") from None

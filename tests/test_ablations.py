@@ -149,3 +149,14 @@ def test_the_sign_beside_the_papers(spread, paper, sign):
     full = {0: {"fid": 1.0, "fid_draws": [1.0, 1.0, 1.0]}}
     rows = {0: {"fid": 2.0, "fid_draws": [2.0 - spread, 2.0, 2.0 + spread]}}
     assert ablations.difference(rows, full, "fid", 1, paper)[1] == sign
+
+
+def test_seeds_that_disagree_make_no_difference():
+    apart = {0: 3.0, 1: 3.0, 2: -4.5}
+    full = {seed: {"fid": 5.0, "fid_draws": [5.0] * 500} for seed in apart}
+    rows = {seed: {"fid": 5 + x, "fid_draws": [5 + x] * 500} for seed, x in apart.items()}
+    text, sign = ablations.difference(rows, full, "fid", 1, 2.5)
+    assert sign == "no difference" and text.startswith("+0.5 ± ") and text.endswith("(2 of 3)")
+    one = {1: rows[1]}
+    assert ablations.difference(one, full, "fid", 1, 2.5)[0].endswith("(1 of 1)")
+    assert ablations.difference(one, full, "fid", 1, 2.5, untrained=True)[0].endswith("(3 of 3)")

@@ -178,6 +178,7 @@ INPUT, OUTPUT = ("--input", "x.png"), ("--output", "out")
         ((*PAIR, *INPUT, "--output", "taken"), "cannot be written, a folder is there"),
         ((*PAIR, *INPUT, "--output", "notes/a.png"), "notes is a file; give a folder's name"),
         ((*PAIR, *INPUT, "--output", "x.png"), "overwrite a picture that is read"),
+        ((*PAIR, *INPUT, "--output", "X.png"), "overwrite a picture that is read"),  # on macOS the same file
         (("--instruction", "a \udcff hat", *INPUT, *OUTPUT), "codec can't encode"),
         ((*PAIR, *INPUT, "--output", "."), "overwrite a picture that is read"),
         pytest.param(

@@ -13,7 +13,7 @@ def test_the_average_is_the_first_weights_and_then_follows():
     for n in range(20):
         with torch.no_grad():
             model.weight.fill_(float(n % 3))
-        ema.update(model)
+        ema.update_parameters(model)
         decay = min(0.5, (1 + n) / (10 + n))
         wanted = float(n % 3) if n == 0 else decay * wanted + (1 - decay) * (n % 3)
         torch.testing.assert_close(ema.module.weight, torch.full((1, 2), wanted))
@@ -24,12 +24,12 @@ def test_it_goes_on_from_its_state():
     model = nn.Linear(2, 1)
     one, two = EMA(model, 0.9), EMA(nn.Linear(2, 1), 0.9)
     for _ in range(3):
-        one.update(model)
+        one.update_parameters(model)
     two.load_state_dict(one.state_dict())
     other = nn.Linear(2, 1)
-    one.update(other)
-    two.update(other)
-    assert int(two.updates) == 4 and torch.equal(one.module.weight, two.module.weight)
+    one.update_parameters(other)
+    two.update_parameters(other)
+    assert int(two.n_averaged) == 4 and torch.equal(one.module.weight, two.module.weight)
 
 
 def test_buffers_are_the_models():
@@ -37,5 +37,5 @@ def test_buffers_are_the_models():
     ema = EMA(model, 0.9)
     for _ in range(2):
         model(torch.randn(8, 2) + 5)
-        ema.update(model)
+        ema.update_parameters(model)
     assert torch.equal(ema.module.running_mean, model.running_mean) and model.running_mean.min() > 0.1

@@ -18,7 +18,7 @@ from pictures import load_image
 from pictures.pairs import read_pairs
 from toy import world
 
-COUNT = 70  # more than the toy CLIP's 64 features
+COUNT = 104  # enough for 64 features and their bootstrap
 
 
 def cloud(count, dim, seed=0):
@@ -138,7 +138,7 @@ def parquet(folder):
 
 @pytest.mark.parametrize("as_table", [False, True])
 def test_answers_are_measured_from_anywhere_whatever_layout_they_came_from(tmp_path, monkeypatch, as_table):
-    world.write_dataset(tmp_path / "toy", seed=2, sizes={"seen": (12, 6)})
+    world.write_dataset(tmp_path / "toy", seed=2, sizes={"seen": (12, 9)})
     monkeypatch.chdir(tmp_path)
     editor = FakeEditor("toy")  # answers with the truth
     ours = evaluate.METHODS["instructgie"]._replace(load=lambda *_, **__: editor)
@@ -153,7 +153,7 @@ def test_answers_are_measured_from_anywhere_whatever_layout_they_came_from(tmp_p
     monkeypatch.chdir("/")
     metrics.main([str(elsewhere / "out/seen/both"), "--json", str(tmp_path / "metrics.json")])
     (result,) = json.loads((tmp_path / "metrics.json").read_text())["results"]
-    assert result["n"] == 72 and result["fid"] == pytest.approx(0, abs=1e-6)
+    assert result["n"] == 108 and result["fid"] == pytest.approx(0, abs=1e-6)
     assert result["directional_similarity"] == result["true_directional_similarity"] > 0
     for line in (elsewhere / "out/seen/both/answers.jsonl").read_text().splitlines():
         row = json.loads(line)

@@ -175,6 +175,9 @@ def test_a_damaged_checkpoint_is_named_and_removed_the_one_before_it_is_taken(tm
         layer.weight.data.fill_(step)
         save_checkpoint(tmp_path, step, {"layer": layer}, optimizer, keep=2)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-0000002", "checkpoint-0000003"]
+    shutil.copytree(tmp_path / "checkpoint-0000002", tmp_path / "checkpoint-best")  # a user's own
+    save_checkpoint(tmp_path, 3, {"layer": layer}, optimizer, keep=2)
+    assert (tmp_path / "checkpoint-best").exists()
     damage(tmp_path / "checkpoint-0000003" / name)
     with pytest.raises(ValueError, match=r"checkpoint-0000003: damaged \(.*\); remove it"):
         load_checkpoint(tmp_path, {"layer": layer}, optimizer)
@@ -191,6 +194,10 @@ def test_changed_settings_are_said(run, tmp_path, capsys):
         "--steps was 1 when this run began, and is 2",
         "--lr was 1e-05 when this run began, and is 0.5",
     ]
+    settings = tmp_path / "run" / "settings.json"
+    settings.write_text(settings.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    run(*QUICK, "--steps", "2", "--resume")
+    assert "--device was cuda when this run began, and is cpu" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
         run(*QUICK, "--steps", "2", "--no-rcldm", "--resume")
     shown = capsys.readouterr()
@@ -256,7 +263,7 @@ def test_on_a_full_disk_it_ends_in_a_line_and_the_last_checkpoint_stays(run, par
 
 def test_a_damaged_cache_is_a_line(run, tmp_path, capsys):
     run(*QUICK, "--steps", "1", "--cache", str(tmp_path / "cache"))
-    for path in (tmp_path / "cache").glob("precomputed-*"):
+    for path in (tmp_path / "cache").glob("precomputed-*/*"):
         path.write_bytes(b"")
     with pytest.raises(SystemExit) as stopped:
         run(*QUICK, "--steps", "1", "--cache", str(tmp_path / "cache"), output=tmp_path / "other")
@@ -499,6 +506,34 @@ def test_the_cache_knows_every_picture_row_and_weight(parts, tmp_path, monkeypat
     assert (again != names) == (change in (mend, exchange_rows)) and len(again) == 24
     columns = [(one, other) for one, other in zip(after, fresh) if one is not None]
     assert len(columns) == 4 and all(torch.equal(one, other) for one, other in columns)
+
+
+def test_precomputing_goes_on_where_it_was_killed(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "PAIRS_IN_A_FILE", 10)
+    data = save_data(tmp_path / "data", pairs=12)
+    empty(data / "train" / "13_after.png")
+    frozen = Frozen(backbone.load_stable_diffusion(parts / "sd").vae, None, None)
+    starts, read_all = [], cache_module.read_all
+
+    def read(data, args, broken, start):
+        starts.append(start)
+        if len(starts) == 2:
+            raise KeyboardInterrupt
+        return read_all(data, args, broken, start)
+
+    def precomputed(cache):
+        args = SimpleNamespace(data="data", cache=tmp_path / cache, workers=0)
+        return precompute(VisualPromptDataset(read_pairs(data), P), frozen, args, torch.device("cpu"))
+
+    monkeypatch.setattr(cache_module, "read_all", read)
+    with pytest.raises(KeyboardInterrupt):
+        precomputed("cache")
+    kept, found = precomputed("cache")
+    assert starts == [0, 10, 10, 20] and len(kept) == 23
+    monkeypatch.setattr(cache_module, "PAIRS_IN_A_FILE", 100)
+    whole, at_once = precomputed("another")
+    assert kept.pairs == whole.pairs
+    assert all(one is other is None or torch.equal(one, other) for one, other in zip(found, at_once))
 
 
 # --- Two at once, and nothing there -------------------------------------------------------------------------

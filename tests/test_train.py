@@ -53,7 +53,7 @@ def test_a_run_makes_an_editor_with_pictures_and_checkpoints(run, tmp_path, caps
 @pytest.mark.filterwarnings("ignore:instruction")
 def test_a_folder_without_splits_is_validated_on_what_it_learnt_and_says_so(parts, run, tmp_path, capsys):
     run("--steps", "1", data=parts / "data" / "train")
-    assert "validation is on training pairs: the split `seen` has the same" in capsys.readouterr().out
+    assert "validation is on training pairs: " in capsys.readouterr().out
     card = (tmp_path / "run" / "editor" / "README.md").read_text()
     assert re.search(r"^\| error on training pairs \| [\d.]+ \|$", card, re.M)
 
@@ -205,8 +205,14 @@ def test_gradient_checkpointing_changes_nothing_that_is_learnt(run, tmp_path, mo
         torch.testing.assert_close(same[key], plain[key], rtol=1e-4, atol=1e-6)
 
 
-def test_bf16_learns_what_float32_does_and_on_a_cpu_without_the_fused_attention(run, tmp_path):
-    found = []
+def test_bf16_learns_what_float32_does_and_on_a_cpu_without_the_fused_attention(run, tmp_path, monkeypatch):
+    found, caches, encode = [], set(), train.RCLDM.encode_condition
+
+    def encode_and_note(*inputs):
+        caches.add((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+        return encode(*inputs)
+
+    monkeypatch.setattr(train.RCLDM, "encode_condition", encode_and_note)
     quick = ("--no-liu", "--steps", "1")
     for precision, fused in (("bf16", False), ("no", True)):
         AcceleratorState._reset_state()  # of one precision for the whole process
@@ -215,6 +221,7 @@ def test_bf16_learns_what_float32_does_and_on_a_cpu_without_the_fused_attention(
         state = load_file(tmp_path / precision / "checkpoint-0000001" / "state.safetensors")
         means = [state[key].flatten() for key in sorted(state) if key.endswith(("/mean", "/momentum"))]
         found.append(torch.cat(means))
+    assert (True, False) in caches and (True, True) not in caches  # a CUDA graph would record a cache
     short, exact = found
     assert 0 < (short - exact).norm() < 0.1 * exact.norm()
 

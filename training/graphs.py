@@ -46,7 +46,7 @@ def recorded(
 ) -> Callable[..., Tensor]:
     """`predict`, to be recorded and replayed where the device and the settings of the run allow it.
 
-    A record's gradients stand where the next one's will. So they cannot be summed over batches or processes.
+    Each replay writes its gradients into the same buffers: they cannot be summed over batches or processes.
     """
     alone = processes == 1 and args.accumulate == 1 and not args.gradient_checkpointing
     return Recorded(predict, model).replay if alone and device.type == "cuda" else predict

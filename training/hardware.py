@@ -26,9 +26,9 @@ shared_threads = 0  # of all processes together, in one of several
 def on_every_core(work: Callable, args: argparse.Namespace, *more: Any) -> None:
     """work(args, *more), on a CPU in several processes, each with its part of `args.batch`.
 
-    [ours] Small layers leave threads little to share, and whole processes much. Calls work at once where a
-    launcher has started several. Otherwise this process only waits: it passes signals on, and raises the
-    error of the first that fails.
+    [ours] Small layers leave threads little to share, and whole processes much. Calls `work` directly
+    where a launcher has started several. Otherwise this process only waits: it passes signals on, and raises
+    the error of the first that fails.
     """
     threads = torch.get_num_threads()
     count = max(min(threads, args.batch // SHARE), 1)

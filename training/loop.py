@@ -61,9 +61,9 @@ def fit(
         if monitor.is_sound(nn.utils.clip_grad_norm_(parameters, 1.0)):
             optimizer.step()
             if ema:
-                ema.update(module)
+                ema.update_parameters(module)
         optimizer.zero_grad()
-        monitor.check()
+        monitor.check(f"start again with a lower learning rate; it goes on from {folder}")
         if (step + 1) % 20 == 0 or step + 1 == steps:
             progress.set_postfix(monitor.text(), refresh=False)
             monitor.write(log, step + 1)

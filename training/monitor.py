@@ -45,13 +45,12 @@ class LossMonitor:
         return True
 
     @property
-    def is_over(self) -> bool:
+    def gave_up(self) -> bool:
         return self.in_a_row >= self.LIMIT
 
-    def check(self) -> None:
-        """Raises ValueError where too many steps in a row were not sound."""
-        if self.is_over:
-            way = "try --resume with a lower --lr or with --precision no"
+    def check(self, way: str) -> None:
+        """Raises ValueError where too many steps in a row were not sound. way: what to do then."""
+        if self.gave_up:
             raise ValueError(f"{self.in_a_row} steps in a row were no numbers or exploded; {way}")
 
     def write(self, log: SummaryWriter, step: int) -> None:

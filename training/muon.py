@@ -3,7 +3,7 @@
 Adam scales each number of a gradient alone; Muon (Jordan et al., 2024) takes a matrix as a whole: it keeps
 the gradient's singular vectors and sets all its singular values to one, so that rare directions of a matrix
 learn as fast as common ones. `torch.optim.Muon` does so in bfloat16, for two axes alone; here a convolution's
-kernel is a matrix too, of output channels by all else, and the work is float32, equal on every processor.
+kernel is a matrix too, of output channels by all else, and the work is float32 (TF32 on a GPU).
 """
 
 from collections import defaultdict

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import backbone
@@ -125,6 +126,7 @@ class Pairs(Dataset):
 
 
 IN_MEMORY = 4 << 30  # bytes of pictures that are kept, on the device; more are decoded at every step
+PAIRS_IN_A_FILE = 16384  # of the cache: a run that is killed keeps the files that it has finished
 
 
 @on_all_threads()
@@ -132,16 +134,19 @@ def precompute(
     data: VisualPromptDataset, frozen: Frozen, args: argparse.Namespace, device: torch.device
 ) -> tuple[VisualPromptDataset, Precomputed]:
     """The dataset without the pairs that cannot be read, and what is precomputed of all others, from the
-    cache on disk where an earlier run has left it. Where a picture, a row or a frozen part has changed since,
-    it is computed anew. Raises DatasetError where the unreadable pairs are more than one in twenty."""
+    cache on disk as far as an earlier run has filled it. Where a picture, a row or a frozen part has changed
+    since, it is computed anew. Raises DatasetError where the unreadable pairs are more than one in twenty."""
     side = data.size
     key = [fingerprint_pictures(data), side, frozen.key(), Precomputed._fields]
-    path = args.cache / f"precomputed-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
+    folder = args.cache / f"precomputed-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
     in_memory = len(data) * 2 * 3 * side**2 <= IN_MEMORY
-    if not path.exists():
+    paths = {start: folder / f"{start:08d}.safetensors" for start in range(0, len(data), PAIRS_IN_A_FILE)}
+    for start, path in paths.items():
+        if path.exists():
+            continue
         columns: dict[str, list[Tensor]] = {name: [] for name in Precomputed._fields}
         broken: dict[int, str] = {}
-        for batch in read_all(data, args, broken):
+        for batch in read_all(data, args, broken, start):
             precomputed = frozen.encode(batch["panels"].to(device))
             if in_memory:
                 precomputed = precomputed._replace(pictures=to_bytes(batch["panels"]))
@@ -150,14 +155,18 @@ def precompute(
                     column = column.half() if column.is_floating_point() else column
                     columns[name].append(check_finite(column, f"{args.data}: the {name}").cpu())
         tensors = {name: torch.cat(column) for name, column in columns.items() if column}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, lambda file: save_file(tensors, file, {"broken": json.dumps(broken)}))
-    try:
-        with safe_open(path, "pt") as file:
-            broken = {int(k): reason for k, reason in json.loads(file.metadata()["broken"]).items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    except SafetensorError:
-        raise ValueError(f"{path}: damaged; remove it, and it is computed anew") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, partial(save_file, tensors, metadata={"broken": json.dumps(broken)}))
+    broken, columns = {}, {}
+    for path in paths.values():
+        try:
+            with safe_open(path, "pt") as file:
+                broken |= {int(k): reason for k, reason in json.loads(file.metadata()["broken"]).items()}
+                for name in file.keys():  # noqa: SIM118 (no dict)
+                    columns.setdefault(name, []).append(file.get_tensor(name))
+        except SafetensorError:
+            raise ValueError(f"{path}: damaged; remove it, and it is computed anew") from None
+    tensors = {name: torch.cat(column) for name, column in columns.items()}
     if broken:
         data, rows = without(data, broken)
         tensors = {name: column[rows] for name, column in tensors.items()}
@@ -167,12 +176,15 @@ def precompute(
 
 
 def read_all(
-    data: VisualPromptDataset, args: argparse.Namespace, broken: dict[int, str]
+    data: VisualPromptDataset, args: argparse.Namespace, broken: dict[int, str], start: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """Every pair once, in batches; what cannot be read is noted in `broken`, by the pair's index."""
-    seen, batch_size = 0, max(1, 2**20 // data.size**2)
-    loader = DataLoader(Pairs(data), batch_size, num_workers=args.workers, worker_init_fn=begin_worker)
-    for batch in tqdm(loader, desc="precompute", mininterval=2, unit="batch"):
+    """The pairs of a file in the cache, from `start` on, in batches; those that cannot be read are noted in
+    `broken`, by their index."""
+    seen, batch_size = start, max(1, 2**20 // data.size**2)
+    pairs = Subset(Pairs(data), range(start, min(start + PAIRS_IN_A_FILE, len(data))))
+    loader = DataLoader(pairs, batch_size, num_workers=args.workers, worker_init_fn=begin_worker)
+    part = f"precompute, from pair {start} of {len(data)}"
+    for batch in tqdm(loader, desc=part, mininterval=2, unit="batch"):
         broken |= {seen + k: reason for k, reason in enumerate(batch["broken"]) if reason}
         seen += len(batch["broken"])
         yield batch
@@ -187,7 +199,7 @@ def without(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[VisualPr
     for reason in broken.values():
         print(f"left out: {reason}", flush=True)
     said = f"{len(broken)} of {len(data)} pairs cannot be used"
-    if len(broken) > 0.05 * len(data):
+    if len(broken) > max(1, 0.05 * len(data)):
         raise DatasetError(f"{said}, more than one in twenty; the first: {next(iter(broken.values()))}")
     print(said, flush=True)
     row = {id(pair): k for k, pair in enumerate(data.pairs)}

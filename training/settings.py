@@ -3,8 +3,11 @@
 import argparse
 import math
 
+import torch
+
 import backbone
 from disk import other_settings
+from training.checkpoint import CHECKPOINTS
 
 PARTS = ("stable_diffusion", "clip", "segmenter", "llm")
 
@@ -32,7 +35,7 @@ def fill_in(args: argparse.Namespace) -> backbone.Preset:
         raise ValueError(f"--backbone {args.backbone} has no dataset of its own; give one with --data")
     for part in PARTS:
         setattr(args, part, backbone.lasting_name(getattr(args, part)))
-    there = any(args.output.glob("checkpoint-*"))
+    there = any(args.output.glob(CHECKPOINTS))
     if there and not args.resume:
         raise ValueError(f"--output {args.output} holds a run already; add --resume or choose another folder")
     if args.resume and not (there or (args.output / "lock").exists()):
@@ -43,12 +46,13 @@ def fill_in(args: argparse.Namespace) -> backbone.Preset:
     return preset
 
 
-def note_settings(args: argparse.Namespace, processes: int) -> None:
+def note_settings(args: argparse.Namespace, processes: int, device: torch.device) -> None:
     """Keeps the settings beside the run; says which of those that matter are others than when it began."""
     needed = ("stable_diffusion", *(() if args.no_liu else ("llm",)))
     args.fingerprints = {part: backbone.fingerprint(getattr(args, part), part) for part in needed}
     matter = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
     path = args.output / "settings.json"
-    changed = other_settings(path, matter | {"processes": processes}, anew=not args.resume)
+    matter |= {"processes": processes, "device": device.type}  # "auto" is another on another machine
+    changed = other_settings(path, matter, anew=not args.resume)
     for name, (there, now) in changed.items():
         print(f"--{name.replace('_', '-')} was {there} when this run began, and is {now}", flush=True)
