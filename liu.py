@@ -41,8 +41,8 @@ EXAMPLES = (
     ("let's move this whole scene to a beach", "change the background to a beach"),
     ("it's way too colourful for me, black and white would do", "make it black and white"),
     ("The house looks tiny, can it be larger?", "make the house bigger"),
-    ("get rid of the clouds and have the sky purple", "remove the clouds and make the sky purple"),
     ("Das Auto im Hintergrund stört", "remove the car in the background"),
+    ("get rid of the clouds and have the sky purple", "remove the clouds and make the sky purple"),
 )
 
 

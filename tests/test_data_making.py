@@ -542,7 +542,7 @@ def test_two_wordings_of_one_edit_are_no_duplicates(tmp_path, program):
         for name in ("in", "out"):
             colour = (100 * k, 50, 50 if name == "in" else 150)
             Image.new("RGB", (8, 8), colour).save(folder / f"{k}_{name}.png")
-        rows += [f"{k}_in.png,{k}_out.png,{words}" for words in ("make it blue", "more blue, please")]
+        rows += [f"{k}_in.png,{k}_out.png,{words}" for words in ("make it blue", "more blue please")]
     (folder / "metadata.csv").write_text("\n".join(rows))
     code, printed = program(check, folder)
     assert code == 0 and "duplicate pairs: 0" in printed and "good pairs of each            2 to 2" in printed

@@ -179,6 +179,7 @@ def test_a_checkpoint_is_not_written_and_the_one_before_it_stays(tmp_path, value
 
 def test_an_editor_is_not_written_and_the_older_one_stays(folders, pipe, tmp_path):
     args = SimpleNamespace(output=tmp_path, data="d", stable_diffusion="sd", llm=None, panel=P, batch=2)
+    args.accumulate = 1
     for name in ("rcldm", "esm", "liu", "sam"):
         setattr(args, f"no_{name}", True)
     train.save_editor(pipe.rcldm, args, 1, {})

@@ -407,7 +407,7 @@ def test_an_error_of_ours_is_not_taken_for_too_little_memory():
         (evaluate, "editor --data folder --guidance-text nan", "--guidance-text must be a finite number"),
         (evaluate, "editor --data folder --device cpu:x", "--device cpu:x: no such device"),
         (check, "folder --split ../seen", "split '../seen'"),
-        (check, "folder --sheet folder/train/metadata.jsonl", "unknown file extension"),
+        (check, "folder --sheet folder/train/metadata.jsonl", "give a picture's name"),
         (
             making,
             "--out run --min-caption nan --device cpu",

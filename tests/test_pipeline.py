@@ -639,12 +639,17 @@ def test_a_broken_folder_is_one_error(pipe, tmp_path):
 
 
 def test_the_card_tells_licence_and_numbers():
-    settings = {"stable_diffusion": backbone.preset("sd15").stable_diffusion, "panel": 256, "batch": 32}
+    settings = {
+        "stable_diffusion": backbone.preset("sd15").stable_diffusion,
+        "panel": 256,
+        "batch": 32,
+        "accumulate": 2,
+    }
     settings |= {"trained_steps": 9, "data": "d", **dict.fromkeys(("no_rcldm", "no_esm", "no_liu", "no_sam"))}
     settings["no_esm"] = True
     card = model_card(settings, {"dm": 0.12345})
     assert "license: creativeml-openrail-m" in card and "base_model: stable-diffusion-v1-5/" in card
-    assert "without ESM" in card and "| dm | 0.1235 |" in card
+    assert "a process took 64 grids" in card and "without ESM" in card and "| dm | 0.1235 |" in card
     assert "long side of an answer has 256 pixels" in card
     toy = model_card(settings | {"stable_diffusion": backbone.preset("toy").stable_diffusion}, {})
     assert "license: mit" in toy and "base_model" not in toy
