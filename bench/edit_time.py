@@ -21,7 +21,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 import backbone
 from apps.pipeline import InstructGIEPipeline
 from bench.random_parts import preset
-from bench.rows import apart, peak_bytes, print_head, print_row
+from bench.rows import in_own_process, peak_bytes, print_head, print_row
 from dataset import compose_grid, mask_query
 from rcldm import RCLDM
 
@@ -83,7 +83,7 @@ def main() -> None:
         print_head(how, "edits by", "ms for each", "× the pipeline's", "peak GiB")
         first = None
         for name in EDITORS:
-            row = apart(measure, name, args)
+            row = in_own_process(measure, name, args)
             first = first or row["seconds"]
             numbers = f"{1e3 * row['seconds'] / args.batch:.0f}", f"{row['seconds'] / first:.2f}"
             print_row(name, *numbers, f"{row['bytes'] / 2**30:.2f}")

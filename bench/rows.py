@@ -20,7 +20,7 @@ def print_head(how: str, *names: str) -> None:
     print_row("---", *["---:"] * (len(names) - 1))
 
 
-def apart(measure: Callable[..., dict], *inputs: Any, limit: float | None = None) -> dict[str, Any]:
+def in_own_process(measure: Callable[..., dict], *inputs: Any, limit: float | None = None) -> dict[str, Any]:
     """`measure(*inputs)` in a process of its own. Raises TimeoutError after `limit` seconds."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import backbone
-from bench.rows import apart, peak_bytes, print_head, print_row, resident
+from bench.rows import in_own_process, peak_bytes, print_head, print_row, resident
 from rcldm import selective_scan
 from scan_kernels import BACKENDS, KERNELS, kernel_error
 
@@ -67,7 +67,7 @@ def main() -> None:
     for size in args.sizes:
         first = None
         for name in names:
-            row = apart(measure, name, tuple(map(int, size.split(","))), device, args.repeat)
+            row = in_own_process(measure, name, tuple(map(int, size.split(","))), device, args.repeat)
             first = first or row
             times = f"{1e3 * row['seconds']:.1f}", f"{row['seconds'] / first['seconds']:.1f}"
             sizes = f"{row['bytes'] / 2**20:.0f}", f"{row['bytes'] / max(1, first['bytes']):.1f}"

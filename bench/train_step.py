@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop
 import backbone
 import train
 from bench.random_parts import preset
-from bench.rows import apart, peak_bytes, print_head, print_row
+from bench.rows import in_own_process, peak_bytes, print_head, print_row
 from rcldm import RCLDM
 from training.muon import Muon, parameter_groups
 from training.precompute import Precomputed
@@ -141,7 +141,7 @@ def main() -> None:
         for way, name in itertools.product(args.ways, args.only):
             label = name if way == "eager" else f"{name}, {way}"
             try:
-                row = apart(measure, name, way, args, limit=args.limit)
+                row = in_own_process(measure, name, way, args, limit=args.limit)
             except TimeoutError:
                 print_row(label, f"not within {args.limit:g} s")
                 continue

@@ -47,7 +47,7 @@ def convert(source: Path, output: Path) -> dict[str, int]:
                     told |= {f"{key}_caption": prompt[key] for key in ("input", "output") if key in prompt}
                     for seed in seeds:
                         names = [f"{folder}/{seed}_{k}.jpg" for k in (0, 1)]
-                        if place(source, new / split, names):
+                        if link_or_copy(source, new / split, names):
                             rows.append({"input_file_name": names[0], "output_file_name": names[1]} | told)
                 if rows:
                     (new / split / "metadata.jsonl").write_text(as_lines(rows), "utf-8")
@@ -60,7 +60,7 @@ def convert(source: Path, output: Path) -> dict[str, int]:
     return counts
 
 
-def place(source: Path, folder: Path, names: list[str]) -> bool:
+def link_or_copy(source: Path, folder: Path, names: list[str]) -> bool:
     """Links or copies files of these names from one folder to another; False where one is missing."""
     files = [path_inside(source, name) for name in names]
     if missing := [file for file in files if not os.path.isfile(file)]:

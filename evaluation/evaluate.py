@@ -100,7 +100,7 @@ def draw_queries(
 # --- The folder of answers ----------------------------------------------------------------------------------
 
 
-def place(picture: str | TableImage, folder: Path) -> str:
+def saved_picture(picture: str | TableImage, folder: Path) -> str:
     """What `answers.jsonl` calls a picture: its full path. Of a table's picture it is the path of a lossless
     copy, seen from the folder of answers."""
     if not isinstance(picture, TableImage):
@@ -115,12 +115,12 @@ def describe(data: VisualPromptDataset, query: Query, folder: Path) -> dict[str,
     pair, example = data.pairs[query.index], data.pairs[query.example]
     record = {
         **pair.extra,
-        "input": place(pair.input, folder),
-        "output": place(pair.output, folder),
+        "input": saved_picture(pair.input, folder),
+        "output": saved_picture(pair.output, folder),
         "input_caption": pair.input_caption,
         "output_caption": pair.output_caption,
-        "example_input": place(example.input, folder),
-        "example_output": place(example.output, folder),
+        "example_input": saved_picture(example.input, folder),
+        "example_output": saved_picture(example.output, folder),
         "example": example.extra,
         "instruction": pair.instruction,
         "seed": query.seed,

@@ -24,7 +24,7 @@ import dataset as ds
 import pictures
 from evaluation import evaluate
 from pictures import pairs as reading
-from training.precompute import read_all, without
+from training.precompute import drop_broken, read_all
 
 torch.set_num_threads(1)
 
@@ -762,7 +762,7 @@ def test_a_pair_of_two_frames_is_named_and_left_out_of_training(tmp_path, capsys
     picture((24, 16), 1).save(folder / "images/7_out.png", exif=exif)
     data, broken = ds.VisualPromptDataset(reading.read_pairs(tmp_path), 8), {}
     assert sum(len(batch["panels"]) for batch in read_all(data, SimpleNamespace(workers=0), broken)) == 24
-    kept, _ = without(data, broken)
+    kept, _ = drop_broken(data, broken)
     printed = capsys.readouterr().out
     assert (
         f"left out: {data.pairs[7].output}: 16 × 24 pixels, where the picture before has 24 × 16" in printed

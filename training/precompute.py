@@ -168,7 +168,7 @@ def precompute(
             raise ValueError(f"{path}: damaged; remove it, and it is computed anew") from None
     tensors = {name: torch.cat(column) for name, column in columns.items()}
     if broken:
-        data, rows = without(data, broken)
+        data, rows = drop_broken(data, broken)
         tensors = {name: column[rows] for name, column in tensors.items()}
     if in_memory:
         tensors = {name: column.to(device) for name, column in tensors.items()}
@@ -190,7 +190,7 @@ def read_all(
         yield batch
 
 
-def without(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[VisualPromptDataset, Tensor]:
+def drop_broken(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[VisualPromptDataset, Tensor]:
     """The dataset without some of its pairs, and which of them stay.
 
     Each is named. Raises DatasetError where they are more than one in twenty. [ours] A picture in a thousand
