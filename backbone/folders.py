@@ -70,7 +70,8 @@ def fingerprint(source: str | Path, part: str) -> str:
 
 def fingerprint_of(model: Any) -> str:
     """Of all the files that `backbone` has loaded a model from: weights, configs, and a tokenizer's."""
-    return _digest(model.source, {file for kind in _FILES for file in model.source.glob(kind)})
+    files = {file for kind in _FILES for file in model.source.glob(kind) if file.match(model.files)}
+    return _digest(model.source, files)
 
 
 def _digest(folder: Path, files: Iterable[Path]) -> str:

@@ -52,7 +52,8 @@ def load_clip(source: str, device: torch.device | str = "cpu") -> nn.Module:
     with clear_errors(source, "an open_clip folder", folder):
         if not (folder / "open_clip_model.safetensors").is_file():
             raise FileNotFoundError("open_clip_model.safetensors is missing")
-        return freeze(open_clip.create_model(f"local-dir:{folder}"), device, folder)
+        # A hub's snapshot has the tokenizer too, once that is asked for; it does not change the model.
+        return freeze(open_clip.create_model(f"local-dir:{folder}"), device, folder, "open_clip*")
 
 
 def load_clip_tokenizer(source: str) -> Any:
@@ -109,8 +110,8 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"its weights lack {missing[0]}")
 
 
-def freeze(model: nn.Module, device: torch.device | str, source: Path) -> nn.Module:
-    """source: the folder of its files, by which the caches know it."""
+def freeze(model: nn.Module, device: torch.device | str, source: Path, files: str = "*") -> nn.Module:
+    """source, files: its folder and its files there, by which the caches know it."""
     check_model(model)
-    model.source = source
+    model.source, model.files = source, files
     return model.to(device).eval().requires_grad_(False)

@@ -40,7 +40,7 @@ class Scripted(InstructionUnifier):
     def __init__(self, replies: dict[str, str], cache=None, seed: int = 0, batch_size: int = 16):
         parts = tiny_llama(seed), byte_tokenizer(LAST_TURN)
         if cache:  # as `backbone.load_llm` leaves the model, whose files the cache knows it by
-            parts[0].source = cache.parent / f"model-{seed}"
+            parts[0].source, parts[0].files = cache.parent / f"model-{seed}", "*"
             parts[0].source.mkdir(exist_ok=True)
             (parts[0].source / "config.json").write_text(f'{{"seed": {seed}}}')
         super().__init__(*parts, cache=cache and ReplyCache(cache, *parts), batch_size=batch_size)
