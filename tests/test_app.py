@@ -506,8 +506,10 @@ def test_in_a_browser(page, pipe):
     assert grid.evaluate("grid => [grid.naturalWidth, grid.naturalHeight]") == [384, 444]
 
     page.get_by_role("button", name="Under the hood").click()
-    told = page.locator("li", has=page.locator("strong")).all_inner_texts()
     names = ["Instruction, unified", "Condition", "Areas", "Shifts", "Steps"]
+    rows = page.locator("li", has=page.locator("strong"))
+    expect(rows).to_have_count(len(names))
+    told = rows.all_inner_texts()
     assert [line.split(" (")[0] for line in told] == names and all(line.endswith(".") for line in told)
     condition, *areas, shifts = under_the_hood(page)
     before, after = (np.asarray(load_image(path)) for path in (BEFORE, AFTER))
