@@ -6,9 +6,8 @@ so different phrasings of one command become one condition:
 
     l' = U(l)          U("Maybe night view looks better") = U("turn day to night, please") = "make it night"
 
-[ours] The second wording and the form of l' are examples of ours.
-
-This file defines the standard form and its prompt, then the unifier, then the test of a reply.
+[ours] The second wording and this form are ours. The file defines the standard form and its prompt, then the
+unifier, then the test of a reply.
 """
 
 import re
@@ -37,7 +36,6 @@ EXAMPLES = (
     ("What if there were some snow on those mountains?", "add snow to the mountains"),
     ("Her expression is too serious, she ought to be smiling!", "make the woman smile"),
     ("would love to see this as if Van Gogh had painted it", "make it look like a van gogh painting"),
-    ("Glasses would suit him", "add glasses to the man"),
     ("let's move this whole scene to a beach", "change the background to a beach"),
     ("it's way too colourful for me, black and white would do", "make it black and white"),
     ("The house looks tiny, can it be larger?", "make the house bigger"),
