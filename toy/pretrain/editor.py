@@ -18,7 +18,9 @@ def train_editor(args: argparse.Namespace) -> None:
         budget = ["--batch", 64, "--steps", 14000, "--lr", 0.01]
     command = [sys.executable, "train.py", "--output", run, "--seed", args.seed, "--device", args.device]
     command += [*budget, *(["--resume"] if run.exists() else [])]
-    subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[2], check=True)
+    ended = subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[2])
+    if ended.returncode:  # train.py has said why
+        raise SystemExit(ended.returncode)
     model = RCLDM.from_pretrained(run / "editor").half()
     model.register_to_config(_name_or_path="")  # no path of this machine
     with atomic_folder(args.out / "editor") as folder:
