@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import backbone
 from disk import atomic_folder
 
-CHECKPOINTS = "checkpoint-" + 7 * "[0-9]"  # a user's copies have other names
+CHECKPOINT_NAMES = "checkpoint-" + 7 * "[0-9]"  # a user's copies have other names
 
 
 def save_checkpoint(
@@ -33,7 +33,7 @@ def save_checkpoint(
     with atomic_folder(folder / f"checkpoint-{step:07d}") as new:
         save_file(tensors, new / "state.safetensors")
         (new / "step.json").write_text(json.dumps({"step": step}))
-    for old in sorted(folder.glob(CHECKPOINTS))[:-keep]:
+    for old in sorted(folder.glob(CHECKPOINT_NAMES))[:-keep]:
         shutil.rmtree(old)
 
 
@@ -42,7 +42,7 @@ def load_checkpoint(folder: Path, modules: dict[str, Any], optimizer: torch.opti
 
     Raises ValueError where it cannot be read, and where what it holds is of other modules.
     """
-    checkpoint = max(folder.glob(CHECKPOINTS), default=None)
+    checkpoint = max(folder.glob(CHECKPOINT_NAMES), default=None)
     if checkpoint is None:
         return 0
     try:

@@ -7,7 +7,7 @@ import torch
 
 import backbone
 from disk import other_settings
-from training.checkpoint import CHECKPOINTS
+from training.checkpoint import CHECKPOINT_NAMES
 
 PARTS = ("stable_diffusion", "clip", "segmenter", "llm")
 
@@ -35,7 +35,7 @@ def fill_in(args: argparse.Namespace) -> backbone.Preset:
         raise ValueError(f"--backbone {args.backbone} has no dataset of its own; give one with --data")
     for part in PARTS:
         setattr(args, part, backbone.lasting_name(getattr(args, part)))
-    there = any(args.output.glob(CHECKPOINTS))
+    there = any(args.output.glob(CHECKPOINT_NAMES))
     if there and not args.resume:
         raise ValueError(f"--output {args.output} holds a run already; add --resume or choose another folder")
     if args.resume and not (there or (args.output / "lock").exists()):
