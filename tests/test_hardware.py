@@ -25,6 +25,7 @@ from training import hardware
 def work(args, folder, fails):
     rank = os.environ.get("RANK", "alone")
     Path(folder, rank).write_text(f"{args.batch} {torch.get_num_threads()} {os.getpid()}")
+    print(rank, "says", flush=True)
     while fails and len(list(Path(folder).iterdir())) < 2:
         time.sleep(0.1)
     if rank == fails:
@@ -43,7 +44,9 @@ def start(folder: Path, batch: int, fails: str = "") -> subprocess.Popen:
     environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
     environment |= {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(backbone.HERE)}
     command = [sys.executable, str(program), str(batch), str(folder), fails]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def told(folder: Path) -> dict[str, list[int]]:
@@ -67,8 +70,8 @@ def lives(process: int) -> bool:
 
 def test_processes_share_a_batch(tmp_path):
     process = start(tmp_path / "told", 64)
-    _, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (0, "")
+    printed, errors = process.communicate(timeout=120)
+    assert (process.returncode, printed, errors) == (0, "0 says\n", "")  # only the first says anything
     shares = {rank: numbers[:2] for rank, numbers in told(tmp_path / "told").items()}
     assert shares == {"0": [32, 1], "1": [32, 1]}
 

@@ -88,7 +88,8 @@ def _join(rank: int, threads: int, work: Callable, args: argparse.Namespace, *mo
     multiprocessing.set_start_method(None, force=True)  # spawning is not for the loader's workers
     os.setpgrp()  # a signal comes once, from the process that waits
     if rank:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     work(args, *more)
 
