@@ -379,7 +379,7 @@ class Validation:
         save_png(tensor_to_image(picture), folder / f"validation-{step:07d}.png")
         error = 127.5 * (answers - panels[:, 3]).abs().mean().item()
         log.add_image("validation", (picture + 1) / 2, step)
-        log.add_scalar("validation error", error, step)
+        log.add_scalar(self.name, error, step)
         log.flush()
         return error
 

@@ -84,8 +84,8 @@ def measure(name: str, way: str, args: argparse.Namespace) -> dict[str, Any]:
         model.enable_gradient_checkpointing()
         sd.unet.enable_gradient_checkpointing()
     if way != "eager":
-        for part in (model, sd.unet):
-            part.compile(mode=WAYS[way])
+        for part in (model, sd.unet):  # a block meets panels of several sizes: one kernel for all fails
+            part.compile(mode=WAYS[way], dynamic=False)
     optimizer = Muon(parameter_groups(model, train.WEIGHT_DECAY), lr=1e-5)
     index = torch.arange(args.batch)
     batch = {"index": index, "example_index": index + args.batch}

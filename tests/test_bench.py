@@ -38,6 +38,13 @@ def test_ours_stands_beside_diffusers(program, names):
 
 
 @pytest.mark.slow
+def test_a_step_is_compiled_whole():
+    ours = "ours without ESM and SAM"
+    options = "--batch", "2", "--repeat", "1", "--only", ours, "--ways", "compiled"
+    assert list(rows("train_step", *options)) == [f"{ours}, compiled"]
+
+
+@pytest.mark.slow
 def test_the_rows_of_a_gpu_are_rehearsed_on_a_cpu():
     """Every section has its table, no row is missing, and none is said to have failed."""
     environment = os.environ | {"PYTHON": sys.executable, "DEVICE": "cpu", "BACKBONE": "toy"}

@@ -52,9 +52,10 @@ def test_the_loop_of_the_parts_is_logged_through_a_stop(tmp_path, capsys):
 def test_a_run_of_two_steps_is_one_row(tmp_path, capsys):
     with SummaryWriter(tmp_path / "tensorboard") as log:
         log.add_scalar("loss/dm", 0.25, 2)
-        log.add_scalar("validation error", 9, 2)
+        log.add_scalar("error on training pairs", 9, 2)
     curve.main([str(tmp_path)])
-    assert capsys.readouterr().out.splitlines()[2:] == ["| 2 | 0.0 | 0.2500 | 9.0 |"]
+    head, _, row = capsys.readouterr().out.splitlines()
+    assert head == "| step | hours | dm | error on training pairs |" and row == "| 2 | 0.0 | 0.2500 | 9.0 |"
 
 
 @pytest.mark.parametrize("logged", [None, "validation error"])

@@ -334,6 +334,7 @@ def test_the_page_of_failures_without_one_shows_no_picture(data, tmp_path, edito
     folder, page = tmp_path / "seen" / "both", tmp_path / "page.md"
     for record in lines(folder):
         shutil.copy(record["output"], folder / record["answer"])
+    page.with_suffix(".png").write_bytes(b"of an older page")
     failures.main([str(folder), "--out", str(page)])
     text = page.read_text()
     assert "4 queries, 100.0 % right." in text and text.endswith(" – |\n")

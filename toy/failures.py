@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         f"Written by `python -m toy.failures {args.folder} --out {args.out}`: {result['n']} queries, "
         f"{100 * result['accuracy']:.1f} % right.\n\n{table(result)}"
     )
+    picture.unlink(missing_ok=True)  # an older page's
     if wrong := first_failures(result):
         save_png(sheet(args.folder, wrong), picture)
         text += (

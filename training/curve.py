@@ -40,19 +40,20 @@ def hours_of(scalar: dict[int, tuple[float, float]]) -> dict[int, float]:
 
 
 def table(folder: Path, rows: int) -> str:
-    """Markdown, `rows` steps of those that have a validation error if any has one, the last among them."""
+    """Markdown, `rows` steps of those whose answers' error was measured, if any was, the last among them."""
     scalars = read_scalars(folder)
     losses = sorted(name for name in scalars if name.startswith("loss/"))
     hours = hours_of(scalars[losses[0]])
-    errors = {step: f"{error:.1f}" for step, (_, error) in scalars.get("validation error", {}).items()}
+    measured = [name for name in scalars if "error" in name]  # of validation pictures, or training pairs
+    errors = {step: f"{error:.1f}" for name in measured for step, (_, error) in scalars[name].items()}
     steps = sorted(hours.keys() & errors.keys() if errors else hours)
     shown = sorted({steps[-1 - k * (len(steps) - 1) // max(1, rows - 1)] for k in range(rows)})
     head = ["step", "hours", *(name.removeprefix("loss/") for name in losses)]
-    head += ["validation error"] if errors else []
+    head += measured
     lines = []
     for step in shown:
         values = (scalars[name][step][1] for name in losses)
-        error = [errors[step]] if errors else []
+        error = [errors[step]] if measured else []
         lines.append([f"{step:,}", f"{hours[step]:.1f}", *(f"{v:.4f}" for v in values), *error])
     return backbone.markdown(head, lines, words=0)
 
