@@ -27,8 +27,8 @@ format: $(VENV)/installed-dev
 	$(RUN) -m ruff format .
 
 docs: $(VENV)/installed-dev  ## every file with its comments beside its code, and all figures, under out/docs
-	$(VENV)/bin/pycco -p -i -d out/docs *.py $(wildcard apps/*.py backbone/*.py bench/*.py data_making/*.py disk/*.py evaluation/*.py \
-		pictures/*.py scan_kernels/*.py toy/*.py toy/*/*.py training/*.py)
+	$(VENV)/bin/pycco -p -i -d out/docs *.py $(wildcard apps/*.py backbone/*.py bench/*.py data_making/*.py disk/*.py docs/*.py evaluation/*.py \
+		exercises/*.py pictures/*.py scan_kernels/*.py toy/*.py toy/*/*.py training/*.py)
 	$(RUN) docs/figures.py --output out/docs/figures
 
 docs-check: $(VENV)/installed-dev  ## runs every command that README and docs show, and follows every link

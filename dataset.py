@@ -1,7 +1,7 @@
-"""Contribution 5: the visual prompt dataset, as training reads and composes it.
+"""The visual prompt dataset, as training reads and composes it.
 
-The paper shows the model one finished edit and asks for the same edit of another picture. [paper] Both stand
-in one image, a 2×2 grid of square panels. [figure] Its dataset figure calls the step "data processing" (phase
+[paper] The model is shown one finished edit, and asked for the same edit of another picture. [figure] Both
+stand in one image, a 2×2 grid of square panels. The dataset figure calls the step "data processing" (phase
 2): two image pairs of one instruction are drawn at random. One becomes the example row, the other the query
 row.
 

@@ -35,11 +35,11 @@ def arguments() -> argparse.Namespace:
     add("--input", nargs="+", type=Path, required=True, help="pictures to edit, or folders of them")
     add("--output", type=Path, required=True, help="a .png file for one answer, a folder for more")
     add("--model", help="an editor's folder, as train.py saves it (default: the toy world's)")
-    add("--num-images", type=int, default=1, help="answers to each input, of seeds S, S + 1, …")
-    add("--seed", type=int, default=0, help="of the first answer to each input")
-    add("--steps", type=int, help="of the sampler (default: the editor's)")
-    add("--guidance-text", type=float, help="scale of the instruction (default: the editor's; 1: none)")
-    add("--guidance-visual", type=float, help="scale of the example (default: the editor's; 1: none)")
+    add("--num-images", type=int, default=1, help="answers to each input, with seeds S, S + 1, …")
+    add("--seed", type=int, default=0, help="S, the seed of the first answer to each input")
+    add("--steps", type=int, help="sampling steps (default: the editor's)")
+    add("--guidance-text", type=float, help="text guidance scale (default: the editor's; 1: none)")
+    add("--guidance-visual", type=float, help="example guidance scale (default: the editor's; 1: none)")
     add("--scheduler", default="ddim", choices=("ddim", "euler", "euler-a", "dpm++", "unipc"), help="sampler")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the models")
@@ -64,7 +64,7 @@ from pictures.pairs import clean_instruction
 
 
 def condition_grids(examples: Tensor, queries: Tensor, has_example: Tensor | None = None) -> Tensor:
-    """Img_VPcon: examples (B, 2, 3, P, P) and queries (B, 3, P, P) in [-1, 1] → (B, 3, 2P, 2P). [figure]
+    """[figure] Img_VPcon: examples (B, 2, 3, P, P) and queries (B, 3, P, P) in [-1, 1] → (B, 3, 2P, 2P).
 
     has_example: (B,) of bool, all true if None; elsewhere the example row is grey, as in training.
     """

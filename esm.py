@@ -1,9 +1,8 @@
 """Editing-shift matching (ESM), the second contribution of InstructGIE. Only training uses it.
 
-The paper (summary, section 2; figure 2, "editing shift module") asks that the model's edit *mean* the same
-as the true one. [paper] [figure] CLIP maps every image to a point T(image). An edit moves the image to
-another point, and this movement is its editing shift. The loss compares the query's predicted shift with its
-true shift: [ours]
+[paper] The model's edit must *mean* the same as the true one (summary, section 2). [figure] CLIP maps every
+image to a point T(image) (figure 2, "editing shift module"). An edit moves the image to another point, and
+this movement is its editing shift. [ours] The loss compares the query's predicted shift with its true shift:
 
     s = T(answer) − T(input)                               the editing shift; T has unit length
     L_es = |s_pred − s_true|² / (|s_pred|² + |s_true|²)    0: the true edit, 1: nothing done, 2: the opposite
@@ -46,8 +45,8 @@ def noise_weight(timestep: Tensor, scheduler: SchedulerMixin, min_alpha_bar: flo
     """How far x̂_0 can be trusted at each timestep: ᾱ_t, or 0 below `min_alpha_bar`. (B,) → (B,), in [0, 1].
 
     [ours] The paper does not say at which noise levels its image losses act. At high noise x̂_0 is the
-    average of many answers, a blur that CLIP misreads, so matching it would teach nothing. Leave samples of
-    weight 0 out before `decode_answer`, and they cost nothing either. Selective-area matching takes the
+    average of many answers, a blur that CLIP misreads, so matching it would teach nothing. Drop samples of
+    weight 0 before `decode_answer`, so that they cost nothing. Selective-area matching takes the
     same weight.
     """
     alpha_bar = _alpha_bar(timestep, scheduler)
@@ -117,11 +116,11 @@ def editing_shift_loss(
 
     [ours] The figure embeds all four panels and does not name the compared shifts. The example row is given,
     not predicted, and teaches nothing: the query row's two shifts are compared.
-    [ours] Their cosine alone would rate a tenth of an edit like the whole edit, and would give a copy of the
-    input no gradient. Their plain distance would let large edits drown small ones. The distance relative to
-    both lengths measures direction and strength, and is smooth even at a zero shift. For shifts of length
-    ratio r it is 1 − cosine · 2r / (1 + r²). `eps` bounds the gradient of small shifts; an unchanged input
-    costs half as much where the true shift's length is 0.03.
+    [ours] Their cosine alone would rate a tenth of an edit like the whole edit, and has no defined gradient
+    at a copy of the input. Their plain distance would let large edits drown small ones. The distance relative
+    to both lengths measures direction and strength, and is smooth even at a zero shift. For shifts of length
+    ratio r it is 1 − cosine · 2r / (1 + r²). `eps` bounds the gradient for small shifts, and halves
+    the cost of an unchanged input where the true shift's length is 0.03.
     """
     with torch.no_grad():
         before, after = embed(clip, before), embed(clip, after)

@@ -1,8 +1,8 @@
 """Language instruction unification (LIU), the third contribution of InstructGIE. Training and editing use it.
 
-In the paper (summary, section 2; figure 2, "Instruction Unification Module U") a frozen, light language
-model rewrites every instruction in one standard form. [paper] [figure] The text encoder reads only this form,
-so different phrasings of one command become one condition:
+[paper] [figure] A frozen, light language model rewrites every instruction in one standard form (summary,
+section 2; figure 2, "Instruction Unification Module U"). The text encoder reads only this form, so different
+phrasings of one command become one condition:
 
     l' = U(l)          U("Maybe night view looks better") = U("turn day to night, please") = "make it night"
 
@@ -74,8 +74,8 @@ class InstructionUnifier:
 
     model: any causal LM of transformers; it is put in evaluation mode and frozen. tokenizer: the model's
     own; its chat template is used where it has one, and `eos_token` pads where it has no `pad_token`.
-    cache: of raw replies, with `load` and `append`, such as training/replies.py's; None keeps them only for
-    this object's life. max_new_tokens: the reply's greatest length. batch_size: instructions at a time.
+    cache: stores raw replies, with `load` and `append`, as in training/replies.py; None keeps them only as
+    long as this object lives. max_new_tokens: maximum length of a reply. batch_size: instructions per batch.
     An instruction steers only its own wording: each is a conversation without the template's control tokens.
     """
 
@@ -99,8 +99,8 @@ class InstructionUnifier:
     def unify(self, instructions: Iterable[str]) -> list[str]:
         """The standard form l' of each instruction l, in the same order; an empty one stays empty.
 
-        The model is asked once for each distinct instruction that the cache does not know. Where its reply
-        is unusable the user's own words stand, with single spaces, and a warning says so once per
+        The model is asked once for each distinct instruction that the cache does not know. If its reply
+        is unusable, the user's own words are kept, with single spaces, and a warning says so once per
         instruction.
         """
         instructions = [" ".join(text.split()) for text in instructions]

@@ -1,9 +1,10 @@
 """Contribution 1 of InstructGIE: the Reformed Conditioned Latent Diffusion Model (RCLDM).
 
-The visual prompt is a 2×2 grid: an example pair above, the query and its grey answer panel below. To read the
-edit off the example, the network must relate panels that lie half an image apart. [paper] So VMamba encodes
-the visual prompt, for its larger effective receptive field. Its cost is linear in the area.
-Marks in all files: [paper] the paper's public summary, [figure] its figures, [ours] our choice.
+The visual prompt is a 2×2 grid: an example pair above, the query and its grey answer panel below. To infer
+the edit from the example, the network must relate panels that lie half an image apart. [paper] VMamba encodes
+the visual prompt, because its effective receptive field is larger. Its cost is linear in the area.
+A mark stands before its statement: [paper] from the paper's public summary, [figure] from its figures, [ours]
+our own choice.
 
     condition grid → VisualPromptEncoder → + → trainable copy of the U-Net's encoder → ZeroVMamba links
                         (0 at the start)   ↑                                            (0 at the start)
@@ -16,8 +17,8 @@ orders. Each channel keeps a state h of N numbers; Δ, B and C are computed from
 
 Shapes: B batch · C image channels · H, W height, width · L = H·W length of a scan · K = 4 directions
         D channels of a scan · G groups of P = D/G channels, which share B and C · R rank of Δ
-B, C and D are Mamba's parameters as well; a shape always stands in brackets. `python rcldm.py`: an example.
-Img_VPcon is the condition grid, G_ven its encoder, l the instruction, l' the same as unified by liu.py.
+B, C and D also name Mamba's parameters; shapes always stand in brackets. `python rcldm.py` prints an example.
+Img_VPcon is the condition grid, G_ven its encoder, l the instruction, l' its form as unified by liu.py.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def selective_scan(
 
     u, delta (B, D, L) or (B, G, P, L); A (D, N); B, C (B, G, N, L) or (B, N, L); D, delta_bias (D,) or None.
     Δ is delta + delta_bias, and with `delta_softplus` log(1 + exp(·)) of that, which is always positive.
-    backend: "reference", the specification, which stands here, or one of scan_kernels/ ("auto": the fastest
+    backend: "reference", the specification, written out here, or one of scan_kernels/ ("auto": the fastest
     that runs). The state is float32, or float64 if u is. Raises: see `scan_kernels.fast_scan`.
     """
     if backend != "reference":
@@ -88,7 +89,7 @@ def cross_scan(x: Tensor) -> Tensor:
 
 def cross_merge(ys: Tensor, height: int, width: int) -> Tensor:
     """The adjoint of `cross_scan`: each pixel sums its four scans. (B, 4, C, H·W) → (B, C, H, W)."""
-    rows, columns = (ys[:, :2] + ys[:, 2:].flip(3)).unbind(1)  # a scan, and the one back
+    rows, columns = (ys[:, :2] + ys[:, 2:].flip(3)).unbind(1)  # a scan and its reverse
     return rows.unflatten(2, (height, width)) + columns.unflatten(2, (width, height)).mT
 
 
@@ -123,7 +124,7 @@ class SS2D(nn.Module):
     d_model: C. The scan of each direction has D = `ssm_ratio`·C channels. d_state: N. R is C/16, rounded up.
 
     As in VMamba's released weights: no gate, and a depthwise convolution without bias before the scan.
-    Parameters have VMamba's names, the directions' weights one below the other: x_proj.weight (K·(R+2N), D),
+    Parameters have VMamba's names, with the directions' weights stacked: x_proj.weight (K·(R+2N), D),
     dt_projs.weight (K·D, R), dt_projs_bias (K, D), A_logs (K·D, N), Ds (K·D,).
     """
 
@@ -204,8 +205,8 @@ class ZeroVMamba(nn.Module):
     """Zero-VMamba behind the trainable copy: zero_proj(VSSBlock(x)), (B, C, H, W) → (B, C, H, W).
 
     [figure] One block stands behind the copy. [ours] We put one in the place of each zero convolution.
-    [ours] A linear layer that starts at zero follows the block, and no skip goes round the two: the residual
-    is exactly 0 at the start. Were SS2D's output 0, the link would be ControlNet's zero convolution.
+    [ours] A linear layer that starts at zero follows the block, and no skip connection bypasses the two: the
+    residual is exactly 0 at the start. If SS2D returned 0, the link would be ControlNet's zero convolution.
     [ours] N = 1, ratio 1, no MLP.
     """
 
@@ -242,9 +243,9 @@ class VisualPromptEncoder(nn.Module):
     A patch embedding of log2(factor) convolutions of stride 2 (like VMamba v2's), `depth` VMamba blocks, and
     a linear projection that starts at zero. From the first block on, every place can read the whole grid.
 
-    [ours] Depth 4, blocks at latent resolution, the width of the U-Net's first level but 64 at least.
-    [ours] A positional encoding tells the position within its panel, and the panel: corresponding positions
-    of the four panels share most of it.
+    [ours] Depth 4, blocks at latent resolution, the width of the U-Net's first level, but at least 64.
+    [ours] A positional encoding gives the position within the panel, and identifies the panel. Corresponding
+    positions of the four panels share most of it.
     [ours] N = 4 numbers of state, where VMamba v2 classifies with one. A position reads another by C · B, its
     query and the other's key, both of length N, as in linear attention.
     """
@@ -292,9 +293,9 @@ class RCLDM(ModelMixin, ConfigMixin):
         prompt_encoder_depth, _width, _d_state: of the `VisualPromptEncoder`.
         panel: P, pixels along the side of the panels that it is trained for, if known.
 
-    Untrained, every design leaves the U-Net's output exactly as it is: the projections behind the links start
-    at zero. The encoder's zero leaves the copy's input as it was. The first gradient reaches the links'
-    projections, the second the links, the copy and the encoder's projection, the third the rest.
+    Before training, every design leaves the U-Net's output exactly unchanged, because the links' projections
+    start at zero. The encoder's zero projection leaves the copy's input unchanged. The first gradient reaches
+    the links' projections; the second, the links, the copy and the encoder's projection; the third, the rest.
     """
 
     _supports_gradient_checkpointing = True

@@ -1,7 +1,7 @@
 """Selective-area matching (SAM), the fourth contribution of InstructGIE. Only training uses it.
 
-People notice corrupted detail first in some areas, such as faces. The paper (summary, section 2; figure 2,
-"Mask2Former" and "LLM", "masked GT" and "masked output") gives them a loss of their own. [ours] A language
+[paper] People notice corrupted detail first in some areas, such as faces, which get a loss of their own
+(summary, section 2; figure 2, "Mask2Former" and "LLM", "masked GT" and "masked output"). [ours] A language
 model names the segmenter's classes for such areas. [figure] The segmenter finds them in the training images,
 and the loss compares prediction and truth only there:
 
@@ -163,7 +163,7 @@ def selective_area_loss(
 
 
 def main() -> None:
-    """A worked example with logits made by hand: a face is found, and an error counts inside it alone."""
+    """A worked example with logits made by hand: a face is found, and an error counts only inside it."""
     class_logits = 5 * torch.eye(3)  # three queries, of a face, of the sky, of no object
     mask_logits = torch.full((3, 8, 8), -4.0)
     mask_logits[0, 2:5, 3:6] = 4.0

@@ -1,10 +1,10 @@
-"""Trains InstructGIE: a ControlNet with VMamba encoder and links learns to draw the missing panel of a grid.
+"""Trains InstructGIE: a ControlNet with VMamba encoder and links learns to fill in the last panel of a grid.
 
     python train.py                                  # the toy world, on whatever this machine has
     python train.py --no-sam                         # an ablation; also --no-rcldm, --no-esm, --no-liu
     python train.py --resume --output runs/train     # continues a stopped run
-    python train.py --backbone sd15 --data FOLDER --precision bf16 --batch 8 --accumulate 4
-    accelerate launch train.py --backbone sd15 --data FOLDER      # several GPUs, or several machines
+    python train.py --backbone sd15 --data FOLDER --precision bf16 --gradient-checkpointing --batch 4
+    accelerate launch train.py …                     # the same on several GPUs, or several machines
 
 [figure] One step, where Img_train is the whole 2×2 grid and Img_VPcon the same with its answer grey:
 
@@ -13,8 +13,8 @@
     frozen U-Net(x_t, l', residuals) -> prediction -> x̂_0, the clean latents it implies -> L_es, L_sam
     L = L_dm + λ_es · L_es + λ_sam · L_sam
 
-[ours] The VAE encodes each panel alone. [ours] L_es and L_sam see x̂_0 where the figure draws the output
-image, and of it the answer alone. [ours] The losses are summed with weights λ.
+[ours] The VAE encodes each panel separately. [ours] L_es and L_sam use x̂_0 where the figure shows the output
+image, and only its answer panel. [ours] The losses are summed with weights λ.
 The file reads from top to bottom: settings, one step's losses, the loop, the validation. The frozen parts
 process the data once, before the first step, in training/precompute.py.
 Symbols: B grids of a batch; P panel size in pixels, p in latent pixels; C latent channels; T tokens.
@@ -65,9 +65,7 @@ from training.stopping import Stop
 
 
 def settings(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train InstructGIE.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = backbone.new_parser("train.py", __doc__)
     add = parser.add_argument
     add("--backbone", default="toy", help=f"preset of pretrained parts: {', '.join(backbone.PRESETS)}")
     for part in PARTS:
@@ -75,11 +73,11 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", help="dataset with a split `train`: a folder or a hub id (default: the preset's)")
     add("--columns", **backbone.COLUMNS)
     add("--output", type=Path, default=Path("runs/train"), help="checkpoints, pictures and the final editor")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --output")
-    add("--init", help="an editor's folder whose weights to start from, instead of the U-Net's")
-    add("--seed", type=int, default=0, help="of weights, data order and noise")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
+    add("--init", help="folder of an editor to start from, instead of from the U-Net's weights")
+    add("--seed", type=int, default=0, help="seed of weights, data order and noise")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--precision", default="no", choices=("no", "bf16", "fp16"), help="of autocast")
+    add("--precision", default="no", choices=("no", "bf16", "fp16"), help="number format of autocast")
 
     # The contributions. Each has a switch, as in the paper's ablation.
     add("--no-rcldm", action="store_true", help="ControlNet's convolutions in place of VMamba")
@@ -91,21 +89,21 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=1500, help="optimiser steps; on two CPU cores about half an hour")
     add("--batch", type=int, default=64, help="grids per process and pass; on a CPU, of all processes")
     add("--accumulate", type=int, default=1, help="batches per optimiser step")
-    add("--lr", type=float, help="peak (default: the preset's); warm-up, then cosine to a hundredth of it")
-    add("--answer-weight", type=float, default=4.0, help="of the answer panel in L_dm; the others have 1")
-    add("--change-weight", type=float, default=1.0, help="share of it added where the edit changes latents")
+    add("--lr", type=float, help="peak rate (default: the preset's); warm-up, then cosine to 1 %% of it")
+    add("--answer-weight", type=float, default=4.0, help="weight of the answer panel in L_dm; others: 1")
+    add("--change-weight", type=float, default=1.0, help="extra weight of changed latents, × --answer-weight")
     add("--es-weight", type=float, default=0.6, help="λ_es")
     add("--sam-weight", type=float, default=1.8, help="λ_sam")
-    # [ours] Conditioning dropout teaches edits by the example alone and by the instruction alone (with both,
-    # a model need not look at either). It also makes guidance possible.
+    # [ours] Conditioning dropout teaches edits by the example alone and by the instruction alone (given both,
+    # a model may ignore one of them). It also makes guidance possible.
     shares = {"nargs": 3, "metavar": ("TEXT", "EXAMPLE", "BOTH"), "default": (0.3, 0.4, 0.05)}
-    add("--drop", type=float, **shares, help="shares of samples without instruction, example pair, either")
+    add("--drop", type=float, **shares, help="shares without instruction, without example pair, without both")
     add("--panel", type=int, help="P, pixels along a panel's side (default: the preset's)")
 
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     add("--workers", type=int, default=1, help="processes that decode pictures")
-    add("--cache", type=Path, default=Path("data/cache"), help="what the frozen parts computed, kept")
-    add("--save-every", type=int, default=500, help="steps; each time with a validation picture")
+    add("--cache", type=Path, default=Path("data/cache"), help="cached outputs of the frozen parts")
+    add("--save-every", type=int, default=500, help="steps between checkpoints and validation pictures")
     return parser.parse_args(argv)
 
 

@@ -26,13 +26,18 @@ COLUMNS: dict[str, Any] = {
 }
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells each default but None, whose meaning the option's own text tells."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def new_parser(program: str, doc: str) -> argparse.ArgumentParser:
-    """Of `python -m program`, described by the first line of its docstring; --help tells the defaults."""
-    return argparse.ArgumentParser(
-        prog=f"python -m {program}",
-        description=doc.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """Of a file, or of `python -m program`, described by the first line of its docstring; --help tells the
+    defaults."""
+    prog, description = program if program.endswith(".py") else f"python -m {program}", doc.split("\n")[0]
+    return argparse.ArgumentParser(prog, description=description, formatter_class=_Defaults)
 
 
 def pick_device(name: str = "auto") -> torch.device:

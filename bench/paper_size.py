@@ -5,7 +5,7 @@
     python -m bench.paper_size --real --stable-diffusion FOLDER --device cuda --precision bf16
 
 Each part is found or downloaded, named with its size and licence, and loaded. The untrained RCLDM must leave
-the U-Net's prediction as it is, to the last bit. Then `train.py` takes a step with all four losses and
+the U-Net's prediction as it is, to the last bit. Then `train.py` takes a step with all four contributions and
 `edit.py` draws an edit; each says its time and memory. What fails, fails there, in one line.
 
 Without `--real` the parts are those of bench/random_parts.py. The pictures are the toy world's.

@@ -1,4 +1,4 @@
-"""Contribution 5, phase 1, step 2: pairs of captions become pairs of pictures.
+"""The dataset, phase 1, step 2: pairs of captions become pairs of pictures.
 
     python -m data_making.pictures --out data/mine
 

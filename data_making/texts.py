@@ -1,4 +1,4 @@
-"""Contribution 5, phase 1, step 1: a language model writes instructions and pairs of captions.
+"""The dataset, phase 1, step 1: a language model writes instructions and pairs of captions.
 
 InstructPix2Pix's generator makes edit pairs that share no instruction. Learning from an example needs several
 pairs of one, so here the language model also writes further captions under the instruction that it has found.

@@ -1,4 +1,4 @@
-"""The paper's two tables in miniature: every arm trained, edited with and measured, seed by seed.
+"""The paper's comparisons in miniature: every arm trained, edited with and measured, seed by seed.
 
     make results                                         # all arms, three seeds; hours on a CPU, resumable
     python -m evaluation.ablations --seeds 0 --only full no-esm    # a part of it
@@ -37,7 +37,7 @@ class Arm(NamedTuple):
     """label: in the tables. trainer: the command that trains it, once for each seed; an arm without one is
     asked once. method, sampling: of evaluate.py.
 
-    paper: the paper's FID and CLIP directional similarity, on photographs.
+    paper: the paper's FID and CLIP directional similarity.
     times: the budget, this often. beside: the arm of the same budget that the differences are taken from.
     """
 

@@ -1,14 +1,14 @@
 """01 · The visual prompt                                                        warm-up, 15 minutes
 
-InstructGIE is asked for an edit by one picture, a 2×2 grid: an example of the edit above, before and after;
-below it the query, and in the last panel the answer. What the model is shown is the same grid with the answer
+One picture tells InstructGIE which edit to make, a 2×2 grid. Its upper row shows an example of the edit,
+before and after. Its lower row holds the query and the answer. The model sees the same grid with the answer
 greyed out (in the paper's figure: Img_VPcon).
 
     example before | example after
     query          | grey
 
-Pictures are in [-1, 1], black to white. The panels may come with any axes before the last three, and are not
-to be changed.
+Pictures are in [-1, 1], black to white. The panels may have any axes before the last three, and must not be
+modified.
 
 Question: which number is grey, and why is the answer not simply left black?
 

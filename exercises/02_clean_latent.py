@@ -4,10 +4,10 @@ A training step draws no picture. It adds noise to the clean latent x_0 of the g
 
     x_t = √ᾱ · x_0 + √(1 - ᾱ) · ε        ε ~ N(0, 1), 0 < ᾱ ≤ 1
 
-A U-Net, such as Stable Diffusion's, is asked for the noise ε. Editing-shift matching and selective-area
-matching both need a picture all the same. They take the x_0 that the prediction implies, x̂_0.
+A U-Net such as Stable Diffusion's predicts the noise ε. Editing-shift matching and selective-area matching,
+however, both need a picture. They use x̂_0, the clean latent that the prediction implies.
 
-Write it, and the factor by which an error of the prediction has grown when it arrives in x̂_0.
+Write the function for x̂_0, and the factor by which it enlarges an error of the prediction.
 Question: from which ᾱ on is that factor at most 2? Where is this number in esm.py?
 
 Read: `predict_x0` and `noise_weight` in esm.py, after you have tried. Mind the axes of ᾱ.

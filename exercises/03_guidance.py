@@ -1,12 +1,12 @@
 """03 · Guidance by words and by example                                         warm-up, 20 minutes
 
-An edit may be guided twice: away from what the U-Net would draw without the example pair, and away from what
-it would draw without the words. With a prediction e(text, pair), in which 0 stands for "left out",
+Guidance can push an edit in two ways: away from the U-Net's prediction without the example pair, and away
+from its prediction without the words. With a prediction e(text, pair), in which 0 stands for "left out",
 
     e = e(0, 0) + s_visual · (e(0, pair) - e(0, 0)) + s_text · (e(text, pair) - e(0, pair))
 
-Every e costs a pass of the U-Net. Sorted by the e's it is a weighted sum, and an e of weight 0 need not be
-computed. Write the weights, and the sum.
+Every e costs a forward pass of the U-Net. Collected by the e's, this is a weighted sum, and an e of weight 0
+need not be computed. Write the weights, and the sum.
 Question: what do the weights add up to, and why must they? Which scales need one pass, two, three?
 
 Read: InstructPix2Pix (Brooks et al., 2023), section 3.2.1, has the formula; `guidance_weights` in edit.py,

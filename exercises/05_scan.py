@@ -6,14 +6,15 @@ channels keeps a state h of N numbers, which starts at 0 and forgets as it reads
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t
     y_t = C_t · h_t + D u_t
 
-Δ_t is the size of a step, one for each channel; B_t and C_t are shared by all channels. In the network all
-three are read off the input: the scan itself decides what to keep. Write it as a loop over t; every line in
-it should be one operation on whole tensors.
+Δ_t is the size of a step, one for each channel; B_t and C_t are shared by all channels. In the network, all
+three are computed from the input, so the input decides what the scan keeps. Write it as a loop over t; every
+line in it should be one operation on whole tensors.
 
 Then: how long does a channel remember? VMamba starts with A = -1 … -N and steps of 0.001 to 0.1.
 Question: after how many pixels is half of the state forgotten, for A = -1, at both ends of that range?
 
-Read: the head of rcldm.py. Shapes in brackets are sizes; B, C and D outside them are the parameters.
+Read: the head of rcldm.py, after you have tried. Shapes in brackets are sizes; B, C and D outside them are
+the parameters.
 Test: pytest exercises -k 05
 """
 

@@ -4,11 +4,11 @@ RCLDM is a trainable copy of the U-Net's encoder whose outputs, the residuals, a
 features. They pass through links, `ZeroVMamba`: a VMamba block, and behind it a linear projection,
 `zero_proj`, that starts at exactly zero. "Exactly" can be tested: no bit of the output may change.
 
-Write how the residuals reach the U-Net; then break the zero, and see what it was good for.
-Question: before any training, how far is the U-Net's picture off, for how much noise in the projections?
-(This U-Net predicts x_0 itself. Where PyTorch starts linear layers of these sizes, the deviation is 0.06 to
-0.10.) Which parameters have a gradient at the first step, with the zero and without? Why does a projection of
-zeros learn at all, and would it, if the block before it gave zeros too?
+Pass the residuals to the U-Net; then break the zero, and see what it was good for.
+Question: before any training, how does the error of the U-Net's picture grow with the noise in the
+projections? (This U-Net predicts x_0 itself. PyTorch's default initialisation of layers of these sizes has a
+deviation of 0.06 to 0.10.) Which parameters have a gradient at the first step, with the zero and without? Why
+does a projection of zeros learn at all, and would it still learn if the block before it returned zeros too?
 
 Read: `ZeroVMamba` and `RCLDM.forward` in rcldm.py; the arguments `down_block_additional_residuals` and
 `mid_block_additional_residual` of diffusers' U-Net.

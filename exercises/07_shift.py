@@ -1,15 +1,15 @@
 """07 · What a cosine does not see                                               core, 45 minutes
 
 CLIP puts a picture at a point T of unit length, and an edit moves it: the editing shift is T(after) -
-T(before). Editing-shift matching asks that the predicted shift s be the true one, s*. By what measure, the
-paper's summary and figures leave open. The obvious one is the cosine; this project takes a distance relative
-to both lengths:
+T(before). Editing-shift matching requires the predicted shift s to match the true one, s*. The paper's
+summary and figures leave the measure open. The obvious one is the cosine; this project takes a distance
+relative to both lengths:
 
     1 - cos(s, s*)        or        |s - s*|² / (|s|² + |s*|² + eps)        eps = 0.001
 
 Both are 0 for the true edit and 2 (all but eps) for its opposite. Write both; then a shift that deceives the
-cosine. Question: what do they say of an edit that is made in part? What of a picture that is left as it was,
-and in which direction does the gradient point there? Why is |s - s*|² alone no good?
+cosine. Question: how do they score an edit that is made only in part? How do they score an unchanged picture,
+and in which direction does the gradient point there? Why is |s - s*|² alone unsuitable?
 
 Read: `editing_shift_loss` in esm.py, after you have tried.
 Test: pytest exercises -k 07, and with -s to see what is measured

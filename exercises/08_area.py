@@ -1,13 +1,13 @@
 """08 · A loss that looks at the face                                            core, 45 minutes
 
-A mouth is a few pixels, and in the mean over a whole panel its error hardly counts. Selective-area matching
-gives it a loss of its own: the squared error of the answer's latent, averaged over the places m that a
-segmenter marked, and over nothing else:
+A mouth covers a few pixels, so its error hardly counts in the mean over a whole panel. Selective-area
+matching gives it a loss of its own: the squared error of the answer's latent, averaged only over the area m
+that a segmenter marked:
 
     L = Σ m · |x̂_0 - x_0|² / Σ m        |·|² the mean over channels, Σ over places; m from 0 to 1
 
-The mask is made of pixels and the latents are not: a place of the latent stands for a square of pixels, and
-counts by the share of it that is marked. The loss of a batch is the mean over its samples. A sample that
+The mask has the resolution of the pixels. A place of the latent stands for a square of pixels, and counts in
+proportion to the marked share of this square. The loss of a batch is the mean over its samples. A sample that
 marks nothing has loss 0 and gradients of 0, not NaN.
 
 Question: a face is drawn with the wrong mouth. How much larger is this loss than the mean over the panel, and

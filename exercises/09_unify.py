@@ -12,9 +12,9 @@ that the others may miss:
     distinctness   the share of groups whose commonest form is the commonest of no other group
     stability      the share of all wordings' forms that U leaves as they are when it is given them again
 
-Question: which of the three notices the identity? A constant? A U that begins every form with "please", and
-so the form of a form with two? Which bad U still has 1 in all three? What does the toy language model score
-on the canonical wordings and those held out of its training?
+Question: which of the three notices the identity? A constant? A U that puts "please" before every form, and
+so a second one before its own forms? Which bad U still has 1 in all three? What does the toy language model
+score on the canonical wordings and those held out of its training?
 
 Read: liu.py; `Family.held_out_sayings` in toy/world/edits.py.
 Test: pytest exercises -k 09, and with -s to see what is measured

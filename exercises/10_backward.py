@@ -1,15 +1,16 @@
 """10 · The scan's gradient, by hand                                             project, 2 hours
 
-The loop of exercise 05 can be left to autograd, which then keeps every state: N numbers for each one of the
-input, more than anything else in the network. Fast scans have a backward pass of their own. Write it, given
+Autograd can differentiate the loop of exercise 05, but it then keeps every state: N numbers for each number
+of the input, more than anything else in the network. Fast scans have a backward pass of their own. Write it,
+given
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t,    h_{-1} = 0
     y_t = C_t · h_t + D u_t
 
-and dy_t, the gradient of some loss by y_t. Begin with g_t, the gradient by h_t. The loss feels h_t in two
-ways, through y_t and through h_{t+1}, so g_t is a recurrence as well, run from the end. All else is local to
-a step: differentiate each product in h_t and y_t by each of its factors, and sum over the axes along which a
-factor was shared.
+and dy_t, the gradient of some loss with respect to y_t. Begin with g_t, the gradient with respect to h_t. The
+loss depends on h_t in two ways, through y_t and through h_{t+1}, so g_t follows a recurrence too, run from
+the end. Everything else is local to a step: differentiate each product in h_t and y_t with respect to each of
+its factors, and sum over the axes along which a factor was shared.
 
 Question: which tensors of the forward pass does it need? How could it do without keeping all the states?
 

@@ -10,8 +10,8 @@ for any two different shapes. Where the scene lacks one of them the edit cannot 
 None. Each edit has one canonical wording of its own, and the family at least five more sayings, templates
 with {target} and {value}; the last third of them, two at least, is held out of the language model's training.
 
-Then check the pairs, as whoever makes a dataset has to: where do the two pictures differ by more than 8
-levels of 255 in any channel? That must be the target and nothing else.
+Then check the pairs, as every maker of a dataset must: where do the two pictures differ by more than 8 levels
+of 255 in any channel? That must be the target and nothing else.
 Question: why 8 and not 0? What goes wrong if uint8 pictures are subtracted as they are?
 
 Read: `Scene` and `Thing` in toy/world/scenes.py; `Family` and the rules above FAMILIES in toy/world/edits.py.

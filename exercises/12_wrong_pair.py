@@ -1,15 +1,15 @@
 """12 · The wrong example                                                        project, 2 hours
 
-An editor that is shown one edit and told another is in a fix, and what it does shows what it listens to. In
-the toy world that can be measured: every edit's picture of every scene is known. Say of an answer which of
-these is nearest to it, in mean absolute difference:
+An editor that is shown one edit and told another faces a conflict, and its answer reveals which condition it
+follows. The toy world can measure this, because it knows the result of every edit of every scene. For each
+answer, find the nearest of these pictures, in mean absolute difference:
 
     "nothing"   the query as it was           "shown"   after the edit that the example shows
     "told"      after the edit in words       "both"    after the shown one, and then the told one
 
-Edits that cannot be made (`Edit.apply` gives None) fall away; of equally near ones the first counts, in the
-order nothing, shown, told, both. Then survey the shipped editor, with one call for all queries: the
-words and the pair, given once, hold for all.
+Edits that cannot be made (`Edit.apply` returns None) are left out; ties go to the first, in the order
+nothing, shown, told, both. Then survey the shipped editor, with one call for all queries: the words and the
+pair, given once, hold for all.
 
 Question: which wins, words or example? Does it depend on the edits? Where they disagree, are the answers as
 near to one of the four pictures as where they agree? Save some answers and look at them.

@@ -8,8 +8,8 @@ A sampler's step may add fresh noise. DDIM's (Song et al., 2021, equations 12 an
 Here ᾱ belongs to this timestep, 0 for pure noise, and ᾱ' > ᾱ to the next. η = 0 adds no noise, η = 1 as much
 as DDPM.
 
-Write it, so that no rounding can spoil it. Without that an editor draws right pictures on one processor and
-black ones on another: at ᾱ = 0 and η = 1 the second root is of zero.
+Write this step so that rounding cannot spoil it. Otherwise an editor draws correct pictures on one processor
+and black ones on another: at ᾱ = 0 and η = 1, the second root is that of zero.
 Question: for how many of ᾱ' = 0.001 … 0.999 does float32 put it below zero, with σ² the square of σ as
 computed? What becomes of the picture there?
 

@@ -1,12 +1,12 @@
 """14 · The draft that hides a loss                                              core, 40 minutes
 
 Suppose that diffusion learns an edit slowly, and somebody adds a shortcut: a second network regresses the
-answer in one pass, the draft d. What diffusion draws, x̂_0, is then settled. Wherever the two are close, the
-draft's latents are taken:
+answer in one pass, the draft d. The answer that diffusion draws, x̂_0, is then settled. Wherever the two are
+close, the draft's latents replace it:
 
     settle(x̂_0, d) = d where |x̂_0 - d| ≤ c, else x̂_0          |·| the channels' root mean square
 
-Scores rise. But the paper's losses work on x̂_0. Measure what an ablation can still find out about them:
+Scores rise. But the paper's losses work on x̂_0. Measure how much an ablation can still reveal about them:
 
 - Does a loss on the settled answer reach x̂_0? Only where the gradient is not zero.
 - Two editors, trained with the loss and without it, differ by some error. How much of the difference is left

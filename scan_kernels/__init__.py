@@ -44,6 +44,8 @@ def fast_scan(
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     B, C = (w.unsqueeze(1) if w.dim() == 3 else w for w in (B, C))
     shape = u.shape
+    if u.dim() == 3 and u.shape[1] % B.shape[1]:
+        raise ValueError(f"{u.shape[1]} channels cannot be split into the {B.shape[1]} groups of B")
     u, delta = (x.unflatten(1, (B.shape[1], -1)) if x.dim() == 3 else x for x in (u, delta))  # (B, G, P, L)
     _check_shapes(u, delta, A, B, C, D, delta_bias)
     if backend == "auto":
@@ -95,11 +97,9 @@ def scan_backend(u: Tensor) -> tuple[str, str]:
 def kernel_error(backend: str) -> str | None:
     """Why the kernel of a backend in `KERNELS` cannot be used here, in one line; None where it can."""
     try:
-        if backend == "numba":
-            _module(backend)
-        elif backend == "triton":  # needs a C compiler at its first launch: only a trial can tell
+        if backend != "mamba-ssm":  # compiled at its first launch, Triton's by a C compiler: a trial can tell
             with torch.inference_mode(False), torch.enable_grad():
-                _try_triton()
+                _try(backend, "cpu" if backend == "numba" else "cuda")
         else:
             # The extension itself comes first: newer mamba-ssm imports well without it.
             import selective_scan_cuda  # noqa: F401
@@ -124,18 +124,18 @@ def _scan_mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
     return selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
 
 
-def _try_triton() -> None:
+def _try(backend: str, device: str) -> None:
     """A small scan and its gradients, for each number of states that an RCLDM has by default; raises a
     RuntimeError where they are not those of "chunked"."""
     for states in (1, 4):
         g = torch.Generator().manual_seed(0)
         sizes = (1, 2, 8, 300), (1, 2, 8, 300), (16, states), (1, 2, states, 300), (1, 2, states, 300), (16,)
-        inputs = [torch.rand(size, generator=g).cuda() for size in sizes]
+        inputs = [torch.rand(size, generator=g).to(device) for size in sizes]
         inputs[2].neg_()
-        inputs = [x.requires_grad_() for x in (*inputs, torch.rand(16, generator=g).cuda())]
+        inputs = [x.requires_grad_() for x in (*inputs, torch.rand(16, generator=g).to(device))]
         results = []
-        for backend in ("triton", "chunked"):
-            y = _module(backend).scan(*inputs, True)
+        for each in (backend, "chunked"):
+            y = _module(each).scan(*inputs, True)
             results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
         for ours, expected in zip(*results):
             if not (ours - expected).norm() <= 1e-4 * expected.norm():

@@ -143,5 +143,5 @@ def _recur_(a: Tensor, b: Tensor, h: Tensor, reverse: bool = False) -> None:
 
 
 def _sum_states(w: Tensor, x: Tensor, free: Tensor) -> Tensor:
-    """Σ_n w x: (…, N, 1 or P), (…, N, P) → (…, 1, P). free: memory of x's shape, to be spoilt."""
+    """Σ_n w x: (…, N, 1 or P), (…, N, P) → (…, 1, P). free: memory of x's shape, which is overwritten."""
     return w * x if x.shape[-2] == 1 else torch.mul(w, x, out=free).sum(-2, keepdim=True)

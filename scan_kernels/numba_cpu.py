@@ -198,12 +198,10 @@ def _in_parallel(kernel: Callable[..., None], tasks: int, *values: Tensor | bool
 
 
 def _parts(batch: int, channels: int) -> int:
-    """S: as few as give each thread as much to do, but of no less than 16 channels."""
+    """S, parts of the channels: the fewest that keep all threads busy, each of at least 16 channels."""
     threads = torch.get_num_threads()
-    for parts in range(1, channels // 16 + 1):
-        if channels % parts == 0 and (batch * parts % threads == 0 or batch * parts >= 8 * threads):
-            return parts
-    return 1
+    even = [parts for parts in range(1, max(1, channels // 16) + 1) if channels % parts == 0]
+    return min(even, key=lambda parts: (math.ceil(batch * parts / threads) / parts, parts))  # a thread's load
 
 
 def scan(

@@ -158,7 +158,7 @@ def test_numba_agrees_with_reference(length):
 
 @pytest.mark.parametrize(
     "threads, batch, channels, parts",
-    [(1, 1, 96, 1), (2, 1, 96, 2), (2, 2, 96, 1), (2, 3, 34, 2), (3, 2, 48, 3), (2, 1, 31, 1)],
+    [(1, 1, 96, 1), (2, 1, 96, 2), (2, 2, 96, 1), (2, 3, 34, 2), (3, 2, 48, 3), (2, 1, 31, 1), (8, 1, 96, 6)],
 )
 def test_numba_has_a_part_of_the_channels_for_every_thread(monkeypatch, threads, batch, channels, parts):
     numba_cpu = pytest.importorskip("scan_kernels.numba_cpu")
@@ -348,15 +348,17 @@ def test_a_kernel_refuses_float64(backend):
         selective_scan(**inputs, backend=backend)
 
 
-def test_a_triton_that_computes_something_else_is_not_taken(monkeypatch):
-    triton_gpu = pytest.importorskip("scan_kernels.triton_gpu")
-    if DEVICE != "cuda":
-        monkeypatch.setattr(torch.Tensor, "cuda", lambda x: x)
-    scan_kernels._try_triton()
-    right = triton_gpu.scan
-    monkeypatch.setattr(triton_gpu, "scan", lambda *inputs: right(*inputs) * 1.001)
+@pytest.mark.parametrize(
+    ("backend", "module", "device"), [("numba", "numba_cpu", "cpu"), ("triton", "triton_gpu", DEVICE)]
+)
+def test_a_kernel_that_computes_something_else_is_not_taken(monkeypatch, backend, module, device):
+    kernel = pytest.importorskip(f"scan_kernels.{module}")
+    with torch.autocast(device, torch.bfloat16):  # as in a step of training
+        scan_kernels._try(backend, device)
+    right = kernel.scan
+    monkeypatch.setattr(kernel, "scan", lambda *inputs: right(*inputs) * 1.001)
     with pytest.raises(RuntimeError, match="computes something else"):
-        scan_kernels._try_triton()
+        scan_kernels._try(backend, device)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the trial would pass")
@@ -380,5 +382,5 @@ def test_bad_arguments_of_the_scan():
     for name, changed in wrong.items():
         with pytest.raises(ValueError, match=f"{name} must be"):
             selective_scan(**inputs | changed)
-    with pytest.raises(RuntimeError, match="unflatten"):  # eight channels in three groups
+    with pytest.raises(ValueError, match="8 channels cannot be split into the 3 groups"):
         selective_scan(**inputs | {"B": torch.ones(2, 3, 3, 4), "C": torch.ones(2, 3, 3, 4)})

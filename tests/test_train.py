@@ -50,6 +50,13 @@ def test_a_run_makes_an_editor_with_pictures_and_checkpoints(run, tmp_path, caps
     assert "selective areas: " in said.out and "validation is on training pairs" not in said.out
 
 
+def test_help_tells_each_default_once(capsys):
+    with pytest.raises(SystemExit):
+        train.settings(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: 64)" in text and "(default: None)" not in text and ") (default:" not in text
+
+
 @pytest.mark.filterwarnings("ignore:instruction")
 def test_a_folder_without_splits_is_validated_on_what_it_learnt_and_says_so(parts, run, tmp_path, capsys):
     run("--steps", "1", data=parts / "data" / "train")

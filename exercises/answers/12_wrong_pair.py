@@ -1,6 +1,6 @@
 """Mostly the example wins: with stripes shown and inverted colours told, or with two backgrounds, the shown
-edit is the nearest for 6 of 6 answers. In training three samples in ten have no words. Where it sees an
-example, the editor has learnt to do without them.
+edit is the nearest for 6 of 6 answers. In training, three samples in ten have an example but no words. The
+editor has learnt that an example suffices.
 
 With night shown and a white background told, the vote is "both 2, nothing 4 of 6". Look at the distance, too:
 39.5 levels, where the editor is 3.8 levels away if shown and told agree. Such an answer is none of the four,

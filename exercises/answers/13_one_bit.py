@@ -3,7 +3,7 @@ but some 6e-8 above or below. The count of ᾱ' where it is below depends on the
 in different ways: 296 of 999 on one, 221 on another. The root of a number below zero is NaN. The next pass of
 the U-Net spreads NaN over the picture, and as bytes it is black.
 
-The clamp is the mend. A look at what is written, which refuses NaN, makes the next such fault loud."""
+The clamp is the fix. A check that refuses to write NaN makes the next such fault loud."""
 
 import torch
 from torch import Tensor
