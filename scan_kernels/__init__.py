@@ -87,7 +87,7 @@ def scan_backend(u: Tensor) -> tuple[str, str]:
         return "chunked", "the kernels have no float64"
     for backend in KERNELS.get(u.device.type, ()):
         if (error := kernel_error(backend)) is None:
-            return backend, "; ".join([f"{here} and {backend}'s kernel runs", *errors])
+            return backend, "; ".join([f"{here} and {backend}'s kernel can be used", *errors])
         errors.append(f"{backend}'s does not ({error})")
     return "chunked", "; ".join([here, *(errors or ["for which there is no kernel"])])
 
@@ -97,9 +97,11 @@ def scan_backend(u: Tensor) -> tuple[str, str]:
 def kernel_error(backend: str) -> str | None:
     """Why the kernel of a backend in `KERNELS` cannot be used here, in one line; None where it can."""
     try:
-        if backend != "mamba-ssm":  # compiled at its first launch, Triton's by a C compiler: a trial can tell
+        if backend == "numba":
+            _module(backend)
+        elif backend == "triton":  # needs a C compiler at its first launch: only a trial can tell
             with torch.inference_mode(False), torch.enable_grad():
-                _try(backend, "cpu" if backend == "numba" else "cuda")
+                _try(backend, "cuda")
         else:
             # The extension itself comes first: newer mamba-ssm imports well without it.
             import selective_scan_cuda  # noqa: F401
