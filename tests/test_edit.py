@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from tiny import P, save_parts
 
 import backbone
 import edit
+from apps.pipeline import InstructGIEPipeline
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +236,13 @@ def test_help_comes_before_the_slow_imports():
     done = subprocess.run(asked, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: edit.py") and "--prompt-pair" in done.stdout
     assert "argparse" in done.stderr and "torch" not in done.stderr and "diffusers" not in done.stderr
+
+
+def test_the_command_draws_what_the_pipeline_draws(command, folders):
+    own = "--steps", "3", "--guidance-text", "3", "--guidance-visual", "1.25", "--scheduler", "euler"
+    command(*PAIR, "--instruction", "add a hat", "--input", "x.png", "--seed", "7", *own, "--output", "a.png")
+    pipe = InstructGIEPipeline.from_pretrained(folders / "editor")
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    before, after, query = (Image.open(f"{name}.png") for name in ("before", "after", "x"))
+    wanted = pipe("add a hat", query, (before, after), 3, 3.0, 1.25, edit.seeded([7])).images[0]
+    assert Image.open("a.png").tobytes() == wanted.tobytes()

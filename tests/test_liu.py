@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import backbone
-from liu import EXAMPLES, RULES, InstructionUnifier, fault, few_shot_prompt, standard_form
+from liu import EXAMPLES, GREEDY, RULES, InstructionUnifier, fault, few_shot_prompt, standard_form
 from training.replies import ReplyCache
 
 LAST_TURN = "{{ messages[-1]['content'] }}<sep>"
@@ -215,7 +215,13 @@ def test_the_model_is_frozen_and_reads_the_prompt(monkeypatch):
         unifier = InstructionUnifier(tiny_llama().train(), byte_tokenizer(template))
         model, seen = unifier.model, []
         assert not model.training and not any(p.requires_grad for p in model.parameters())
-        monkeypatch.setattr(model, "generate", lambda input_ids, **_: seen.append(input_ids) or input_ids)
+
+        def generate(input_ids, **options):
+            assert GREEDY.items() <= options.items()
+            seen.append(input_ids)
+            return input_ids
+
+        monkeypatch.setattr(model, "generate", generate)
         assert unifier._generate([text]) == [""]
         assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
         return unifier.tokenizer.decode(seen[0][0])

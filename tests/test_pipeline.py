@@ -211,7 +211,7 @@ def test_a_picture_of_any_shape_fills_the_panel_and_comes_back(size):
     panel, box = fit_panel(image, P)
     assert panel.shape == (3, P, P) and apart(panel, panel[:, :1, :1]) == 0  # its border is repeated
     *_, height, width = unfit(panel, box).shape
-    assert max(height, width) == P
+    assert max(height, width) == P and box[:2] == ((P - width) // 2, (P - height) // 2)
     assert abs(width / height - size[0] / size[1]) <= size[0] / size[1] / min(width, height)
 
 

@@ -434,3 +434,9 @@ def test_a_compiled_block_computes_the_same():
     torch.testing.assert_close(compiled(x), y, rtol=1e-4, atol=1e-5)
     (again,) = torch.autograd.grad(compiled(x).square().sum(), block.op.A_logs)
     torch.testing.assert_close(again, gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_the_copy_starts_from_the_unets_weights(unet):
+    copy, theirs = RCLDM.from_unet(unet).trainable_copy.state_dict(), unet.state_dict()
+    own = [name for name in copy if not name.startswith("controlnet_")]
+    assert len(own) > 20 and all(torch.equal(copy[name], theirs[name]) for name in own)

@@ -1,6 +1,7 @@
 """train.py from the command line to the editor: the switches, exact resume, and errors in one line."""
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -17,15 +19,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import P, save_data
 from tiny import options as tiny_options
+from torch.nn import functional as F
 
 import backbone
 import esm
+import sam_loss
 import train
 from apps.pipeline import InstructGIEPipeline
-from dataset import VisualPromptDataset, answer_panel
+from dataset import VisualPromptDataset, answer_panel, compose_grid, drop_example, mask_query
+from pictures import from_bytes
 from pictures.pairs import read_pairs
-from training.draws import draw_timesteps, keep_conditions
-from training.precompute import Frozen, gather_batch, precompute
+from training.draws import draw_order, draw_timesteps, keep_conditions
+from training.precompute import Frozen, Precomputed, gather_batch, precompute
 
 
 def weights(folder):
@@ -207,9 +212,7 @@ def test_gradient_checkpointing_changes_nothing_that_is_learnt(run, tmp_path, mo
         run("--steps", "3", "--no-liu", *more, output=tmp_path / name)
         assert checkpointed == {bool(more)}
         checkpointed.clear()
-    plain, same = weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")
-    for key in plain:
-        torch.testing.assert_close(same[key], plain[key], rtol=1e-4, atol=1e-6)
+    assert_same_gradients(tmp_path / "plain", tmp_path / "checkpointed")
 
 
 def test_bf16_learns_what_float32_does_and_on_a_cpu_without_the_fused_attention(run, tmp_path, monkeypatch):
@@ -336,3 +339,73 @@ def test_processes_share_a_step_as_if_they_were_one(run, parts, tmp_path):
     done = subprocess.run([*TOGETHER, *program, *more], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
     assert_same_gradients(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_steps_losses_are_those_of_the_paper(parts, monkeypatch, dropped):
+    numbers = {"answer_weight": 4.0, "change_weight": 1.0, "es_weight": 0.5, "sam_weight": 3.0}
+    args = argparse.Namespace(panel=P, drop=(0, 0, float(dropped)), no_esm=False, no_sam=False, **numbers)
+    sd, clip = backbone.load_stable_diffusion(str(parts / "sd")), backbone.load_clip(str(parts / "clip"))
+    latents, guess, noise = torch.randn(4, 2, 4, 4, 4), torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    pictures = torch.randint(256, (4, 2, 3, P, P), dtype=torch.uint8)
+    embeddings, areas = F.normalize(torch.randn(4, 2, 16), dim=2), torch.rand(4, 1, 4, 4)
+    precomputed = Precomputed(latents, embeddings, areas, pictures)
+    texts, rows, t = torch.randn(4, 16, 32), torch.tensor([1, 0, 2, 0]), torch.tensor([10, 900])
+    losses_of, seen = train.Losses(args, sd, clip, precomputed, texts, rows), []
+    losses_of.predict = lambda model, *inputs: seen.append(inputs) or guess
+    monkeypatch.setattr(train, "draw_timesteps", lambda *_: t)
+    monkeypatch.setattr(train, "draw_noise", lambda *_: noise)
+    query, example = [0, 2], [1, 3]
+    batch = {"index": torch.tensor(query), "example_index": torch.tensor(example)}
+    found = losses_of(None, batch, torch.Generator().manual_seed(0))
+
+    grids = compose_grid(*from_bytes(torch.cat([pictures[example], pictures[query]], 1)).unbind(1))
+    x_0 = compose_grid(*latents[example].unbind(1), *latents[query].unbind(1))
+    if dropped:
+        grey = backbone.encode_images(sd.vae, torch.zeros(1, 3, P, P))[0]
+        grids, x_0[:, :, :4] = drop_example(grids), torch.cat([grey, grey], -1)
+    x_t = sd.scheduler.add_noise(x_0, noise, t)
+    wanted = x_t, t, texts[[3, 3] if dropped else [1, 2]], mask_query(grids)
+    assert all(map(torch.equal, seen[0], wanted))
+
+    weight, trust = train.panel_weights(latents[query], 4.0, 1.0), esm.noise_weight(t, sd.scheduler)
+    clean, (before, after) = esm.predict_x0(x_t, guess, t, sd.scheduler), embeddings[:1].unbind(1)
+    answer = esm.decode_answer(sd.vae, clean[:1])
+    dm = (weight * (guess - noise).square()).mean() / weight.mean()
+    es = esm.editing_shift_loss(clip, before, answer, after, trust[:1]) / 2  # one of two is trusted
+    sam = sam_loss.selective_area_loss(
+        answer_panel(clean), answer_panel(x_0), precomputed.areas[query], trust
+    )
+    told = torch.stack([found[name] for name in ("dm", "es", "sam", "loss")])
+    torch.testing.assert_close(told, torch.stack([dm, es, sam, dm + 0.5 * es + 3.0 * sam]))
+
+
+@pytest.mark.filterwarnings("ignore:instruction")
+def test_the_editor_is_the_average_and_the_error_that_of_the_answers(run, tmp_path):
+    run("--steps", "2", "--no-liu", "--no-esm", "--no-sam", "--save-every", "2")
+    out = tmp_path / "run"
+    state = load_file(out / "checkpoint-0000002" / "state.safetensors")
+    saved = load_file(out / "editor" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(w, state[f"ema/module.{name}"]) for name, w in saved.items())
+    assert not all(torch.equal(w, state[f"model/{name}"]) for name, w in saved.items())
+    shown = np.asarray(Image.open(out / "validation-0000002.png")).astype(float)
+    error = np.abs(shown[:, 3 * P : 4 * P] - shown[:, 4 * P :]).mean()
+    told = re.search(r"\| validation error \| ([\d.]+) ", (out / "editor" / "README.md").read_text())
+    assert float(told[1]) == pytest.approx(error, abs=0.5)
+
+
+def test_an_epoch_has_every_pair_once_and_processes_share_it():
+    whole = list(draw_order(6, 2, 0, range(6), 0, 1))
+    first, second = (list(itertools.chain(*whole[k : k + 3])) for k in (0, 3))
+    assert sorted(first) == [(0, i) for i in range(6)] and sorted(second) == [(1, i) for i in range(6)]
+    drawn = [[i for _, i in epoch] for epoch in (first, second)]
+    assert drawn[0] != sorted(drawn[0]) and drawn[0] != drawn[1]
+    assert whole[4:] == list(draw_order(6, 2, 0, range(4, 6), 0, 1))
+    shares = [list(draw_order(6, 1, 0, range(6), rank, 2)) for rank in (0, 1)]
+    assert [one + other for one, other in zip(*shares)] == whole
+
+
+def test_the_rate_warms_up_and_falls():
+    args = argparse.Namespace(lr=2.0, steps=1000)
+    found = [train.learning_rate(step, args) for step in (0, 49, 500, 1000)]
+    assert found == pytest.approx([0.04, 2.0, 1.0, 0.02], rel=0.01)
