@@ -89,7 +89,13 @@ def test_steps_come_first_then_the_answer_that_tells_how_it_was_made(editor, pip
     answer = load_image(answer)
     assert np.array_equal(np.asarray(again), np.asarray(answer))
     sheet = labelled_grid((before, after), query, answer, record["instruction"], 64)
-    assert np.array_equal(np.asarray(load_image(grid)), np.asarray(sheet))
+    shown = np.asarray(load_image(grid))
+    assert np.array_equal(shown, np.asarray(sheet))
+    corners = (20, 0), (20, 192), (232, 192)
+    for (y, x), picture in zip(corners, (before, after, answer)):
+        panel = np.asarray(Image.fromarray(shown[y : y + 192 : 3, x : x + 192 : 3]).crop((0, 0, 64, 64)))
+        top = (64 - picture.height) // 2
+        assert np.array_equal(panel[top : top + picture.height], np.asarray(picture))
 
 
 def test_an_example_may_be_absent(editor):

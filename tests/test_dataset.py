@@ -676,7 +676,7 @@ def test_example_is_another_pair_of_the_instruction(instructions, seed, epoch):
 def test_every_other_pair_serves_as_the_example_equally_often():
     data = ds.VisualPromptDataset(paths_only(["b", "a", "a", "b", "a", "a", "a"]), 8)
     drawn = [data.draw(4, epoch) for epoch in range(800)]
-    assert {i: round(drawn.count(i) / 200) for i in set(drawn)} == {1: 1, 2: 1, 5: 1, 6: 1}
+    assert set(drawn) == {1, 2, 5, 6} and all(abs(drawn.count(i) - 200) < 50 for i in set(drawn))  # σ is 12
     with pytest.raises(IndexError):
         data.draw(7)
     assert data.draw(-1) == data.draw(6)

@@ -20,6 +20,10 @@ BUILT = {  # not spelt out there
 }
 
 
+def test_pages_show_commands():
+    assert sum(len(check.commands(page)) for page in check.PAGES) > 50
+
+
 @pytest.mark.parametrize("page", check.PAGES, ids=lambda page: page.name)
 def test_commands_name_programs_and_options_that_are_there(page):
     """`make docs-check` runs them all; this finds at once what was renamed."""

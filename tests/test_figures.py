@@ -100,6 +100,10 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
+def test_pages_have_links():
+    assert sum(len(LINK.findall(page.read_text("utf-8"))) for page in PAGES) > 100
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files_headings_and_names(page):
     for link in LINK.finditer(page.read_text("utf-8")):
