@@ -198,10 +198,11 @@ def _in_parallel(kernel: Callable[..., None], tasks: int, *values: Tensor | bool
 
 
 def _parts(batch: int, channels: int) -> int:
-    """S, parts of the channels: the fewest that keep all threads busy, each of at least 16 channels."""
+    """S, parts of the channels: the fewest that keep threads busy to an eighth, of 16 channels or more."""
     threads = torch.get_num_threads()
     even = [parts for parts in range(1, max(1, channels // 16) + 1) if channels % parts == 0]
-    return min(even, key=lambda parts: (math.ceil(batch * parts / threads) / parts, parts))  # a thread's load
+    load = {parts: math.ceil(batch * parts / threads) / parts for parts in even}  # of the busiest thread
+    return next((s for s in even if load[s] <= 1.125 * batch / threads), min(even, key=load.get))
 
 
 def scan(

@@ -373,9 +373,7 @@ def test_a_steps_losses_are_those_of_the_paper(parts, monkeypatch, dropped):
     answer = esm.decode_answer(sd.vae, clean[:1])
     dm = (weight * (guess - noise).square()).mean() / weight.mean()
     es = esm.editing_shift_loss(clip, before, answer, after, trust[:1]) / 2  # one of two is trusted
-    sam = sam_loss.selective_area_loss(
-        answer_panel(clean), answer_panel(x_0), precomputed.areas[query], trust
-    )
+    sam = sam_loss.selective_area_loss(answer_panel(clean), answer_panel(x_0), areas[query], trust)
     told = torch.stack([found[name] for name in ("dm", "es", "sam", "loss")])
     torch.testing.assert_close(told, torch.stack([dm, es, sam, dm + 0.5 * es + 3.0 * sam]))
 

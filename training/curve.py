@@ -44,7 +44,7 @@ def table(folder: Path, rows: int) -> str:
     scalars = read_scalars(folder)
     losses = sorted(name for name in scalars if name.startswith("loss/"))
     hours = hours_of(scalars[losses[0]])
-    measured = [name for name in scalars if "error" in name]  # of validation pictures, or training pairs
+    measured = [name for name in scalars if "error" in name][-1:]  # of validation pictures or training pairs
     errors = {step: f"{error:.1f}" for name in measured for step, (_, error) in scalars[name].items()}
     steps = sorted(hours.keys() & errors.keys() if errors else hours)
     shown = sorted({steps[-1 - k * (len(steps) - 1) // max(1, rows - 1)] for k in range(rows)})
