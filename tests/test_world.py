@@ -122,16 +122,66 @@ def test_every_query_has_many_candidates_and_all_differ():
 @given(seeds, st.sampled_from(list(world.SPLITS)))
 def test_candidates_include_the_truth(seed, split):
     for pair in world.draw_split(split, 2, 2, seed):
-        assert (pair.edit, pair.after) in world.candidates(pair.before)
+        mixture = pair.edit.family if pair.edit.family in world.MIXTURES else ""
+        assert (pair.edit, pair.after) in world.candidates(pair.before, mixture)
 
 
 @few
-@given(seeds)
-def test_scenes_and_edits_come_back_from_json(seed):
-    (pair, *_) = world.draw_split("train", 1, 2, seed)
+@given(seeds, st.sampled_from(["train", "seen_mixture"]))
+def test_scenes_and_edits_come_back_from_json(seed, split):
+    (pair, *_) = world.draw_split(split, 1, 2, seed)
     record = json.loads(json.dumps(asdict(pair.before)))
     assert world.scene_from_json(record) == pair.before
-    assert world.Edit(**json.loads(json.dumps(asdict(pair.edit)))) == pair.edit
+    assert world.edit_from_json(json.loads(json.dumps(asdict(pair.edit)))) == pair.edit
+
+
+# --- Mixtures -----------------------------------------------------------------------------------------------
+
+
+@few
+@given(seeds, st.sampled_from(world.MIXTURES))
+def test_a_mixture_makes_both_edits_in_either_order_and_both_show(seed, family):
+    rng = random.Random(seed)
+    scene, edit = world.random_scene(rng), rng.choice(world.edits_of(family))
+    edited = edit.apply(scene)
+    alone = edit.first.apply(scene), edit.second.apply(scene)
+    if edited is None:
+        both = None if None in alone else edit.second.apply(alone[0])
+        assert both is None or any(np.abs(pixels(both) - pixels(one)).max() <= VISIBLE for one in alone)
+        return
+    assert edited == edit.second.apply(alone[0]) == edit.first.apply(alone[1])
+    assert all(np.abs(pixels(edited) - pixels(one)).max() > VISIBLE for one in (scene, *alone))
+
+
+def test_a_mixture_that_hides_one_of_its_edits_is_none():
+    thing = world.Thing("circle", "red", "top left", "small")
+    scene = world.Scene("white", (thing, world.Thing("star", "blue", "bottom right")))
+    remove, bar = world.Edit("remove", "circle"), world.Edit("bar", "", "red bar at the left")
+    hidden = world.render(bar.apply(scene)).crop((0, 0, 12, 64))
+    assert set(hidden.getdata()) == {world.COLOURS["red"]}
+    assert world.Mixture(remove, bar).apply(scene) is not None  # the circle looks out from behind the bar
+    assert world.Mixture(world.Edit("recolour", "star", "blue"), bar).apply(scene) is None
+
+
+def test_mixtures_are_of_trained_families_and_four_are_held_out():
+    halves = {half for mixture in world.MIXTURES for half in mixture.split(" + ")}
+    assert halves <= set(world.FAMILIES) - world.HELD_OUT_FAMILIES
+    assert len(world.MIXTURES) == len(set(world.MIXTURES)) == 75
+    assert len(world.HELD_OUT_MIXTURES & set(world.MIXTURES)) == 4
+    trained = {half for mixture in world.families_of("train_mixture") for half in mixture.split(" + ")}
+    assert trained == halves  # each half of a held-out mixture occurs in trained ones
+
+
+def test_a_mixture_is_said_in_both_sayings():
+    rng = random.Random(0)
+    edit = world.Mixture(world.Edit("remove", "star"), world.Edit("dots", "", "red"))
+    assert edit.instruction == "remove the star and draw red dots over it"
+    for held_out in (False, True):
+        said = world.say(edit, rng, held_out)
+        for part in (edit.first, edit.second):
+            family = world.FAMILIES[part.family]
+            sayings = family.held_out_sayings if held_out else family.trained_sayings
+            assert any(part.worded(saying) in said for saying in sayings), said
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------
@@ -223,7 +273,7 @@ def combinations(scene: world.Scene) -> set:
     return {(thing.colour, thing.kind) for thing in scene.things} & world.HELD_OUT_COMBINATIONS
 
 
-@pytest.mark.parametrize("split", ["train", "seen", "unseen_task"])
+@pytest.mark.parametrize("split", [split for split in world.SPLITS if split != "unseen_combination"])
 def test_held_out_combinations_are_held_out(splits, split):
     assert not any(combinations(pair.before) | combinations(pair.after) for pair in splits[split])
 
@@ -235,10 +285,12 @@ def test_unseen_combinations_are_in_every_pair(splits):
 def test_held_out_families_are_held_out(splits):
     for split, pairs in splits.items():
         families = {pair.edit.family for pair in pairs}
-        if split == "unseen_task":
-            assert families == world.HELD_OUT_FAMILIES
+        held_out = {"unseen_family": world.HELD_OUT_FAMILIES, "unseen_task": world.HELD_OUT_MIXTURES}
+        if split in held_out:
+            assert families == held_out[split]
         else:
-            assert not families & world.HELD_OUT_FAMILIES
+            assert not families & (world.HELD_OUT_FAMILIES | world.HELD_OUT_MIXTURES)
+            assert ("mixture" in split) == (not families & set(world.FAMILIES))
 
 
 def test_training_covers_every_edit_and_no_family_is_rare():
@@ -274,7 +326,7 @@ def test_a_split_is_the_seeds():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "toy"
-    world.write_dataset(out, seed=1, sizes=SIZES)
+    world.write_dataset(out, seed=1, sizes=SIZES, mixtures=(3, 2))
     return out
 
 
@@ -282,14 +334,15 @@ def test_our_reader_reads_it(folder):
     assert sorted(path.name for path in folder.iterdir()) == sorted(SIZES)
     for split in SIZES:
         pairs = read_pairs(folder, split)
-        assert len(pairs) == 12
+        assert len(pairs) == (12 + 6 if split == "train" else 12)
         assert min(Counter(pair.instruction for pair in pairs).values()) >= 2
         for pair in pairs:
             scene = world.scene_from_json(json.loads(pair.extra["scene"]))
-            edit = world.Edit(**json.loads(pair.extra["edit"]))
+            edit = world.edit_from_json(json.loads(pair.extra["edit"]))
             assert load_image(pair.input).tobytes() == world.render(scene).tobytes()
             assert load_image(pair.output).tobytes() == world.render(edit.apply(scene)).tobytes()
-            assert sorted(pair.extra) == ["canonical", "edit", "family", "paraphrase", "scene"]
+            assert sorted(pair.extra) == ["canonical", "edit", "family", *world.PARAPHRASES, "scene"]
+            assert len({pair.extra[key] for key in world.PARAPHRASES} - {pair.instruction}) == 5
             assert pair.input_caption == scene.caption()
             assert pair.output_caption == edit.apply(scene).caption()
             assert (pair.extra["family"], pair.extra["canonical"]) == (edit.family, edit.instruction)

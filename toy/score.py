@@ -6,7 +6,8 @@
 Nearest-candidate accuracy. Of a query's scene the renderer makes every edit that exists; these pictures and
 the input itself are the candidates. An answer is right when the true edit's picture is the nearest to it in
 mean squared error over the pixels. Edits that give one and the same picture count as one candidate. A copy of
-the input is nearest to the input, and so scores 0.
+the input is nearest to the input, and so scores 0. For a mixture of two edits, the candidates are joined by
+all edits of its two families.
 
 Beside it the mean absolute error, in units of 0 … 255: inside the edited region (where truth and input differ
 by more than 8), outside it, and where the truth shows a face.  Beside each figure stands that of the truth
@@ -14,6 +15,9 @@ itself after a trip through the VAE, below whose errors no editor gets.
 
 An answer of mode "other-pair" is measured by the edit that its example shows, on the query's scene, and left
 out where that edit cannot be made.
+
+With `--agreement`, the folders hold answers to the same queries in different wordings. For some queries, the
+answers in all folders are nearest to one and the same edit: it prints the share of these.
 """
 
 import json
@@ -35,14 +39,17 @@ from toy import world
 UNEDITED = "unedited"  # the name of the input among the families
 
 
+Edit = world.Edit | world.Mixture
+
+
 # --- One query ----------------------------------------------------------------------------------------------
 
 
-def candidates(scene: world.Scene) -> tuple[np.ndarray, list[world.Edit | None]]:
+def candidates(scene: world.Scene, mixture: str = "") -> tuple[np.ndarray, list[Edit | None]]:
     """All different pictures that one edit makes of the scene, (N, P, P, 3) uint8, the unedited input first;
     and the edit of each, the first in the order of `world.FAMILIES` that makes it, None for the input."""
     pictures = {_pixels(scene).tobytes(): None}
-    for edit, edited in world.candidates(scene):
+    for edit, edited in world.candidates(scene, mixture):
         pictures.setdefault(_pixels(edited).tobytes(), edit)
     shape = (len(pictures), world.PANEL, world.PANEL, 3)
     return np.frombuffer(b"".join(pictures), np.uint8).reshape(shape), list(pictures.values())
@@ -55,10 +62,10 @@ def _pixels(scene: world.Scene) -> np.ndarray:
 class Truth:
     """What a query's answers are measured against."""
 
-    def __init__(self, scene: world.Scene, edit: world.Edit) -> None:
+    def __init__(self, scene: world.Scene, edit: Edit) -> None:
         after = edit.apply(scene)
         self.family = edit.family
-        self.pictures, self.edits = candidates(scene)
+        self.pictures, self.edits = candidates(scene, edit.family if isinstance(edit, world.Mixture) else "")
         self.picture = _pixels(after)
         change = np.abs(self.picture.astype(np.int16) - self.pictures[0]).max(axis=-1)
         self.edited = change > world.VISIBLE  # (P, P) bool
@@ -102,7 +109,8 @@ def read_queries(folder: Path) -> list[dict]:
     for record in read_answers(folder, {"answer", "mode", "scene", "edit"}):
         try:
             told = record["example"]["edit"] if record["mode"] == "other-pair" else record["edit"]
-            scene, edit = world.scene_from_json(json.loads(record["scene"])), world.Edit(**json.loads(told))
+            scene = world.scene_from_json(json.loads(record["scene"]))
+            edit = world.edit_from_json(json.loads(told))
         except (KeyError, TypeError):
             raise ValueError(f"{folder}: not answers of the toy world") from None
         if edit.apply(scene) is not None:
@@ -159,6 +167,16 @@ def accuracy(rows: list[dict]) -> dict:
     return {"n": len(rows), "accuracy": right / len(rows), "interval": (interval.low, interval.high)}
 
 
+def agreement(results: list[dict]) -> dict:
+    """The share of the queries whose answers in all folders are nearest to one and the same edit, as
+    `accuracy`. Copies of the input do not agree. Raises ValueError where the folders' queries are others."""
+    told = [[(row["answer"], row["family"]) for row in result["answers"]] for result in results]
+    if any(queries != told[0] for queries in told):
+        raise ValueError("--agreement: the folders hold answers to different queries")
+    nearest = zip(*([row["nearest_edit"] for row in result["answers"]] for result in results))
+    return accuracy([{"right": len({*edits}) == 1 and UNEDITED not in edits} for edits in nearest])
+
+
 def tables(results: list[dict]) -> str:
     """One row a folder, and then one a family with the right answers of each folder."""
     head = ["split", "mode", "n", "accuracy, %", "chance, %", "MAE inside", "MAE outside", "MAE face"]
@@ -185,12 +203,17 @@ def tables(results: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = backbone.new_parser("toy.score", __doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="with answers.jsonl")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="all metrics, and those of every answer")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="all metrics, or the agreement")
+    parser.add_argument("--agreement", action="store_true", help="of the answers in all folders")
     args = parser.parse_args(argv)
     results = [score(folder) for folder in args.folders]
+    alike = agreement(results) if args.agreement else None
     if args.json:
-        write_text(args.json, json.dumps(results, indent=1, allow_nan=False) + "\n")
+        write_text(args.json, json.dumps(alike or results, indent=1, allow_nan=False) + "\n")
     print(tables(results), end="")
+    if alike:
+        share, low, high = (100 * each for each in (alike["accuracy"], *alike["interval"]))
+        print(f"\nagreement: {share:.1f} % ({low:.1f} … {high:.1f}) of {alike['n']} queries")
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ def measure(pipe: InstructGIEPipeline, data: VisualPromptDataset, mode: str, cou
         found = stages(pipe, panels, mode, texts[start : start + BATCH], [query.seed for query in now])
         for k, query in enumerate(now):
             extra = data.pairs[query.index].extra
-            scene, edit = world.scene_from_json(json.loads(extra["scene"])), json.loads(extra["edit"])
-            truth = score.Truth(scene, world.Edit(**edit))
+            scene = world.scene_from_json(json.loads(extra["scene"]))
+            truth = score.Truth(scene, world.edit_from_json(json.loads(extra["edit"])))
             pictures = {name: np.asarray(tensor_to_image(answers[k])) for name, answers in found.items()}
             pictures["vae"] = score.reconstruct(pipe.vae, truth.picture)
             for name, picture in pictures.items():

@@ -30,6 +30,7 @@ def train_llm(args: argparse.Namespace) -> None:
     model = new_llama(tokenizer, max_position_embeddings=128, **sizes).to(args.device)
     edits = world.every_edit()
     families = [world.edits_of(family) for family in world.FAMILIES]
+    mixtures = [world.edits_of(family) for family in world.families_of("train_mixture")]
     say = tokenizer.convert_tokens_to_ids("<|say|>")
     batch = 64
 
@@ -37,13 +38,14 @@ def train_llm(args: argparse.Namespace) -> None:
         rng = random.Random(args.seed * 1_000_003 + step)
         rows = []
         for _ in range(batch):
-            edit = rng.choice(edits if rng.random() < 0.5 else rng.choice(families))
+            kinds = [edits], families, mixtures
+            edit = rng.choice(rng.choice(rng.choice(kinds)))
             wish = world.say(edit, rng) if rng.random() < 0.9 else edit.instruction
             prompt = [*tokenizer(wish, add_special_tokens=False).input_ids, say]
             rows.append((prompt, tokenizer(edit.instruction, add_special_tokens=False).input_ids))
         return {"loss": reply_loss(model, tokenizer, rows)}
 
-    fit("llm", model, loss, steps=2500, lr=2e-3, runs=args.runs, weight_decay=0.05)
+    fit("llm", model, loss, steps=4000, lr=2e-3, runs=args.runs, weight_decay=0.05)
     save(args.out / "llm", model.half(), tokenizer)
 
 

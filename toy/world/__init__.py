@@ -8,17 +8,20 @@ pixel.  That is what photographs cannot give, and why the project's numbers are 
 
     scenes.py     a background and things; their captions; scenes by chance
     drawing.py    a scene's picture, and the class of each pixel
-    edits.py      the families of edits, each with its rule and its sayings
-    splits.py     pairs of scenes, in four splits; the dataset folder
+    edits.py      the families of edits, each with its rule and its sayings; mixtures of two
+    splits.py     pairs of scenes, in six splits; the dataset folder
 """
 
 from toy.world.drawing import CLASSES, SUPERSAMPLING, render, render_classes
 from toy.world.edits import (
     FAMILIES,
+    MIXTURES,
     VISIBLE,
     Edit,
     Family,
+    Mixture,
     candidates,
+    edit_from_json,
     edits_of,
     every_edit,
     random_edit,
@@ -38,9 +41,13 @@ from toy.world.scenes import (
 )
 from toy.world.splits import (
     HELD_OUT_FAMILIES,
+    HELD_OUT_MIXTURES,
+    PARAPHRASES,
     SPLITS,
+    TRAINED_MIXTURES,
     Pair,
     draw_split,
+    families_of,
     random_texts,
     write_dataset,
     write_split,

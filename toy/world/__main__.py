@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 from toy.world.scenes import random_scene
-from toy.world.splits import write_dataset
+from toy.world.splits import TRAINED_MIXTURES, write_dataset
 
 
 def main() -> None:
@@ -14,6 +14,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("data/toy"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mixtures", action="store_true", help="mixtures of two edits in `train` too")
     parser.add_argument("--captions", type=int, help="print captions of so many scenes, and write nothing")
     args = parser.parse_args()
     if args.captions is not None:
@@ -23,7 +24,7 @@ def main() -> None:
     if args.out.exists():
         parser.error(f"{args.out} exists already; remove it or choose another --out")
     try:
-        write_dataset(args.out, args.seed)
+        write_dataset(args.out, args.seed, mixtures=TRAINED_MIXTURES if args.mixtures else (0, 0))
     except OSError as error:
         parser.error(str(error))
     print(args.out)

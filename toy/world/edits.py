@@ -1,4 +1,7 @@
-"""The edits of the toy world: rules from scene to scene, in 25 families. How people say them: sayings.txt."""
+"""The edits of the toy world: rules from scene to scene, in 25 families, and mixtures of two of them.
+
+How people say them: sayings.txt.
+"""
 
 import itertools
 import random
@@ -47,6 +50,40 @@ class Edit:
 
     def worded(self, template: str) -> str:
         return template.format(target=self.target, value=self.value).strip()
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Two edits at once, of families that `MIXTURES` pairs: a family of its own, such as "remove + bar"."""
+
+    first: Edit
+    second: Edit
+
+    @property
+    def family(self) -> str:
+        return f"{self.first.family} + {self.second.family}"
+
+    def apply(self, scene: Scene) -> Scene | None:
+        """The scene after both edits, or None where one of them cannot be made or does not show."""
+        alone = self.first.apply(scene), self.second.apply(scene)
+        both = None if None in alone else self.second.apply(alone[0])
+        return both if both and all(_differ(both, scene) for scene in alone) else None
+
+    @property
+    def instruction(self) -> str:
+        return f"{self.first.instruction} and {self.second.instruction}"
+
+
+def _differ(scene: Scene, other: Scene) -> bool:
+    """Whether one sees a difference between the two pictures."""
+    change = np.asarray(render(scene), np.int16) - np.asarray(render(other), np.int16)
+    return np.abs(change).max() > VISIBLE
+
+
+def edit_from_json(record: dict) -> Edit | Mixture:
+    if "first" not in record:
+        return Edit(**record)
+    return Mixture(**{name: Edit(**arguments) for name, arguments in record.items()})
 
 
 def _change_thing(**changes: object) -> Callable[[Scene, str, str], Scene | None]:
@@ -101,8 +138,7 @@ def _wear(scene: Scene, target: str, value: str) -> Scene | None:
         return None
     others = (worn for worn in face.features if not (worn.endswith(" hair") and value.endswith(" hair")))
     edited = scene.put(face, features=(*others, value))
-    change = np.asarray(render(edited), np.int16) - np.asarray(render(scene), np.int16)
-    return edited if np.abs(change).max() > VISIBLE else None  # what is put on may lie hidden
+    return edited if _differ(edited, scene) else None  # what is put on may lie hidden
 
 
 def _change_picture(name: str, words: str) -> Callable[[Scene, str, str], Scene]:
@@ -188,10 +224,29 @@ FAMILIES = {
     for name, (rule, arguments) in _RULES.items()
 }
 
+# [ours] Mixtures are of edits that change different things, so that both can be seen, in any order. An edit
+# of the whole picture's colours would hide much of the other one.
+_MIXED = (
+    ("recolour", "outline", "resize", "reshape", "remove", "add", "move"),
+    ("smile", "frown", "surprise", "wear"),
+    ("background",),
+    ("stripes", "bar", "dots"),
+)
+MIXTURES = tuple(
+    f"{first} + {second}"
+    for kinds in itertools.combinations(_MIXED, 2)
+    for first, second in itertools.product(*kinds)
+)
+
 _OPENINGS = ("", "", "", "please ", "could you ", "maybe ", "now ")
+# Between the sayings of a mixture's edits. The last two are held out of the toy language model's training.
+_JOINTS = (" and ", " and ", ", then ", " and also ", " and after that ", "; also ")
 
 
-def edits_of(family: str) -> list[Edit]:
+def edits_of(family: str) -> list[Edit | Mixture]:
+    """All edits of a family, or of a mixture of two."""
+    if family in MIXTURES:
+        return [Mixture(*both) for both in itertools.product(*map(edits_of, family.split(" + ")))]
     return [Edit(family, target, value) for target, value in FAMILIES[family].arguments]
 
 
@@ -199,17 +254,26 @@ def every_edit() -> list[Edit]:
     return [edit for family in FAMILIES for edit in edits_of(family)]
 
 
-def candidates(scene: Scene) -> list[tuple[Edit, Scene]]:
-    """Every edit that the renderer can make of this scene, with its result; 100 or more for a plain scene."""
-    made = ((edit, edit.apply(scene)) for edit in every_edit())
+def candidates(scene: Scene, mixture: str = "") -> list[tuple[Edit | Mixture, Scene]]:
+    """Every single edit that the renderer can make of this scene, with its result; 100 or more for a plain
+    scene. mixture: a family of `MIXTURES`, all of whose edits are candidates too."""
+    edits = every_edit() + (edits_of(mixture) if mixture else [])
+    made = ((edit, edit.apply(scene)) for edit in edits)
     return [(edit, result) for edit, result in made if result is not None]
 
 
-def say(edit: Edit, rng: random.Random, held_out: bool = False) -> str:
+def say(edit: Edit | Mixture, rng: random.Random, held_out: bool = False) -> str:
     """The edit in one of the ways in which people say it."""
-    family = FAMILIES[edit.family]
-    sayings = family.held_out_sayings if held_out else family.trained_sayings
-    return rng.choice(_OPENINGS) + edit.worded(rng.choice(sayings))
+
+    def saying(part: Edit) -> str:
+        family = FAMILIES[part.family]
+        return part.worded(rng.choice(family.held_out_sayings if held_out else family.trained_sayings))
+
+    opening = rng.choice(_OPENINGS)
+    if isinstance(edit, Edit):
+        return opening + saying(edit)
+    joint = rng.choice(_JOINTS[-2:] if held_out else _JOINTS[:-2])
+    return opening + saying(edit.first) + joint + saying(edit.second)
 
 
 def random_edit(scene: Scene, rng: random.Random) -> Scene:
