@@ -5,8 +5,9 @@
     python -m evaluation.ablations --table    # only writes docs/results.md from what is measured
 
 Each arm is a command of `train.py`, `vit.py` or `baselines.py`, each set of answers one of `evaluate.py`,
-measured by `metrics.py` and `toy.score`. This file calls these programs and gathers what they wrote. All
-arms of a seed see the same number of grids, or of edits, drawn in the same order.
+measured by `metrics.py` and `toy.score`. This file calls these programs and keeps what they measured in
+`docs/results/`, so that the arms may be trained on different days. All arms of a seed see the same number of
+grids, or of edits, drawn in the same order.
 
 Every contribution is measured where it should show: RCLDM where the instruction is withheld and only the
 example tells, ESM on everything, LIU on paraphrases that no model has seen, SAM on faces.
@@ -14,6 +15,7 @@ example tells, ESM on everything, LIU on paraphrases that no model has seen, SAM
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ from disk import other_settings, write_text
 from evaluation.metrics import interval
 
 PAGE = backbone.HERE / "docs" / "results.md"
+KEPT = backbone.HERE / "docs" / "results"  # a file for each arm and seed: its measurements, by set of answers
 NOT_YET = "Not measured yet.\n"
 
 
@@ -98,8 +101,8 @@ ARMS |= LONGER
 # The tables, by their heading: which arms stand beside the full one on which answers.
 COMPARED = ("sdedit", "instruct-pix2pix", "prompt-diffusion", "full", *LONGER, "shipped")
 TABLES = {
-    "## Beside the baselines": {"seen": COMPARED, "unseen_combination": COMPARED},
-    "## Without each contribution": {
+    "### Beside the baselines": {"seen": COMPARED, "unseen_combination": COMPARED},
+    "### Without each contribution": {
         "example": ("full", "no-rcldm", "vit"),
         "seen": ("full", "no-esm", "es-10x", "no-rcldm", "vit", "no-liu", "no-sam", "sam-10x"),
         "paraphrase": ("full", "no-liu"),
@@ -114,6 +117,12 @@ TITLES = {
     "paraphrase": "Words alone, in wordings new to every model, where LIU should help",
     "faces": "Pictures with faces, where SAM should help",
 }
+
+
+# These arms are told each query in five wordings, without an example: do the answers agree?
+WORDED = ("full", "no-liu")
+PARAPHRASES = ("paraphrase", *(f"paraphrase{k}" for k in range(2, 6)))  # of toy/world/splits.py
+LEFT_OUT = ("folder", "answers", "families")  # of what the programs wrote, in docs/results
 
 
 # --- Running it ---------------------------------------------------------------------------------------------
@@ -131,11 +140,15 @@ def call(*command: object) -> str:
 
 
 def check_budget(args: argparse.Namespace) -> None:
-    """Notes the budget beside the runs; raises ValueError where runs of another lie there."""
+    """Notes the budget, and the frozen parts, beside the runs and the measurements; raises ValueError where
+    those of another lie there."""
     budget = {name: getattr(args, name) for name in ("steps", "batch", "precision", "count")}
-    for name, (there, now) in other_settings(args.runs / "budget.json", budget).items():
-        was = f"--{name} {there}, not {now}"
-        raise ValueError(f"{args.runs} holds runs of {was}; give other folders with --runs and --out")
+    toy = backbone.preset("toy")
+    parts = {part: backbone.fingerprint(getattr(toy, part), part) for part in ("stable_diffusion", "llm")}
+    for folder in (args.runs, args.kept):
+        for name, (there, now) in other_settings(folder / "budget.json", budget | parts).items():
+            was = f"{name} {there}, not {now}"
+            raise ValueError(f"{folder} is of {was}; give other folders with --runs, --out and --kept")
 
 
 def train(name: str, seed: int, args: argparse.Namespace) -> str | None:
@@ -152,18 +165,50 @@ def train(name: str, seed: int, args: argparse.Namespace) -> str | None:
     return str(folder / ("editor" if ours else "pipeline"))
 
 
-def measure(name: str, seed: int, model: str | None, args: argparse.Namespace) -> None:
-    """Answers every set of the arm and measures the answers, unless that is done."""
-    arm = ARMS[name]
-    for each in dict.fromkeys(each for each, other in ROWS if other == name):
+def sets_of(name: str) -> list[str]:
+    """The sets of answers that the tables show of an arm."""
+    shown = dict.fromkeys(each for each, other in ROWS if other == name)
+    return [*shown, *(["wordings"] if name in WORDED else [])]
+
+
+def measure(name: str, seed: int, args: argparse.Namespace) -> None:
+    """Trains the arm, answers its sets and measures the answers: whatever of it is not done."""
+    kept = measured(name, seed, args)
+    missing = [each for each in sets_of(name) if each not in kept]
+    model = train(name, seed, args) if missing else None
+    for each in missing:
         out = args.out / f"{name}-{seed}" / each
-        if (out / "score.json").exists():
-            continue
-        asked = (*SETS[each], "--count", args.count, "--sheet", 24, "--method", arm.method, *arm.sampling)
-        call("evaluation.evaluate", *([model] if model else []), "--output", out, *asked)
-        (folder,) = (path.parent for path in out.rglob("answers.jsonl"))
-        call("evaluation.metrics", folder, "--json", out / "metrics.json")
-        call("toy.score", folder, "--json", out / "score.json")
+        if each == "wordings":
+            told, count = (*SETS["paraphrase"][:-1],), ("--count", math.ceil(args.count / 4))
+            answers = [answer(name, model, out / key, *told, key, *count) for key in PARAPHRASES]
+            call("toy.score", *answers, "--agreement", "--json", out / "score.json")
+            kept[each] = json.loads((out / "score.json").read_text())
+        else:
+            answers = answer(name, model, out, *SETS[each], "--count", args.count)
+            call("evaluation.metrics", answers, "--json", out / "metrics.json")
+            call("toy.score", answers, "--json", out / "score.json")
+            (found,) = json.loads((out / "metrics.json").read_text())["results"]
+            (scored,) = json.loads((out / "score.json").read_text())
+            found = {key: value for key, value in (found | scored).items() if key not in LEFT_OUT}
+            for key in ("fid_draws", "directional_similarity_draws"):
+                found[key] = [float(f"{draw:.5g}") for draw in found[key]]
+            kept[each] = found
+        write_text(args.kept / f"{name}-{seed}.json", json.dumps(kept, allow_nan=False) + "\n")
+
+
+def answer(name: str, model: str | None, out: Path, *options: object) -> Path:
+    """Answers queries below `out`; returns the folder of the answers."""
+    arm = ARMS[name]
+    options = (*([model] if model else []), "--output", out, *options, "--sheet", 24)
+    call("evaluation.evaluate", *options, "--method", arm.method, *arm.sampling)
+    (folder,) = (path.parent for path in out.rglob("answers.jsonl"))
+    return folder
+
+
+def measured(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict]:
+    """The measurements of an arm that there are, by set of answers."""
+    file = args.kept / f"{name}-{seed}.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 # --- The tables ---------------------------------------------------------------------------------------------
@@ -171,14 +216,8 @@ def measure(name: str, seed: int, model: str | None, args: argparse.Namespace) -
 
 def gather(name: str, each: str, args: argparse.Namespace) -> dict[int, dict]:
     """What was measured of an arm's answers, by the seeds that are there."""
-    rows = {}
-    for seed in args.seeds:
-        out = args.out / f"{name}-{seed}" / each
-        if (out / "score.json").exists():
-            (measured,) = json.loads((out / "metrics.json").read_text())["results"]
-            (scored,) = json.loads((out / "score.json").read_text())
-            rows[seed] = measured | scored
-    return rows
+    rows = {seed: measured(name, seed, args) for seed in args.seeds}
+    return {seed: row[each] for seed, row in rows.items() if each in row}
 
 
 def cell(rows: list[dict], key: str, digits: int, interval_key: str = "", unit: float = 1) -> str:
@@ -212,6 +251,17 @@ def table(each: str, names: tuple[str, ...], args: argparse.Namespace) -> str:
         rows.append([ARMS[name].label, f"{len(found)} × {found[0]['n']}", *cells])
     left = f"\nNot measured yet: {'; '.join(missing)}.\n" if missing else ""
     return backbone.markdown(head, rows) + left if rows else NOT_YET
+
+
+def agreement(args: argparse.Namespace) -> str:
+    """The share of queries whose answers in five wordings are one and the same edit, a row for each arm."""
+    rows = []
+    for name in WORDED:
+        if found := [*gather(name, "wordings", args).values()]:
+            seeds = f"{len(found)} × {found[0]['n']}"
+            rows.append([ARMS[name].label, seeds, cell(found, "accuracy", 1, "interval", unit=100)])
+    head = ["", "seeds × queries", "one edit in five wordings, %"]
+    return backbone.markdown(head, rows) if rows else NOT_YET
 
 
 def difference(
@@ -265,11 +315,12 @@ def differences(args: argparse.Namespace) -> str:
 def receptive_fields(args: argparse.Namespace) -> str:
     """The paper's figure, of the first seed's encoders: draws it beside the page, and returns its table."""
     editors = [args.runs / f"{name}-{args.seeds[0]}" / "editor" for name in ("no-rcldm", "vit", "full")]
-    if not all(editor.exists() for editor in editors):
+    figure, printed = PAGE.with_name("receptive_field.png"), args.kept / "receptive_field.md"
+    if all(editor.exists() for editor in editors):
+        write_text(printed, call("evaluation.receptive_field", *editors, "--out", figure))
+    if not printed.exists():
         return NOT_YET
-    figure = PAGE.with_name("receptive_field.png")
-    printed = call("evaluation.receptive_field", *editors, "--out", figure)
-    return f"{printed}\n![the fields in the order of the rows]({figure.name})\n"
+    return f"{printed.read_text()}\n![the fields in the order of the rows]({figure.name})\n"
 
 
 def write_page(args: argparse.Namespace) -> None:
@@ -279,8 +330,10 @@ def write_page(args: argparse.Namespace) -> None:
     for heading, sets in TABLES.items():
         parts.append(f"{heading}\n")
         parts += [f"{TITLES[each]}:\n\n{table(each, names, args)}" for each, names in sets.items()]
-    parts.append(f"## Differences from the full method\n\n{differences(args)}")
-    parts.append(f"## Receptive fields of the encoders\n\n{receptive_fields(args)}")
+    title = "Words alone, in five wordings new to every model"
+    parts.append(f"{title}:\n\n{agreement(args)}")
+    parts.append(f"### Differences from the full method\n\n{differences(args)}")
+    parts.append(f"### Receptive fields of the encoders\n\n{receptive_fields(args)}")
     page = PAGE.read_text(encoding="utf-8")
     if page.count(start) != 1 or page.count(end) != 1:
         raise ValueError(f"{PAGE}: its two marks are gone; restore {start.strip()} and {end.strip()}")
@@ -301,14 +354,15 @@ def main(argv: list[str] | None = None) -> None:
     add("--count", type=int, default=512, help="answers of each set")
     add("--precision", default="no", choices=("no", "bf16"))
     add("--runs", type=Path, default=Path("runs/ablations"), help="what is trained")
-    add("--out", type=Path, default=Path("out/ablations"), help="answers and numbers")
+    add("--out", type=Path, default=Path("out/ablations"), help="answers")
+    add("--kept", type=Path, default=KEPT, help="measurements")
     add("--table", action="store_true", help="only write the page")
     args = parser.parse_args(argv)
     check_budget(args)
     for seed in args.seeds if not args.table else ():
         for name in args.only:
             if ARMS[name].trainer or seed == args.seeds[0]:
-                measure(name, seed, train(name, seed, args), args)
+                measure(name, seed, args)
     write_page(args)
 
 

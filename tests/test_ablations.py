@@ -1,12 +1,14 @@
 """ablations.py without the hours: which commands it gives, that it goes on, and the page it writes."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from evaluation import ablations
+from toy import world
 
 PAGE = "Before.\n<!-- measured: by evaluation.ablations -->\nold\n<!-- end of what is measured -->\nAfter.\n"
 
@@ -46,6 +48,9 @@ def programs(tmp_path, monkeypatch):
             row |= {"fid_draws": [1.0, 2.0, 3.0] if better else [1.5, 2.5, 3.5]}
             row |= {"directional_similarity_draws": [0.5, 0.6] if better else [0.6, 0.5]}
             option("--json").write_text(json.dumps({"results": [row]}))
+        elif "--agreement" in words:
+            assert len(words) == 1 + 5 + 3
+            option("--json").write_text(json.dumps({"n": 3, "accuracy": 0.25, "interval": [0.1, 0.5]}))
         else:
             row = {"n": 9, "accuracy": 0.75, "interval": [0.7, 0.8]}
             row |= {"mae_inside": 3.0, "mae_outside": 1.0, "mae_face": None}
@@ -55,7 +60,7 @@ def programs(tmp_path, monkeypatch):
 
     def run(*options):
         calls.clear()
-        places = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+        places = [word for name in ("runs", "out", "kept") for word in (f"--{name}", str(tmp_path / name))]
         ablations.main([*places, *options])
         return [list(words) for words in calls], page.read_text()
 
@@ -77,14 +82,16 @@ def test_every_arm_is_trained_once_a_seed_on_one_budget(programs):
     asked = [words for words in calls if words[0] == "evaluation.evaluate"]
     assert sum("sdedit" in words for words in asked) == 2  # not trained: once on each split
     told = [words for words in asked if "paraphrase" in words]
-    assert len(told) == 2 * 3  # the full one and that without LIU
+    assert len(told) == 2 * 3 * (1 + 1)  # the full one and that without LIU
+    assert {words[words.index("--told") + 1] for words in asked if "--told" in words} == {*world.PARAPHRASES}
 
 
-def test_it_goes_on_where_it_stood(programs):
+def test_it_goes_on_where_it_stood(programs, tmp_path):
     first, page = programs("--only", "full", "no-esm", "--seeds", "0")
     assert len(trained(first)) == 2
     again, same = programs("--only", "full", "no-esm", "--seeds", "0")
     assert again == [] and same == page
+    shutil.rmtree(tmp_path / "runs")  # another day, on another machine: the measurements are enough
     more, _ = programs("--only", "full", "--seeds", "0", "1")
     assert len(trained(more)) == 1
 
@@ -95,6 +102,7 @@ def test_the_page_keeps_what_is_written_around_the_tables(programs):
     assert "old" not in page
     line = "| InstructGIE | 2 × 9 | 0.0123 (0.0100 … 0.0200) | 0.500 (0.400 … 0.600) | 75.0 (70.0 … 80.0) |"
     assert line + " 3.0 | 1.0 | – | 7.57 | 0.27 |" in page
+    assert "| InstructGIE | 2 × 3 | 25.0 (10.0 … 50.0) |" in page
     assert "| without RCLDM | 2 × 9 | 0.5000" in page and "| without SAM" not in page
     assert "\nNot measured yet: without LIU.\n" in page and "; without SAM; " in page
     # Paired: a spread that both share says nothing of their difference.
@@ -103,7 +111,7 @@ def test_the_page_keeps_what_is_written_around_the_tables(programs):
         " agrees | no difference |"
     )
     assert line in page and "| InstructPix2Pix | `unseen_combination` | +0.4877 ± 0.0000 (2 of 2) |" in page
-    assert "## Receptive fields of the encoders\n\nNot measured yet.\n" in page
+    assert "### Receptive fields of the encoders\n\nNot measured yet.\n" in page
 
 
 def test_what_learnt_longer_is_set_beside_ours_that_learnt_as_long(programs):
@@ -125,7 +133,7 @@ def test_runs_of_another_budget_are_not_mixed(programs, capsys):
     programs("--only", "full", "--seeds", "0", "--steps", "20")
     with pytest.raises(SystemExit) as stopped:
         programs("--only", "full", "--seeds", "0", "--steps", "30")
-    assert stopped.value.code == 2 and "--steps 20, not 30" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "runs is of steps 20, not 30" in capsys.readouterr().err
 
 
 def test_a_page_without_marks_is_left_alone(programs, tmp_path, capsys):

@@ -262,6 +262,44 @@ def test_truth_scores_1_a_copy_0_and_small_noise_1(tmp_path, capsys):
     assert f"| {family} | {n} of {n} | 0 of {n} | {n} of {n} |" in by_family
 
 
+def test_answers_agree_where_all_are_nearest_to_one_edit(tmp_path, capsys):
+    copy, right, wrong = (lambda *pair: pair[0]), (lambda *pair: pair[1]), (lambda *pair: 255 - pair[0])
+    folders = {name: tmp_path / name / "pair" for name in ("right", "again", "copy", "mixed")}
+    make_answers(folders["right"], right)
+    make_answers(folders["again"], noisy)
+    make_answers(folders["copy"], copy)
+    turns = iter((right, wrong, copy, right))
+    make_answers(folders["mixed"], lambda *pair: next(turns)(*pair))
+
+    def share(*names):
+        return score.agreement([score.score(folders[name]) for name in names])["accuracy"]
+
+    assert share("right", "again") == 1 and share("copy", "copy") == 0
+    assert share("right", "mixed") == 0.5 and share("right", "copy") == 0
+    out = tmp_path / "score.json"
+    score.main([*(str(folders[name]) for name in ("right", "mixed")), "--agreement", "--json", str(out)])
+    assert json.loads(out.read_text())["accuracy"] == 0.5
+    assert capsys.readouterr().out.endswith("agreement: 50.0 % (15.0 … 85.0) of 4 queries\n")
+    make_answers(tmp_path / "few" / "pair", right, count=2)
+    folders["few"] = tmp_path / "few" / "pair"
+    with pytest.raises(ValueError, match="different queries"):
+        share("right", "few")
+
+
+def test_a_mixture_is_measured_among_its_familys_edits():
+    thing = world.Thing("circle", "red", "top left")
+    scene = world.Scene("white", (thing, world.Thing("star", "blue", "bottom right")))
+    edit = world.Mixture(world.Edit("remove", "circle"), world.Edit("dots", "", "green"))
+    truth = score.Truth(scene, edit)
+    one = score.Truth(scene, edit.second)
+    assert truth.score(truth.picture)["right"] and truth.score(truth.picture)["family"] == "remove + dots"
+    assert not truth.score(one.picture)["right"] and truth.score(one.picture)["nearest"] == "dots"
+    other = world.Mixture(world.Edit("remove", "star"), edit.second).apply(scene)
+    nearest = truth.score(np.asarray(world.render(other)))["nearest_edit"]
+    assert nearest == "remove the star and draw green dots over it"
+    assert len(one.edits) < len(truth.edits) <= len(one.edits) + 2 * len(world.COLOURS)
+
+
 def test_the_floor_of_the_errors_is_the_vaes(tmp_path, monkeypatch):
     class Darkening(torch.nn.Module):
         device = torch.device("cpu")
@@ -293,7 +331,7 @@ def test_edits_of_one_and_the_same_picture_are_one_candidate(monkeypatch):
     scene = world.Scene("white", (face,))
     edited = scene.put(face, mouth="smile")
     made = [(world.Edit("smile", "face"), edited), (world.Edit("frown", "face"), edited)]
-    monkeypatch.setattr(world, "candidates", lambda scene: made)
+    monkeypatch.setattr(world, "candidates", lambda scene, mixture: made)
     pictures, edits = score.candidates(scene)
     assert edits == [None, made[0][0]] and len(pictures) == 2
 
