@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
 from tiny import options, save_all  # noqa: E402
 
+import backbone  # noqa: E402
 import train  # noqa: E402
 from training import checkpoint  # noqa: E402
 
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    train.VALIDATION_PICTURES, backbone.SAMPLING["steps"] = 2, 2
     rng, parts = random.Random(args.seed), args.folder / "parts"
     save_all(parts)
     assert run(parts, args.folder / "first")[0] == 0  # fills the caches

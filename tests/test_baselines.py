@@ -30,21 +30,28 @@ def parts(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def run(parts, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def run(parts):
     """Trains a baseline on the tiny parts; returns the pipeline's folder."""
     tiny = backbone.Preset(
         str(parts / "sd"), "", "", "", "", "", P, P, (), 1e-3, "mit", data=str(parts / "data")
     )
-    monkeypatch.setitem(backbone.PRESETS, "tiny", tiny)
 
-    def start(method, *options, output=None):
-        output = output or tmp_path / method
+    def start(method, *options, output):
         argv = [method, "--backbone", "tiny", "--output", str(output), "--cache", str(parts / "cache")]
         baselines.main([*argv, "--workers", "0", "--device", "cpu", "--batch", "2", *options])
         return output / "pipeline"
 
-    return start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backbone.PRESETS, "tiny", tiny)
+        yield start
+
+
+@pytest.fixture(scope="module")
+def trained(run, tmp_path_factory):
+    """The folder of each method's pipeline after two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    return {method: run(method, "--steps", "2", output=folder / method) for method in METHODS}
 
 
 def inputs(seed=0, count=2):
@@ -54,9 +61,8 @@ def inputs(seed=0, count=2):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_trained_is_what_evaluate_loads(run, parts, tmp_path, method):
-    folder = run(method, "--steps", "2")
-    argv = [str(folder), "--method", method, "--backbone", "tiny", "--count", "2", "--steps", "2"]
+def test_what_is_trained_is_what_evaluate_loads(trained, tmp_path, method):
+    argv = [str(trained[method]), "--method", method, "--backbone", "tiny", "--count", "2", "--steps", "2"]
     evaluate.main([*argv, "--output", str(tmp_path / "out")])
     mode = evaluate.METHODS[method].modes[0]
     answers = sorted((tmp_path / "out" / "seen" / mode).glob("*.png"))
@@ -89,8 +95,8 @@ def test_untrained_instruct_pix2pix_draws_as_stable_diffusion(parts):
     assert not torch.allclose(read[0], drawn[0]) and torch.allclose(read[1], drawn[1], atol=1e-5)
 
 
-def test_prompt_diffusion_adds_two_embeddings_of_the_pair_and_of_the_query(run):
-    folder = run("prompt-diffusion", "--steps", "2")
+def test_prompt_diffusion_adds_two_embeddings_of_the_pair_and_of_the_query(trained):
+    folder = trained["prompt-diffusion"]
     weights = load_file(folder / "controlnet" / WEIGHTS)
     assert weights["controlnet_cond_embedding.pair.conv_in.weight"].shape[1] == 6
     assert weights["controlnet_cond_embedding.query.conv_in.weight"].shape[1] == 3
@@ -102,9 +108,9 @@ def test_prompt_diffusion_adds_two_embeddings_of_the_pair_and_of_the_query(run):
 
 
 @pytest.mark.parametrize("method", ["sdedit", *METHODS])
-def test_an_answer_is_the_seeds_and_not_the_batchs(run, parts, method):
+def test_an_answer_is_the_seeds_and_not_the_batchs(trained, parts, method):
     kind = METHODS.get(method, SDEdit)
-    folder = parts / "sd" if method == "sdedit" else run(method, "--steps", "2")
+    folder = trained.get(method, parts / "sd")
     editor = kind.load(str(folder), "cpu", P)
     sampling = kind.settings | {"steps": 3}
     examples, given, queries, texts, seeds = inputs()
@@ -116,8 +122,8 @@ def test_an_answer_is_the_seeds_and_not_the_batchs(run, parts, method):
     assert not torch.allclose(other, alone, atol=1e-2)
 
 
-def test_what_is_not_given_is_not_seen(run):
-    editor = PromptDiffusion.load(str(run("prompt-diffusion", "--steps", "2")), "cpu", P)
+def test_what_is_not_given_is_not_seen(trained):
+    editor = PromptDiffusion.load(str(trained["prompt-diffusion"]), "cpu", P)
     with torch.no_grad():
         for block in editor.pipeline.controlnet.controlnet_down_blocks:  # zeros that two steps hardly moved
             torch.nn.init.normal_(block.weight)
@@ -144,23 +150,19 @@ def test_little_noise_leaves_the_query_and_full_noise_does_not(parts):
     assert (weak - kept).abs().mean() < 0.8 * (strong - kept).abs().mean()
 
 
-def test_sdedit_is_told_the_captions_and_says_when_there_are_none(run, parts, tmp_path, capsys):
+def test_sdedit_is_told_the_captions_and_says_when_there_are_none(run, tmp_path, refused):
     more = ["--method", "sdedit", "--backbone", "tiny", "--count", "2", "--steps", "2"]
     evaluate.main([*more, "--output", str(tmp_path / "out")])
     lines = (tmp_path / "out" / "seen" / "instruction" / "answers.jsonl").read_text().splitlines()
     assert {json.loads(line)["unified"] for line in lines} == {"a dog at night"}
     save_data(tmp_path / "bare")
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main([*more, "--data", str(tmp_path / "bare"), "--output", str(tmp_path / "out2")])
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err
-    assert "no 'output_caption' for some queries" in message
+    bare = "--data", str(tmp_path / "bare"), "--output", str(tmp_path / "out2")
+    assert "no 'output_caption' for some queries" in refused(evaluate.main, [*more, *bare])
 
 
-def test_a_folder_of_another_kind_is_one_line(run, parts, capsys):
+def test_a_folder_of_another_kind_is_one_line(run, parts, tmp_path, refused):
     for options in (["--steps", "0"], ["--data", "/nowhere/at/all"]):
-        with pytest.raises(SystemExit) as stopped:
-            run("prompt-diffusion", *options)
-        assert stopped.value.code == 2 and "evaluation.baselines: error: " in capsys.readouterr().err
+        line = refused(run, "prompt-diffusion", *options, output=tmp_path / "new")
+        assert line.startswith("evaluation.baselines: error: ")
     with pytest.raises(OSError, match="controlnet/diffusion_pytorch_model"):
         PromptDiffusion.load(str(parts / "sd"), "cpu", P)

@@ -19,25 +19,6 @@ def rows(program, *options):
 
 
 @pytest.mark.slow
-def test_a_comparison_prints_a_row_for_each_scan():
-    (cells,) = rows("scan", "--sizes", "1,4,2,16", "--repeat", "1", "--only", "chunked").values()
-    assert cells[1] == "chunked" and cells[3] == "1.0" and float(cells[4]) >= 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("program", "names"),
-    [
-        ("train_step", ["ControlNetModel", "ours without ESM and SAM", "ours, all four"]),
-        ("edit_time", ["StableDiffusionControlNetPipeline", "ours"]),
-    ],
-)
-def test_ours_stands_beside_diffusers(program, names):
-    found = rows(program, "--batch", "2", "--repeat", "1")
-    assert list(found) == names and all(float(cells[-1]) > 0 for cells in found.values())
-
-
-@pytest.mark.slow
 def test_a_step_is_compiled_whole():
     ours = "ours without ESM and SAM"
     options = "--batch", "2", "--repeat", "1", "--only", ours, "--ways", "compiled"

@@ -101,13 +101,12 @@ def test_files_of_texts_are_read_strictly(tmp_path):
         writing.read_texts(file)
 
 
-def test_examples_of_too_few_pairs_teach_nothing(tmp_path, capsys):
+def test_examples_of_too_few_pairs_teach_nothing(tmp_path, refused):
     (tmp_path / "seeds.txt").write_text("a lake")
     (tmp_path / "own.jsonl").write_text('{"instruction": "x", "pairs": [["a", "b"], ["c", "d"]]}')
     options = ["--seeds", "seeds.txt", "--out", "out", "--finetune", "own.jsonl"]
-    with pytest.raises(SystemExit):
-        writing.main([str(tmp_path / word) if "." in word or word == "out" else word for word in options])
-    assert "own.jsonl: each example needs 5 pairs of captions" in capsys.readouterr().err
+    options = [str(tmp_path / word) if "." in word or word == "out" else word for word in options]
+    assert "own.jsonl: each example needs 5 pairs of captions" in refused(writing.main, options)
     assert not (tmp_path / "out").exists()
 
 
@@ -221,14 +220,11 @@ def test_texts_go_on_where_they_were_stopped(scripted, tmp_path):
     assert asked == [] and len(texts) == 3
 
 
-def test_work_of_other_settings_is_not_mixed(scripted, capsys):
+def test_work_of_other_settings_is_not_mixed(scripted, refused):
     table, run = scripted
     table["a"] = [reply("one", "a")]
     run()
-    with pytest.raises(SystemExit) as stopped:
-        run("--llm", "another")
-    assert stopped.value.code == 2
-    assert "llm toy/weights/writer, now another" in capsys.readouterr().err
+    assert "llm toy/weights/writer, now another" in refused(run, "--llm", "another")
 
 
 def test_finetuning_teaches_and_goes_on_after_a_stop(tmp_path, monkeypatch):
@@ -460,12 +456,10 @@ def test_captions_that_the_text_encoder_would_cut_are_not_drawn(painted, tmp_pat
         (["--out", "nowhere"], "nowhere/texts.jsonl"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(tmp_path, capsys, options, message):
+def test_what_cannot_be_is_said_in_one_line(tmp_path, refused, options, message):
     write_texts(tmp_path, records(1))
-    with pytest.raises(SystemExit) as stopped:
-        drawing.main(["--out", str(tmp_path), *options])
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and error.startswith("data_making.pictures: error: ") and message in error
+    line = refused(drawing.main, ["--out", str(tmp_path), *options])
+    assert line.startswith("data_making.pictures: error: ") and message in line
 
 
 def test_the_four_scores_are_cosines_of_clip(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from open_clip import CLIP
 
+import backbone
 import esm
 
 
@@ -45,6 +46,7 @@ def test_predict_x0_inverts_the_forward_process(kind):
         "v_prediction": scheduler.get_velocity(clean, noise, timestep),
         "sample": clean,
     }
+    assert torch.equal(backbone.prediction_target(clean, noise, timestep, scheduler), exact[kind])
     torch.testing.assert_close(
         esm.predict_x0(noisy, exact[kind], timestep, scheduler), clean, atol=1e-4, rtol=1e-4
     )

@@ -40,9 +40,7 @@ def damaged(draw, data):
     data = bytearray(data)
     for _ in range(draw(st.integers(1, 3))):
         at, size = draw(st.integers(0, len(data))), draw(st.sampled_from([1, 2, 4, 64]))
-        special = (
-            draw(st.sampled_from([b"\0", b"\xff", b"\x7f\xff", b"\xff\xff\xff\x7f", b"\xc3\x28"])) * size
-        )
+        special = draw(st.sampled_from(SPECIAL)) * size
         match draw(st.sampled_from(["cut", "flip", "overwrite", "insert", "remove"])):
             case "cut":
                 del data[at:]

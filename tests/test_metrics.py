@@ -54,12 +54,6 @@ def test_the_distance_is_that_of_torchmetrics():
     assert metrics.frechet_distance(one, other) == pytest.approx(theirs.compute().item(), rel=1e-3)
 
 
-def test_the_distance_of_a_cloud_to_itself_and_to_its_shifted_self():
-    one, shift = cloud(100, 6), torch.arange(6.0)
-    assert metrics.frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
-    assert metrics.frechet_distance(one, one + shift) == pytest.approx(shift.square().sum().item(), rel=1e-5)
-
-
 def test_directional_similarity_is_the_cosine_of_two_changes():
     before, after, said_before, said_after = cloud(20, 8).chunk(4)
     ours = metrics.directional_similarity(before, after, said_before, said_after)
@@ -172,11 +166,9 @@ def test_answers_are_measured_from_anywhere_whatever_layout_they_came_from(tmp_p
         ({"output": "nowhere.png"}, "nowhere.png"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(answers, capsys, changes, message):
-    with pytest.raises(SystemExit) as stop:
-        metrics.main([answers("folder", "truth", **changes)])
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and message in error and error.startswith("evaluation.metrics: ")
+def test_what_cannot_be_measured_is_one_line(answers, refused, changes, message):
+    line = refused(metrics.main, [answers("folder", "truth", **changes)])
+    assert message in line and line.startswith("evaluation.metrics: ")
 
 
 def test_the_paper_sized_features_are_refused_in_one_line_without_their_library(monkeypatch, capsys):

@@ -7,9 +7,9 @@ import accelerate
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.hooks import apply_group_offloading
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import new_unet
 from torch.nn import functional as F
 
 import rcldm
@@ -41,6 +41,9 @@ def test_cross_merge_is_the_adjoint_of_cross_scan(b, c, h, w, seed):
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(-9, 10, (b, c, h, w), generator=g).double().requires_grad_()
     ys = torch.randint(-9, 10, (b, 4, c, h * w), generator=g).double().requires_grad_()
+    places = torch.arange(float(h * w))
+    orders = cross_scan(places.view(1, 1, h, w))[0, :, 0]  # (4, L)
+    assert torch.equal(orders.sort().values, places.expand(4, -1))  # each place once, in each order
     assert (cross_scan(x) * ys).sum() == (x * cross_merge(ys, h, w)).sum()  # whole numbers: exact
     (gradient,) = torch.autograd.grad((cross_scan(x) * ys).sum(), x)
     assert torch.equal(gradient, cross_merge(ys, h, w))
@@ -168,19 +171,8 @@ DESIGNS = "vmamba", "conv"
 
 @pytest.fixture(scope="module")
 def unet():
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        in_channels=16,
-        out_channels=16,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=8,
-        cross_attention_dim=12,
-    )
-    return unet.requires_grad_(False)
+    sizes = dict(block_out_channels=(16, 32), norm_num_groups=4, attention_head_dim=8, cross_attention_dim=12)
+    return new_unet(**sizes, in_channels=16, out_channels=16).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -300,19 +292,6 @@ def test_a_wrong_condition_is_one_clear_line(unet, inputs):
         RCLDM.from_unet(unet, factor=6)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(unet, inputs, grid):
-    model = awake(RCLDM.from_unet(unet, prompt_encoder_depth=2)).train()
-    gradients = []
-    for _ in range(2):
-        model.zero_grad()
-        sum(r.square().sum() for r in all_residuals(model(*inputs, grid))).backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-        model.enable_gradient_checkpointing()
-    assert model.prompt_encoder.gradient_checkpointing
-    for a, b in zip(*gradients):
-        torch.testing.assert_close(a, b)
-
-
 def test_one_block_sees_the_whole_grid():
     torch.manual_seed(0)
     encoder = awake(VisualPromptEncoder(16, depth=1))
@@ -332,14 +311,6 @@ def test_zero_vmamba_contains_the_zero_convolution():
     assert not ZeroVMamba(8)(x).any()
 
 
-def test_half_precision_runs(unet, inputs, grid):
-    model = awake(RCLDM.from_unet(unet, prompt_encoder_depth=1)).to(torch.bfloat16)
-    with torch.no_grad():
-        latents, timestep, text = inputs
-        residuals = all_residuals(model(latents.bfloat16(), timestep, text.bfloat16(), grid))
-    assert all(r.dtype == torch.bfloat16 and r.isfinite().all() for r in residuals)
-
-
 def test_it_fits_stable_diffusion_1_5():
     with torch.device("meta"):  # shapes only
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the configuration of SD 1.5
@@ -349,12 +320,6 @@ def test_it_fits_stable_diffusion_1_5():
     assert widths == [320] * 4 + [640] * 3 + [1280] * 6
     links = sum(p.numel() for name, p in model.named_parameters() if "controlnet_" in name)
     assert links < 0.15 * model.num_parameters()
-
-
-def test_the_worked_example_runs(capsys):
-    rcldm.main()
-    printed = capsys.readouterr().out
-    assert "unchanged to the last bit: True" in printed and "[5, 2, 4, 1, 3, 0]" in printed
 
 
 # -------------------------------------------------------------------- hooks of diffusers and accelerate
@@ -375,8 +340,15 @@ def new_model(unet, design, dtype=torch.float32):
     return awake(RCLDM.from_unet(unet, design, prompt_encoder_depth=3)).to(dtype)
 
 
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "storage, compute",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float8_e4m3fn, torch.bfloat16),
+        (torch.float8_e4m3fn, torch.float16),
+    ],
+)
 @pytest.mark.parametrize("design", DESIGNS)
 def test_cast_layer_by_layer_it_has_the_stored_weights(unet, inputs, grid, design, storage, compute):
     """To the last bit those of a model whose layers are rounded; norms, scan and buffers are left alone."""
@@ -404,15 +376,13 @@ def test_cast_to_half_for_its_layers_alone_it_runs(unet, inputs, grid, design):
 @pytest.mark.parametrize("design", DESIGNS)
 def test_offloaded_in_groups_it_computes_the_same(unet, inputs, grid, design, blocks, tmp_path):
     wanted = residuals_of(new_model(unet, design), inputs, grid)
-    by_method, by_function = (new_model(unet, design) for _ in range(2))
+    model = new_model(unet, design)
     how = {"onload_device": torch.device("cpu"), "num_blocks_per_group": blocks}
     how["offload_type"] = "block_level" if blocks else "leaf_level"
-    by_method.enable_group_offload(**how, offload_to_disk_path=str(tmp_path / "method"))
-    apply_group_offloading(by_function, **how, offload_to_disk_path=str(tmp_path / "function"))
-    for model in (by_method, by_function):
-        assert all(p.isnan().all() for p in model.parameters() if p.is_floating_point())
-        for _ in range(2):
-            assert all(map(torch.equal, residuals_of(model, inputs, grid), wanted))
+    model.enable_group_offload(**how, offload_to_disk_path=str(tmp_path))
+    assert all(p.isnan().all() for p in model.parameters() if p.is_floating_point())
+    for _ in range(2):
+        assert all(map(torch.equal, residuals_of(model, inputs, grid), wanted))
 
 
 @pytest.mark.parametrize("buffers", [False, True])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from tiny import new_unet
 
 from evaluation import receptive_field as erf
 from evaluation.vit import ViTRCLDM
@@ -16,16 +16,8 @@ def test_the_area_is_that_of_the_smallest_part():
 
 @pytest.mark.parametrize("design", ["vmamba", "conv", "vit"])
 def test_convolutions_see_their_neighbourhood_and_the_others_everything(design):
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=4,
-        cross_attention_dim=8,
-        norm_num_groups=4,
-    )
+    sizes = dict(block_out_channels=(16, 32), norm_num_groups=4, attention_head_dim=4, cross_attention_dim=8)
+    unet = new_unet(**sizes)
     kind = ViTRCLDM if design == "vit" else RCLDM
     model = kind.from_unet(unet, design, prompt_encoder_depth=2)
     grids = torch.rand(2, 3, 128, 128) * 2 - 1

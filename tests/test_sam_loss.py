@@ -1,16 +1,15 @@
 """Selective-area matching: areas by hand and by a tiny Mask2Former, the proposal, the loss."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_liu import byte_tokenizer
+from tiny import new_segmenter
 from transformers import (
-    Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessor,
-    PreTrainedTokenizerFast,
-    SwinConfig,
+    PreTrainedTokenizerBase,
 )
 
 from sam_loss import SelectiveAreas, panoptic_area, propose_classes, selective_area_loss
@@ -22,30 +21,7 @@ LABELS = ("person", "cat", "sky", "wall-other-merged")
 @pytest.fixture(scope="module")
 def segmenter() -> Mask2FormerForUniversalSegmentation:
     torch.manual_seed(0)
-    stages = ["stage1", "stage2", "stage3", "stage4"]
-    swin = {
-        "embed_dim": 8,
-        "depths": [1, 1, 1, 1],
-        "num_heads": [1, 1, 2, 2],
-        "window_size": 4,
-        "image_size": 64,
-    }
-    sizes = {
-        "feature_size": 32,
-        "mask_feature_size": 32,
-        "hidden_dim": 32,
-        "num_attention_heads": 2,
-        "num_queries": 1,
-    }
-    depths = {"encoder_layers": 1, "decoder_layers": 2, "encoder_feedforward_dim": 16, "dim_feedforward": 16}
-    names = {
-        "id2label": dict(enumerate(LABELS)),
-        "label2id": {label: index for index, label in enumerate(LABELS)},
-    }
-    config = Mask2FormerConfig(
-        backbone_config=SwinConfig(**swin, out_features=stages), **sizes, **depths, **names
-    )
-    model = Mask2FormerForUniversalSegmentation(config)
+    model = new_segmenter(LABELS, size=64, queries=1)
     model.class_predictor.bias.data[0] = 9.0  # its one query takes whatever it finds for a person
     return model
 
@@ -72,13 +48,6 @@ def test_area_is_the_segment_and_not_the_pixels_nobody_claims():
     logits = queries((0, 9.0, slice(2, 4), slice(3, 6)), (NOTHING, 9.0, ALL, ALL))
     area = panoptic_area(*logits, torch.tensor([0]), (8, 8))
     assert area[2:4, 3:6].all() and area.sum() == 6
-
-    # Why transformers' own post-processing is not used: it gives the lone person every pixel of the image.
-    output = SimpleNamespace(class_queries_logits=logits[0][None], masks_queries_logits=logits[1][None])
-    theirs = Mask2FormerImageProcessor().post_process_panoptic_segmentation(
-        output, target_sizes=[(8, 8)], label_ids_to_fuse=set(), overlap_mask_area_threshold=0.0
-    )
-    assert (theirs[0]["segmentation"] == 1).all()
 
 
 def test_area_unites_instances_and_classes():
@@ -138,14 +107,9 @@ class ScriptedModel:
 
 
 @pytest.fixture(params=[None, "{% for turn in messages %}{{ turn['content'] }}{% endfor %}:"])
-def tokenizer(request) -> PreTrainedTokenizerFast:
+def tokenizer(request) -> PreTrainedTokenizerBase:
     """One token per byte, with and without a chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: index for index, character in enumerate([*alphabet, "<eos>"])}
-    core = Tokenizer(models.BPE(vocabulary, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", chat_template=request.param)
+    return byte_tokenizer(request.param)
 
 
 @pytest.mark.parametrize(
@@ -213,9 +177,23 @@ def test_empty_areas_give_zero_and_zero_gradients():
     assert loss == 0 and predicted.grad.abs().max() == 0
 
 
-def test_gradient_stays_inside_the_area():
-    predicted, area = torch.randn(1, 4, 8, 8, requires_grad=True), torch.zeros(1, 1, 64, 64)
-    area[..., 16:32, 16:32] = 1
-    selective_area_loss(predicted, torch.zeros(1, 4, 8, 8), area).backward()
-    inside = predicted.grad[..., 2:4, 2:4]
-    assert inside.abs().min() > 0 and predicted.grad.abs().sum() == inside.abs().sum()
+@settings(max_examples=25, deadline=None)
+@given(st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 9)), st.integers(0, 99))  # B, C, P
+def test_a_loss_on_areas_of_any_size(size, seed):
+    b, c, p = size
+    g = torch.Generator().manual_seed(seed)
+    predicted, target = (torch.randn(b, c, p, p, generator=g, dtype=torch.float64) for _ in range(2))
+    area = (torch.rand(b, 1, p, p, generator=g) < 0.5).double()
+    predicted.requires_grad_()
+    loss = selective_area_loss(predicted, target, area)
+    (gradient,) = torch.autograd.grad(loss, predicted)
+    assert (gradient * (1 - area)).abs().max() == 0
+    assert ((gradient != 0) | (area.expand_as(gradient) == 0)).all()
+    elsewhere = predicted + 100 * (1 - area)
+    assert selective_area_loss(elsewhere, target, area) == loss
+    error = predicted - target
+    torch.testing.assert_close(selective_area_loss(target + 3 * error, target, area), 9 * loss)
+    order = torch.randperm(b, generator=g)
+    torch.testing.assert_close(selective_area_loss(predicted[order], target[order], area[order]), loss)
+    fine = area.repeat_interleave(4, -1).repeat_interleave(4, -2)  # at the image's resolution
+    torch.testing.assert_close(selective_area_loss(predicted, target, fine), loss)

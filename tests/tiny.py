@@ -27,17 +27,19 @@ from training.checkpoint import save_checkpoint
 P = 32  # so the grid has 64 pixels, and 8 latent pixels
 
 
-def save_stable_diffusion(folder):
+def new_unet(**sizes):
     torch.manual_seed(0)
-    sizes = dict(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8)
-    UNet2DConditionModel(
-        **sizes,
+    return UNet2DConditionModel(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-        cross_attention_dim=32,
-        sample_size=8,
-    ).save_pretrained(folder / "unet")
+        layers_per_block=1,
+        **sizes,
+    )
+
+
+def save_stable_diffusion(folder):
+    sizes = dict(block_out_channels=(32, 64), norm_num_groups=8, attention_head_dim=4, cross_attention_dim=32)
+    new_unet(**sizes, sample_size=8).save_pretrained(folder / "unet")
     AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -93,18 +95,20 @@ def save_clip(folder):
     save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
 
 
-def save_segmenter(folder):
+def new_segmenter(labels, size=P, queries=4):
     stages = [f"stage{k}" for k in range(1, 5)]
     sizes = dict(embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4, patch_size=4)
-    swin = SwinConfig(image_size=P, out_features=stages, **sizes)
-    labels = {0: "person", 1: "sky"}
+    swin = SwinConfig(image_size=size, out_features=stages, **sizes)
     sizes = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32)
     sizes |= dict(
-        dim_feedforward=32, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=4
+        dim_feedforward=32, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=queries
     )
-    names = dict(id2label=labels, label2id={name: k for k, name in labels.items()})
-    config = Mask2FormerConfig(backbone_config=swin, **sizes, **names)
-    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    names = dict(id2label=dict(enumerate(labels)), label2id={name: k for k, name in enumerate(labels)})
+    return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, **sizes, **names))
+
+
+def save_segmenter(folder):
+    new_segmenter(("person", "sky")).save_pretrained(folder)
     Mask2FormerImageProcessor(size={"height": P, "width": P}, ignore_index=255).save_pretrained(folder)
 
 
