@@ -16,7 +16,6 @@ from PIL import Image
 from scipy.stats import binomtest
 
 import backbone
-import edit
 import train
 from apps import page as app
 from apps.pipeline import InstructGIEPipeline
@@ -35,16 +34,6 @@ def readme(start, *more):
     """The words of the first command of README's that starts so; of `more`, which win, behind them."""
     line = next(line for line in check.commands(HERE / "README.md") if line.startswith(start))
     return [*shlex.split(line, comments=True), *map(str, more)]
-
-
-def told(way, *more):
-    """README's `edit.py`, as it stands by example; by words without the pair, and by both with them, too."""
-    command = readme("python edit.py", *more)
-    words, is_shown = doctor.WAYS[way]
-    if not is_shown:
-        at = command.index("--prompt-pair")
-        del command[at : at + 3]
-    return [*command, "--instruction", words] if words else command
 
 
 def in_process(monkeypatch, program, command):
@@ -91,13 +80,6 @@ def test_by_the_command_as_readme_prints_it(truth, tmp_path):
     assert_right(answer_of(load_image(tmp_path / "answer_grid.png")), truth)
 
 
-@pytest.mark.parametrize("way", ["words", "both"])
-def test_by_the_command(truth, tmp_path, monkeypatch, way):
-    output = tmp_path / "answer.png"
-    in_process(monkeypatch, edit, told(way, "--output", output))
-    assert_right(load_image(output), truth)
-
-
 @pytest.fixture(scope="module")
 def python():
     """What README's block of Python has made."""
@@ -128,16 +110,13 @@ def test_by_the_pipeline(drawn, truth, way):
     assert_right(drawn[way], truth)
 
 
-@pytest.mark.parametrize("way", doctor.WAYS)
-def test_by_the_page(pipe, truth, tmp_path, way):
+def test_by_the_page(pipe, truth, tmp_path):
     """What a click on Edit calls, with all settings as the page has them."""
     page = app.build(app.Editor(pipe, "toy", tmp_path), [])
     click = next(function for function in page.fns.values() if function.api_name == "edit")
-    words, is_shown = doctor.WAYS[way]
     wish = {place.label: place.value for place in click.inputs}
-    wish |= {"Input": str(DEMO["input"]), "Instruction": words}
-    if is_shown:
-        wish |= {"Example before": str(DEMO["before"]), "Example after": str(DEMO["after"])}
+    wish |= {"Input": str(DEMO["input"]), "Instruction": doctor.WAYS["both"][0]}
+    wish |= {"Example before": str(DEMO["before"]), "Example after": str(DEMO["after"])}
     *_, (_, steps, answer, grid, _) = click.fn(*wish.values())
     assert_right(load_image(answer), truth)
     assert_right(answer_of(load_image(grid)), truth)
@@ -151,7 +130,7 @@ def test_by_the_page(pipe, truth, tmp_path, way):
 def toy(tmp_path_factory):
     """The first instructions of the toy world's own splits, with all their pairs of `seen`."""
     out = tmp_path_factory.mktemp("data") / "toy"
-    world.write_dataset(out, sizes={"seen": (QUERIES, 2), "train": (4, 2)})
+    world.write_dataset(out, sizes={"seen": (QUERIES, 2), "unseen_task": (QUERIES, 2), "train": (4, 2)})
     return out
 
 
@@ -178,13 +157,13 @@ def rights(answers, truths):
     return [truth.score(answer)["right"] for truth, answer in zip(truths, answers)]
 
 
-def is_as_claimed(right, mode):
+def is_as_claimed(right, mode, split="seen"):
     """Whether so many right answers are not too few for the accuracy that docs/toy.md claims.
 
     right: a bool for each query. Such a number or a smaller one must not be rarer than one in a thousand.
     """
     page = (HERE / "docs" / "toy.md").read_text(encoding="utf-8")
-    claimed = float(re.search(rf"^\| seen \| {mode} \| \d+ \| ([\d.]+) ", page, re.MULTILINE)[1]) / 100
+    claimed = float(re.search(rf"^\| {split} \| {mode} \| \d+ \| ([\d.]+) ", page, re.MULTILINE)[1]) / 100
     return binomtest(sum(right), len(right), claimed, alternative="less").pvalue > 1e-3
 
 
@@ -198,6 +177,13 @@ def test_the_accuracy_is_the_one_that_is_claimed(both):
 def test_the_accuracy_of_other_modes(monkeypatch, both, toy, tmp_path, mode):
     _, answers = evaluated(monkeypatch, toy, tmp_path, "--count", QUERIES, "--mode", mode)
     assert is_as_claimed(rights(answers, both[0]), mode)
+
+
+@pytest.mark.slow
+def test_the_accuracy_of_mixtures_that_were_never_trained(monkeypatch, toy, tmp_path):
+    few = "--split", "unseen_task", "--mode", "pair", "--count", QUERIES
+    asked, answers = evaluated(monkeypatch, toy, tmp_path, *few)
+    assert is_as_claimed(rights(answers, [score.Truth(*query) for query in asked]), "pair", "unseen_task")
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 edit is the nearest for 6 of 6 answers. In training, three samples in ten have an example but no words. The
 editor has learnt that an example suffices.
 
-With night shown and a white background told, the vote is "both 2, nothing 4 of 6". Look at the distance, too:
-39.5 levels, where the editor is 3.8 levels away if shown and told agree. Such an answer is none of the four,
+With night shown and a white background told, the vote is "both 4, nothing 2 of 6". Look at the distance, too:
+25.0 levels, where the editor is 4.0 levels away if shown and told agree. Such an answer is none of the four,
 but a mixture for which nobody asked. The nearest candidate says little without its distance."""
 
 from collections.abc import Callable

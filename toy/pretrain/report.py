@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = backbone.new_parser("toy.pretrain.report", __doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where `make toy` ran")
     args = parser.parse_args(argv)
-    logs = *args.runs.glob("pretrain/*/tensorboard"), args.runs / "editor/tensorboard"
+    logs = *args.runs.glob("pretrain/*/tensorboard"), *args.runs.glob("editor*/tensorboard")
     head = ["stage", "steps", "hours", "loss, 1 %", "10 %", "50 %", "100 %"]
     stages = backbone.markdown(head, [cells for _, cells in sorted(row(log.parent) for log in logs)])
     files = backbone.markdown(["file of `toy/weights`", "SHA-256, 16 digits"], hashes(WEIGHTS), words=2)

@@ -19,6 +19,7 @@ from toy.world.edits import FAMILIES, MIXTURES, Edit, Mixture, edits_of, say
 from toy.world.scenes import Scene, random_scene
 
 HELD_OUT_FAMILIES = frozenset({"sepia", "frame", "hat", "swap"})
+# Of four of the six pairs of kinds one each; each half occurs in mixtures that are trained.
 HELD_OUT_MIXTURES = frozenset(
     {"resize + surprise", "remove + bar", "smile + background", "background + dots"}
 )
