@@ -1,14 +1,21 @@
-"""The toy parts' tokenizer: the same in every process, and still the tokenizer that was trained."""
+"""The toy parts' tokenizer: the same in every process, and still the tokenizer that was trained; the editor's
+runs; the report."""
 
 import hashlib
 import random
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
+import torch
+from safetensors.torch import load_file
 from torch.utils.tensorboard import SummaryWriter
 
 import backbone
+import train
 from data_making.texts import as_reply
 from toy import world
-from toy.pretrain import report, words
+from toy.pretrain import editor, report, words
 
 
 def test_the_tokenizer_is_a_function_of_the_seed_alone():
@@ -65,3 +72,29 @@ def test_the_report_tells_losses_hours_and_hashes(tmp_path, monkeypatch):
     assert [line.split()[1] for line in rows] == ["vae", "unet", "editor"]
     assert rows[0] == "| vae | 2,000 | 1.98 | 0.0500 | 0.0050 | 0.0010 | 0.0005 |"
     assert f"| `unet/config.json` | `{hashlib.sha256(b'{}').hexdigest()[:16]}` |" in lines
+
+
+def test_the_editor_learns_single_edits_and_then_mixtures(folders, tmp_path, monkeypatch):
+    commands, written = [], []
+
+    def run(command, cwd):
+        assert cwd == tmp_path
+        commands.append(train.settings(command[2:]))
+        shutil.copytree(folders / "editor", tmp_path / commands[-1].output / "editor", dirs_exist_ok=True)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(editor, "HERE", tmp_path)
+    monkeypatch.setattr(editor.subprocess, "run", run)
+    monkeypatch.setattr(editor.world, "write_dataset", lambda *where, **how: written.append((where, how)))
+    where = {"runs": Path("runs/pretrain"), "out": Path("weights"), "device": torch.device("cpu"), "seed": 3}
+    editor.train_editor(SimpleNamespace(**where))
+    first, second, longer = commands
+    assert (first.data, first.init, first.resume, first.seed) == (None, None, False, 3)
+    assert second.init == str(first.output / "editor") and second.data == "data/toy-mixtures"
+    assert not second.resume and longer.resume and longer.output == second.output != first.output
+    assert (second.seed, second.steps, longer.seed, longer.steps) == (4, 4000, 4, 6000)
+    assert written == [((tmp_path / "data/toy-mixtures",), {"mixtures": editor.world.TRAINED_MIXTURES})]
+    weights = load_file(tmp_path / "weights/editor/diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {torch.float16}
+    assert str(tmp_path) not in (tmp_path / "weights/editor/config.json").read_text()
