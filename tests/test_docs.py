@@ -1,6 +1,7 @@
 """The pages that are to be run as they stand: their blocks of commands, in a folder of links to this one."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
+import backbone  # noqa: E402
 from docs import check  # noqa: E402
 
 BUILT = {  # not spelt out there
@@ -134,3 +136,15 @@ def sentences(page):
 def test_a_sentence_has_25_words_at_most(page):
     long = [sentence for sentence in sentences(page) if len(re.findall(r"[\w'’-]+", sentence)) > 25]
     assert not long
+
+
+def test_the_pages_tell_of_the_shipped_parts_and_of_one_measurement():
+    kept, toy = HERE / "docs" / "results", backbone.preset("toy")
+    budget = json.loads((kept / "budget.json").read_text())
+    for part in ("stable_diffusion", "llm"):
+        assert budget[part] == backbone.fingerprint(getattr(toy, part), part)
+    page, readme = ((HERE / name).read_text(encoding="utf-8") for name in ("docs/toy.md", "README.md"))
+    measured = json.loads((kept / "shipped-0.json").read_text())
+    for split, row in measured.items():
+        assert f"| {split} | both | {row['n']} | {100 * row['accuracy']:.1f} (" in page
+    assert f"answers {100 * measured['seen']['accuracy']:.0f} of 100 queries" in " ".join(readme.split())
