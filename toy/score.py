@@ -45,11 +45,11 @@ Edit = world.Edit | world.Mixture
 # --- One query ----------------------------------------------------------------------------------------------
 
 
-def candidates(scene: world.Scene, mixture: str = "") -> tuple[np.ndarray, list[Edit | None]]:
+def candidates(scene: world.Scene, family: str = "") -> tuple[np.ndarray, list[Edit | None]]:
     """All different pictures that one edit makes of the scene, (N, P, P, 3) uint8, the unedited input first;
     and the edit of each, the first in the order of `world.FAMILIES` that makes it, None for the input."""
     pictures = {_pixels(scene).tobytes(): None}
-    for edit, edited in world.candidates(scene, mixture):
+    for edit, edited in world.candidates(scene, family):
         pictures.setdefault(_pixels(edited).tobytes(), edit)
     shape = (len(pictures), world.PANEL, world.PANEL, 3)
     return np.frombuffer(b"".join(pictures), np.uint8).reshape(shape), list(pictures.values())
@@ -65,7 +65,7 @@ class Truth:
     def __init__(self, scene: world.Scene, edit: Edit) -> None:
         after = edit.apply(scene)
         self.family = edit.family
-        self.pictures, self.edits = candidates(scene, edit.family if isinstance(edit, world.Mixture) else "")
+        self.pictures, self.edits = candidates(scene, edit.family)
         self.picture = _pixels(after)
         change = np.abs(self.picture.astype(np.int16) - self.pictures[0]).max(axis=-1)
         self.edited = change > world.VISIBLE  # (P, P) bool

@@ -254,10 +254,10 @@ def every_edit() -> list[Edit]:
     return [edit for family in FAMILIES for edit in edits_of(family)]
 
 
-def candidates(scene: Scene, mixture: str = "") -> list[tuple[Edit | Mixture, Scene]]:
+def candidates(scene: Scene, family: str = "") -> list[tuple[Edit | Mixture, Scene]]:
     """Every single edit that the renderer can make of this scene, with its result; 100 or more for a plain
-    scene. mixture: a family of `MIXTURES`, all of whose edits are candidates too."""
-    edits = every_edit() + (edits_of(mixture) if mixture else [])
+    scene. family: where it is one of `MIXTURES`, all its edits are candidates too."""
+    edits = every_edit() + (edits_of(family) if family in MIXTURES else [])
     made = ((edit, edit.apply(scene)) for edit in edits)
     return [(edit, result) for edit, result in made if result is not None]
 
