@@ -3,6 +3,7 @@
 How people say them: sayings.txt.
 """
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterable
@@ -76,8 +77,12 @@ class Mixture:
 
 def _differ(scene: Scene, other: Scene) -> bool:
     """Whether one sees a difference between the two pictures."""
-    change = np.asarray(render(scene), np.int16) - np.asarray(render(other), np.int16)
-    return np.abs(change).max() > VISIBLE
+    return np.abs(_pixels(scene) - _pixels(other)).max() > VISIBLE
+
+
+@functools.lru_cache(maxsize=1024)  # a mixture's edits meet the same scenes again and again
+def _pixels(scene: Scene) -> np.ndarray:
+    return np.asarray(render(scene), np.int16)
 
 
 def edit_from_json(record: dict) -> Edit | Mixture:
