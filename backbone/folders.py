@@ -65,16 +65,16 @@ def fingerprint(source: str | Path, part: str) -> str:
     BackboneError."""
     folder = find_folder(source, FOLDERS[part])
     files = (file for pattern in FOLDERS[part] for file in folder.glob(f"{pattern}.safetensors"))
-    return _digest(folder, files)
+    return digest(folder, files)
 
 
 def fingerprint_of(model: Any) -> str:
     """Of all the files that `backbone` has loaded a model from: weights, configs, and a tokenizer's."""
     files = {file for kind in _FILES for file in model.source.glob(kind) if file.match(model.files)}
-    return _digest(model.source, files)
+    return digest(model.source, files)
 
 
-def _digest(folder: Path, files: Iterable[Path]) -> str:
+def digest(folder: Path, files: Iterable[Path]) -> str:
     """A file of up to 64 MiB counts whole; a larger one by its size and 256 evenly spread blocks, which takes
     a fraction of a second. Training moves every block; a change of single weights may fall between two."""
     digest = hashlib.sha256()

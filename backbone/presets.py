@@ -4,7 +4,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from backbone.folders import HERE, BackboneError
+from backbone.folders import HERE, BackboneError, digest
+from disk import write_text
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,14 @@ def preset(name: str) -> Preset:
 def data_folder(source: str) -> str:
     """A dataset's folder or hub id as it is; the toy world's folder is written first where it is missing.
 
-    Raises BackboneError where it cannot be written.
+    Raises BackboneError where it cannot be written, and where another version of `toy/world` wrote it.
     """
     if source != PRESETS["toy"].data:
         return source
-    folder = HERE / source
+    folder, program = HERE / source, HERE / "toy" / "world"
+    note, version = folder / "version.txt", digest(program, program.glob("*.*"))
+    if note.exists() and note.read_text() != version:
+        raise BackboneError(f"{folder} is of another version of toy/world; remove it, and it is written anew")
     if not folder.exists():
         print(f"writing the toy world to {folder}, once", flush=True)
         command = [sys.executable, "-m", "toy.world", "--out", folder]
@@ -90,4 +94,5 @@ def data_folder(source: str) -> str:
             reason = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
             way = "python -m toy.world --out FOLDER writes it elsewhere, for --data FOLDER"
             raise BackboneError(f"the toy world cannot be written ({reason}); {way}")
+        write_text(note, version)
     return str(folder)

@@ -392,6 +392,17 @@ def test_two_first_runs_write_one_world(checkout):
     assert [path.name for path in (checkout / "data").iterdir()] == ["toy"]
 
 
+def test_a_world_of_another_version_is_refused(checkout):
+    folder = backbone.data_folder("data/toy")
+    assert backbone.data_folder("data/toy") == folder
+    sayings = checkout / "toy" / "world" / "sayings.txt"
+    sayings.write_text("# A remark\n" + sayings.read_text())
+    with pytest.raises(backbone.BackboneError, match=r"data.toy is of another version.*remove it"):
+        backbone.data_folder("data/toy")
+    shutil.rmtree(folder)
+    assert backbone.data_folder("data/toy") == folder
+
+
 def test_where_another_was_faster_its_world_stays(tmp_path, monkeypatch):
     out = tmp_path / "toy"
 
