@@ -44,6 +44,13 @@ def test_commands_name_programs_and_options_that_are_there(page):
         assert options <= known | {"--help"}, f"{page.name}: {command}"
 
 
+def test_tests_that_a_page_names_are_there():
+    files = {f"tests/{path.name}": path.read_text() for path in Path(HERE, "tests").glob("*.py")}
+    tests = set(re.findall(r"def (test_\w+)", "".join(files.values()))) | set(files)
+    named = re.findall(r"`((?:tests/)?test_[\w.]+)`", "".join(page.read_text() for page in check.PAGES))
+    assert len(named) > 40 and set(named) <= tests
+
+
 def test_what_is_shown_at_paper_size_is_run_at_the_toys():
     shown = (
         "accelerate launch --num_processes 8 train.py --backbone sd15 --data FOLDER --precision bf16  # eight"

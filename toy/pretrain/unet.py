@@ -35,8 +35,8 @@ def new_text_encoder(tokenizer) -> nn.Module:
 def new_unet() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    # [ours] Attention wherever Stable Diffusion has it, at the finest latents too: in a 2×2 grid every place
-    # then sees its twins in the other panels. The decoder's last level does without, being the dearest.
+    # [ours] Attention at all levels, the finest latents among them: in a 2×2 grid every place then sees its
+    # counterparts in the other panels. The decoder's last level does without, since it costs the most.
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=LATENT_CHANNELS,
