@@ -4,13 +4,13 @@ Weights are read from safetensors alone, and no code that comes with them is run
 """
 
 import contextlib
-import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from disk import digest
 
 HERE = Path(__file__).resolve().parents[1]
 
@@ -23,10 +23,10 @@ class BackboneError(ValueError):
 _FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja")
 _VARIANTS = ("*.fp16.*", "*.non_ema.*", "*.bf16.*")
 
-# Subfolders of each part that an edit needs besides the editor.
+# What of each part's folder is read.
 FOLDERS = {
     "stable_diffusion": [f"{name}/*" for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")],
-    "llm": ["*"],
+    **{part: ["*"] for part in ("llm", "clip", "clip_eval", "segmenter", "editor")},
 }
 
 
@@ -61,33 +61,20 @@ def lasting_name(source: str) -> str:
 
 
 def fingerprint(source: str | Path, part: str) -> str:
-    """Of the weights of a part, "stable_diffusion" or "llm", to know them again wherever they lie. Raises
-    BackboneError."""
+    """Of the weights of a part, to know them again wherever they lie. Raises BackboneError."""
     folder = find_folder(source, FOLDERS[part])
     files = (file for pattern in FOLDERS[part] for file in folder.glob(f"{pattern}.safetensors"))
-    return digest(folder, files)
+    return _digest(folder, files)
 
 
 def fingerprint_of(model: Any) -> str:
     """Of all the files that `backbone` has loaded a model from: weights, configs, and a tokenizer's."""
     files = {file for kind in _FILES for file in model.source.glob(kind) if file.match(model.files)}
-    return digest(model.source, files)
+    return _digest(model.source, files)
 
 
-def digest(folder: Path, files: Iterable[Path]) -> str:
-    """A file of up to 64 MiB counts whole; a larger one by its size and 256 evenly spread blocks, which takes
-    a fraction of a second. Training moves every block; a change of single weights may fall between two."""
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        if any(map(file.match, _VARIANTS)):  # which nothing here loads
-            continue
-        size, block = file.stat().st_size, 1 << 18
-        digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
-        with file.open("rb") as content:
-            for start in range(0, size, max(block, math.ceil(size / 256))):
-                content.seek(start)
-                digest.update(content.read(block))
-    return digest.hexdigest()[:16]
+def _digest(folder: Path, files: Iterable[Path]) -> str:
+    return digest(folder, [file for file in files if not any(map(file.match, _VARIANTS))])
 
 
 def find_part(settings: dict[str, Any], part: str) -> Path:

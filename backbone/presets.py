@@ -4,8 +4,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from backbone.folders import HERE, BackboneError, digest
-from disk import write_text
+from backbone.folders import HERE, BackboneError
+from disk import WORLD_NOTE, version
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,8 @@ def data_folder(source: str) -> str:
 
     Raises BackboneError where it cannot be written, and where another version of `toy/world` wrote it.
     """
-    if source != PRESETS["toy"].data:
-        return source
-    folder, program = HERE / source, HERE / "toy" / "world"
-    note, version = folder / "version.txt", digest(program, program.glob("*.*"))
-    if note.exists() and note.read_text() != version:
-        raise BackboneError(f"{folder} is of another version of toy/world; remove it, and it is written anew")
-    if not folder.exists():
+    folder, is_toy = HERE / source, HERE / source == HERE / PRESETS["toy"].data
+    if is_toy and not folder.exists():
         print(f"writing the toy world to {folder}, once", flush=True)
         command = [sys.executable, "-m", "toy.world", "--out", folder]
         done = subprocess.run(command, cwd=HERE, stderr=subprocess.PIPE, text=True)
@@ -94,5 +89,7 @@ def data_folder(source: str) -> str:
             reason = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
             way = "python -m toy.world --out FOLDER writes it elsewhere, for --data FOLDER"
             raise BackboneError(f"the toy world cannot be written ({reason}); {way}")
-        write_text(note, version)
-    return str(folder)
+    written = (folder / WORLD_NOTE).read_text() if (folder / WORLD_NOTE).exists() else ""
+    if (is_toy or written) and written != version(HERE / "toy" / "world"):
+        raise BackboneError(f"{folder} is of another version of toy/world; remove it, and write it anew")
+    return str(folder) if is_toy else source

@@ -25,10 +25,12 @@ from typing import NamedTuple
 import torch
 
 import backbone
-from disk import other_settings, write_text
+from disk import digest, other_settings, write_text
 from evaluation.metrics import interval
 
 PAGE = backbone.HERE / "docs" / "results.md"
+TOY = backbone.preset("toy")
+FROZEN = ("stable_diffusion", "clip", "clip_eval", "segmenter", "llm")
 KEPT = backbone.HERE / "docs" / "results"  # a file for each arm and seed: its measurements, by set of answers
 NOT_YET = "Not measured yet.\n"
 
@@ -140,11 +142,12 @@ def call(*command: object) -> str:
 
 
 def check_budget(args: argparse.Namespace) -> None:
-    """Notes the budget, and the frozen parts, beside the runs and the measurements; raises ValueError where
-    those of another lie there."""
+    """Notes the budget, the frozen parts and the world's pairs beside the runs and the measurements. Raises
+    ValueError where those of another lie there."""
     budget = {name: getattr(args, name) for name in ("steps", "batch", "precision", "count")}
-    toy = backbone.preset("toy")
-    parts = {part: backbone.fingerprint(getattr(toy, part), part) for part in ("stable_diffusion", "llm")}
+    world = Path(backbone.data_folder(TOY.data))
+    parts = {part: backbone.fingerprint(getattr(TOY, part), part) for part in FROZEN}
+    parts["world"] = digest(world, world.glob("*/metadata.jsonl"))
     for folder in (args.runs, args.kept):
         for name, (there, now) in other_settings(folder / "budget.json", budget | parts).items():
             was = f"{name} {there}, not {now}"
@@ -174,6 +177,9 @@ def sets_of(name: str) -> list[str]:
 def measure(name: str, seed: int, args: argparse.Namespace) -> None:
     """Trains the arm, answers its sets and measures the answers: whatever of it is not done."""
     kept = measured(name, seed, args)
+    if name == "shipped":
+        editor = backbone.fingerprint(TOY.editor, "editor")
+        kept = kept if kept.get("editor") == editor else {"editor": editor}
     missing = [each for each in sets_of(name) if each not in kept]
     model = train(name, seed, args) if missing else None
     for each in missing:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import backbone
 from dataset import VisualPromptDataset
-from disk import atomic_folder
+from disk import atomic_folder, locked, other_settings
 from pictures import check_finite
 from pictures.pairs import read_pairs
 from training.draws import draw_noise, draw_order, draw_timesteps, keep_conditions, step_generator
@@ -101,6 +101,8 @@ class InstructPix2Pix(Baseline):
         self, examples, has_example, queries, texts, seeds, guidance_text, guidance_visual, **sampling
     ) -> Tensor:
         """See `InstructGIEPipeline.answer`; examples are ignored, and `guidance_visual` is of the query."""
+        if (guidance_text, guidance_visual) != (1, 1) and (guidance_text <= 1 or guidance_visual < 1):
+            raise ValueError("this pipeline needs --guidance-text above 1 and --guidance-visual of 1 or more")
         scales = {"guidance_scale": guidance_text, "image_guidance_scale": guidance_visual}
         return self.draw(texts, seeds, **sampling, image=(queries + 1) / 2, **scales)
 
@@ -210,6 +212,9 @@ def train(args: argparse.Namespace) -> None:
     """The same pairs, drawn in the same order, as `train.py` shows to ours with this seed and batch."""
     preset = backbone.preset(args.backbone)
     device = backbone.pick_device(args.device)
+    held = {k: str(v) for k, v in vars(args).items() if k not in ("device", "workers", "cache", "output")}
+    for name, (there, now) in other_settings(args.output / "settings.json", held).items():
+        raise ValueError(f"--output {args.output}: a run with {name} {there}, not {now}; give another folder")
     backbone.choose_kernels(device, args.precision)
     args.data = args.data or preset.data
     if args.data is None:
@@ -266,7 +271,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     bounds = {(1, math.inf): "steps", (1, 4096): "batch", (0, 1): "lr"}
     backbone.check_numbers(args, bounds | {(0, 256): "workers", (0, 2**32): "seed"})
-    train(args)
+    with locked(args.output):
+        train(args)
 
 
 if __name__ == "__main__":

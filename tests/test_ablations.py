@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+import backbone
 from evaluation import ablations
 from toy import world
 
@@ -23,6 +25,7 @@ def programs(tmp_path, monkeypatch):
     page = tmp_path / "results.md"
     page.write_text(PAGE)
     monkeypatch.setattr(ablations, "PAGE", page)
+    monkeypatch.setattr(backbone, "data_folder", lambda source: str(tmp_path / "world"))
 
     def call(*command):
         words = [str(word) for word in command]
@@ -134,6 +137,13 @@ def test_runs_of_another_budget_are_not_mixed(programs, capsys):
     with pytest.raises(SystemExit) as stopped:
         programs("--only", "full", "--seeds", "0", "--steps", "30")
     assert stopped.value.code == 2 and "runs is of steps 20, not 30" in capsys.readouterr().err
+
+
+def test_the_shipped_editor_is_measured_again_when_it_is_another(programs, tmp_path, monkeypatch):
+    assert programs("--only", "shipped")[0] and not programs("--only", "shipped")[0]
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(ablations, "TOY", replace(ablations.TOY, editor=ablations.TOY.llm))
+    assert programs("--only", "shipped")[0] and not programs("--only", "shipped")[0]
 
 
 def test_a_page_without_marks_is_left_alone(programs, tmp_path, capsys):

@@ -82,6 +82,19 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, tmp_path, metho
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_a_run_of_other_settings_is_not_gone_on_with(run, tmp_path, refused):
+    run("prompt-diffusion", "--steps", "2", output=tmp_path / "run")
+    again = ["prompt-diffusion", "--backbone", "tiny", "--device", "cpu", "--steps", "2", "--batch", "2"]
+    line = refused(baselines.main, [*again, "--seed", "1", "--output", str(tmp_path / "run")])
+    assert "a run with seed 0, not 1" in line
+
+
+def test_scales_that_the_pipeline_would_ignore_are_refused(trained):
+    editor = baselines.InstructPix2Pix.load(str(trained["instruct-pix2pix"]), "cpu", P)
+    with pytest.raises(ValueError, match="--guidance-text above 1"):
+        editor.answer(*inputs(), guidance_text=1, guidance_visual=1.5, steps=2)
+
+
 def test_untrained_instruct_pix2pix_draws_as_stable_diffusion(parts):
     sd = backbone.load_stable_diffusion(str(parts / "sd"))
     learner = Learner("instruct-pix2pix", sd)

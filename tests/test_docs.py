@@ -14,6 +14,7 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 import backbone  # noqa: E402
 from docs import check  # noqa: E402
+from evaluation import ablations  # noqa: E402
 
 BUILT = {  # not spelt out there
     "train.py": {"--stable-diffusion", "--clip", "--segmenter", "--llm"},
@@ -148,10 +149,11 @@ def test_a_sentence_has_25_words_at_most(page):
 def test_the_pages_tell_of_the_shipped_parts_and_of_one_measurement():
     kept, toy = HERE / "docs" / "results", backbone.preset("toy")
     budget = json.loads((kept / "budget.json").read_text())
-    for part in ("stable_diffusion", "llm"):
+    for part in ablations.FROZEN:
         assert budget[part] == backbone.fingerprint(getattr(toy, part), part)
     page, readme = ((HERE / name).read_text(encoding="utf-8") for name in ("docs/toy.md", "README.md"))
     measured = json.loads((kept / "shipped-0.json").read_text())
+    assert measured.pop("editor") == backbone.fingerprint(toy.editor, "editor")
     for split, row in measured.items():
         assert f"| {split} | both | {row['n']} | {100 * row['accuracy']:.1f} (" in page
     assert f"answers {100 * measured['seen']['accuracy']:.0f} of 100 queries" in " ".join(readme.split())

@@ -15,7 +15,7 @@ BELOW = {name: set() for name in GROUND} | {
     "dataset": {"pictures"},
     "pictures": {"disk"},
     "scan_kernels": set(),
-    "backbone": {"rcldm"},
+    "backbone": {"rcldm", "disk"},
     "training": {"backbone", *GROUND},
     "edit": {"backbone", *GROUND},
     "train": {"backbone", "training", *TOP},

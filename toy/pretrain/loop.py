@@ -9,14 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from disk import atomic_folder
+from disk import atomic_folder, other_settings, version
 from pictures import from_bytes
 from toy import world
 from training import loop
 
 
 def fit(name: str, module: nn.Module, loss_of_step: Callable[[int], dict], *, runs: Path, **options) -> None:
-    """`training.loop.fit`, for losses that draw their own data from the step's number."""
+    """`training.loop.fit`, for losses that draw their own data from the step's number.
+
+    Raises ValueError where `runs` holds a run of this name that began with another seed, world or option.
+    """
+    began = {"seed": torch.initial_seed(), "world": version(Path(world.__file__).parent), **options}
+    for what, (there, now) in other_settings(runs / name / "settings.json", began).items():
+        raise ValueError(f"{runs / name}: its {what} is {there}, not {now}; remove it or give other --runs")
     loop.fit(name, module, lambda steps: map(loss_of_step, steps), runs / name, **options)
 
 

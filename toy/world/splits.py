@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from disk import WORLD_NOTE, version, write_text
 from toy.world.drawing import render
 from toy.world.edits import FAMILIES, MIXTURES, Edit, Mixture, edits_of, say
 from toy.world.scenes import Scene, random_scene
@@ -174,6 +175,7 @@ def write_dataset(
             if split == "train":
                 pairs += draw_split("train_mixture", *mixtures, seed)
             write_split(new / split, pairs)
+        write_text(new / WORLD_NOTE, version(Path(__file__).parent))
         try:
             new.rename(out)
         except OSError:
