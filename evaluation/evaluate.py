@@ -27,9 +27,9 @@ import backbone
 import evaluation.vit  # noqa: F401  so that its editors load
 from apps.pipeline import InstructGIEPipeline
 from dataset import VisualPromptDataset
-from disk import write_text
+from disk import as_lines, locked, write_text
 from evaluation.baselines import InstructPix2Pix, PromptDiffusion, SDEdit
-from pictures import TableImage, load_image, tensor_to_image
+from pictures import ImageError, TableImage, load_image, tensor_to_image
 from pictures.answers import panel_rows, save_png
 from pictures.pairs import read_pairs
 
@@ -59,6 +59,7 @@ METHODS = {
     "instruct-pix2pix": Method(InstructPix2Pix.load, "instruction", ("instruction",)),
     "prompt-diffusion": Method(PromptDiffusion.load, "instruction", MODES),
 }
+TEXTS = ("instruction", "input_caption", "output_caption")  # of an EditPair; further ones are in its `extra`
 SAMPLING = ("steps", "guidance_text", "guidance_visual", "strength")
 
 
@@ -95,6 +96,16 @@ def draw_queries(
         if None in examples:
             raise ValueError("--mode other-pair: all pairs of the split have one instruction")
     return [Query(i, example, seed + k) for k, (i, example) in enumerate(zip(order, examples))]
+
+
+def is_readable(data: VisualPromptDataset, query: Query) -> bool:
+    """Whether its pictures can be read; says so where they cannot."""
+    try:
+        data.load_panels(query.example, query.index)
+    except ImageError as error:
+        print(f"left out: {error}", flush=True)
+        return False
+    return True
 
 
 # --- The folder of answers ----------------------------------------------------------------------------------
@@ -162,12 +173,12 @@ def answer_all(
     told: which text of a pair the editor is told, unless the mode withholds it: the instruction, a caption,
     or a further key of the metadata.
     """
-    path = folder / "answers.jsonl"
-    path.unlink(missing_ok=True)  # its pictures are replaced
     pairs = [data.pairs[query.index] for query in queries]
-    texts = [pair.extra.get(told) or getattr(pair, told, None) for pair in pairs]
+    texts = [getattr(pair, told) if told in TEXTS else pair.extra.get(told) for pair in pairs]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"the dataset has no {told!r} for some queries, and the editor is to be told it")
+    for name in ("answers.jsonl", "sheet.png"):  # the pictures that they show are replaced
+        (folder / name).unlink(missing_ok=True)
     unified = [""] * len(texts) if mode.endswith("pair") else editor.unify(texts)
     records: list[dict[str, Any]] = []
     for start in tqdm(range(0, len(queries), batch), desc=folder.name, unit="batch"):
@@ -185,8 +196,7 @@ def answer_all(
             name = f"{len(records):05d}.png"
             save_png(tensor_to_image(answer), folder / name)
             records.append({"answer": name, "mode": mode, "unified": text} | describe(data, query, folder))
-    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
-    write_text(path, lines)
+    write_text(folder / "answers.jsonl", as_lines(records))
 
 
 def contact_sheet(data: VisualPromptDataset, queries: list[Query], folder: Path, mode: str) -> Image.Image:
@@ -262,11 +272,13 @@ def run(args: argparse.Namespace) -> None:
     for mode in modes:
         folder = args.output / args.split / mode
         queries = draw_queries(data, args.count, args.seed, mode, args.caption)
-        answer_all(editor, data, queries, folder, mode, told, sampling, args.batch)
-        text = json.dumps(settings | {"mode": mode}, indent=2, default=str) + "\n"
-        write_text(folder / "settings.json", text)
-        if args.sheet:
-            save_png(contact_sheet(data, queries[: args.sheet], folder, mode), folder / "sheet.png")
+        queries = [query for query in queries if is_readable(data, query)]
+        with locked(folder):
+            answer_all(editor, data, queries, folder, mode, told, sampling, args.batch)
+            text = json.dumps(settings | {"mode": mode}, indent=2, default=str) + "\n"
+            write_text(folder / "settings.json", text)
+            if args.sheet:
+                save_png(contact_sheet(data, queries[: args.sheet], folder, mode), folder / "sheet.png")
         print(f"{len(queries)} answers in {folder}", flush=True)
 
 

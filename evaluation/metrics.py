@@ -152,6 +152,12 @@ def measure(folder: Path, clip, tokenizer, features, device: torch.device) -> di
     return result
 
 
+def told_backbone(folder: Path) -> str:
+    """The preset that `evaluate.py` noted beside its answers."""
+    settings = folder / "settings.json"
+    return json.loads(settings.read_text()).get("backbone", "toy") if settings.exists() else "toy"
+
+
 def table(results: list[dict], features: str) -> str:
     rows = []
     for result in results:
@@ -169,12 +175,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = backbone.new_parser("evaluation.metrics", __doc__)
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="with answers.jsonl")
-    add("--clip", default=backbone.preset("toy").clip_eval, help="folder or hub id of an open_clip model")
+    add("--clip", help="folder or hub id of an open_clip model (default: the answers' preset's)")
     add("--features", default="clip", choices=("clip", "inception"), help="of the FID")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--json", type=Path, metavar="OUT", help="all numbers, those of the bootstrap among them")
     args = parser.parse_args(argv)
     device = backbone.pick_device(args.device)
+    args.clip = args.clip or backbone.preset(told_backbone(args.folders[0])).clip_eval
     clip, tokenizer = backbone.load_clip(args.clip, device), backbone.load_clip_tokenizer(args.clip)
     features = inception(device) if args.features == "inception" else None
     results = [measure(folder, clip, tokenizer, features, device) for folder in args.folders]

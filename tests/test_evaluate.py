@@ -116,6 +116,10 @@ def test_another_text_of_the_metadata_may_be_told(data, tmp_path, editor):
     records = lines(tmp_path / "seen" / "both")
     assert call[1] == [f"unified {record['paraphrase']}" for record in records]
     assert all(record["paraphrase"] != record["instruction"] for record in records)
+    run(data, tmp_path, "--columns", "input_file_name", "output_file_name", "canonical", "--count", "2")
+    canonical = {pair.input: pair.extra["canonical"] for pair in read_pairs(data, "seen")}
+    records = lines(tmp_path / "seen" / "both")
+    assert editor.calls[1][1] == [f"unified {canonical[record['input']]}" for record in records]
 
 
 def test_another_pair_is_of_other_words_and_scored_by_its_own_edit(data, tmp_path, editor):
@@ -176,6 +180,19 @@ def test_a_run_replaces_the_answers_of_another_and_a_stopped_one_leaves_none(dat
     with pytest.raises(SystemExit, match="130"):
         run(data, tmp_path)
     assert not (folder / "answers.jsonl").exists()
+
+
+def test_a_query_that_cannot_be_read_is_left_out_and_a_key_that_is_not_there_loses_nothing(
+    data, tmp_path, editor, capsys
+):
+    copy = shutil.copytree(data, tmp_path / "data")
+    (copy / "seen" / "000003_after.png").write_bytes(b"no picture")
+    run(copy, tmp_path)
+    folder = tmp_path / "seen" / "both"
+    assert 5 <= len(lines(folder)) <= 7 and "left out: " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(copy, tmp_path, "--told", "paraphrased")
+    assert (folder / "answers.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -154,6 +155,15 @@ def test_answers_are_measured_from_anywhere_whatever_layout_they_came_from(tmp_p
         files = [elsewhere / "out/seen/both" / row[k] for k in ("answer", "output", "example_input")]
         answer, truth, shown = (load_image(file).tobytes() for file in files)
         assert answer == truth != shown
+
+
+def test_answers_are_measured_by_the_clip_of_their_preset(answers, monkeypatch, refused):
+    folder = Path(answers("right", "truth"))
+    (folder / "settings.json").write_text(json.dumps({"backbone": "other"}))
+    toy = backbone.preset("toy")
+    monkeypatch.setitem(backbone.PRESETS, "other", replace(toy, clip_eval="no/such/folder"))
+    assert "no/such/folder" in refused(metrics.main, [str(folder)])
+    metrics.main([str(folder), "--clip", toy.clip_eval])
 
 
 @pytest.mark.parametrize(
