@@ -84,7 +84,7 @@ def test_a_kernel_is_a_matrix_of_output_channels_by_all_else():
 
 
 def test_matrices_are_the_weights_of_layers_but_depthwise_ones():
-    model = new_model().append(SS2D(16, d_state=2))
+    model = new_model().append(SS2D(16, d_state=2)).append(nn.MultiheadAttention(16, 2))
     model[0].bias.requires_grad_(False)
     names = {id(p): name for name, p in model.named_parameters()}
     matrices, rest = parameter_groups(model, weight_decay=0.1)
@@ -92,7 +92,8 @@ def test_matrices_are_the_weights_of_layers_but_depthwise_ones():
     assert (matrices["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     found = {names[id(p)] for p in matrices["params"]}
     of_the_scan = {f"7.{part}.weight" for part in ("in_proj", "x_proj", "dt_projs", "out_proj")}
-    assert found == {"0.weight", "2.weight", "4.weight", "6.weight"} | of_the_scan
+    of_attention = {"8.in_proj_weight", "8.out_proj.weight"}
+    assert found == {"0.weight", "2.weight", "4.weight", "6.weight"} | of_the_scan | of_attention
     assert {names[id(p)] for p in rest["params"]} == set(names.values()) - found - {"0.bias"}
 
 

@@ -66,7 +66,9 @@ class Muon(torch.optim.Optimizer):
 
     def _step_adam(self, parameters: list[Tensor], group: dict) -> None:
         states = ([self._state(p, name) for p in parameters] for name in ("mean", "square"))
-        steps = [self.state[p].setdefault("step", torch.zeros(())) for p in parameters]  # on the CPU
+        for p in parameters:  # on the CPU, where reading it is free; accelerate moves a loaded one
+            self.state[p]["step"] = self.state[p].get("step", torch.zeros(())).cpu()
+        steps = [self.state[p]["step"] for p in parameters]
         adam(
             parameters, [p.grad for p in parameters], *states, [], steps, foreach=True, amsgrad=False,
             beta1=BETAS[0], beta2=BETAS[1], lr=group["lr"], weight_decay=0, eps=EPSILON, maximize=False,
@@ -81,7 +83,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict]:
-    """What of a model is a matrix: weights of linear layers and of convolutions but depthwise ones.
+    """What of a model is a matrix: weights of linear layers, of attention's projections to queries, keys and
+    values, and of convolutions but depthwise ones.
 
     Weight decay is for these alone, not for norms, biases, embeddings or the scan's parameters.
     """
@@ -90,6 +93,8 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict]:
         for module in model.modules()
         if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
     }
+    attentions = (module for module in model.modules() if isinstance(module, nn.MultiheadAttention))
+    matrices |= {id(module.in_proj_weight) for module in attentions}
     learnt = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in learnt if id(p) in matrices], "matrices": True, "weight_decay": weight_decay},
