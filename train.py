@@ -357,6 +357,8 @@ class Validation:
                 items.append(data[0, order.pop(0)])
             except ImageError as error:
                 print(f"left out: {error}", flush=True)
+        if not items:
+            raise DatasetError(f"{source}: no picture of the validation can be read; mend its split `seen`")
         self.panels = torch.stack([item["panels"] for item in items])  # (N, 4, 3, P, P)
         self.texts = [item["instruction"] for item in items]
         if unifier:

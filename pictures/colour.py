@@ -1,10 +1,11 @@
 """Any picture as upright 8-bit sRGB: orientation, colour profiles, transparency, 16 bits."""
 
 import io
+import struct
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -14,7 +15,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     page. The result has no `info`, so a second pass changes nothing. Raises ValueError for grey of more than
     16 bits.
     """
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     profile = image.info.get("icc_profile")
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_8_bits(image)
@@ -28,6 +29,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
     page = Image.new("RGB", image.size, "white")
     page.paste(image, mask=opacity)
     return page
+
+
+_T = Image.Transpose
+_TURNED = {  # by EXIF orientation
+    2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE,
+    6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90,
+}  # fmt: skip
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Pillow's own `exif_transpose` also writes the EXIF data anew, and fails where these are broken."""
+    image.load()
+    try:
+        turned = _TURNED.get(image.getexif().get(ExifTags.Base.Orientation))
+    except (SyntaxError, ValueError, KeyError, OSError, struct.error):
+        turned = None  # [ours] broken EXIF data tell no orientation, as in browsers
+    return image if turned is None else image.transpose(turned)
 
 
 @lru_cache(maxsize=16)  # the pictures of a dataset share a few

@@ -77,6 +77,7 @@ def read_pairs(
 def _metadata(folder: Path, shards: str = "") -> list[Path]:
     """The files of metadata in a folder, or in its subfolders ("*/"), in the order of their names."""
     files = sorted(file for kind in ("jsonl", "csv") for file in folder.glob(f"{shards}metadata.{kind}"))
+    files = [file for file in files if not (shards and file.parent.name.startswith("."))]  # unfinished ones
     if len({file.parent for file in files}) < len(files):
         raise ValueError("metadata.jsonl and metadata.csv lie in one folder; keep one of the two")
     return [Path(path_inside(folder, str(file.relative_to(folder)))) for file in files]

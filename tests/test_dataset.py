@@ -111,6 +111,11 @@ def test_panel_is_the_centred_square():
     )  # a panel of the right size stays as it is
 
 
+def test_a_broken_exif_block_tells_no_orientation(tmp_path):
+    picture().save(tmp_path / "photo.png", exif=b"Exif\0\0no TIFF header")
+    assert pictures.load_image(tmp_path / "photo.png").tobytes() == picture().tobytes()
+
+
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path, orientation, ending):
@@ -777,7 +782,7 @@ def test_columns_reach_training_and_evaluation(parts, run, tmp_path, capsys):
 
 
 def test_a_split_of_shards_is_read_as_one(tmp_path):
-    for shard, count in (("b", 2), ("a", 3)):
+    for shard, count in (("b", 2), ("a", 3), (".c.new", 2)):  # the last is not finished
         folder = tmp_path / "train" / shard
         folder.mkdir(parents=True)
         rows = [

@@ -30,6 +30,9 @@ def work(args, folder, fails):
         time.sleep(0.1)
     if rank == fails:
         raise ValueError(f"{rank} fails")
+    if fails == "1":  # as a process whose connection to the failed one closes
+        time.sleep(3)
+        raise RuntimeError("connection closed")
     time.sleep(120 if fails else 0)
 
 if __name__ == "__main__":

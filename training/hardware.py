@@ -49,7 +49,7 @@ def on_every_core(work: Callable, args: argparse.Namespace, *more: Any) -> None:
             ended, _ = wait(ranks, return_when=FIRST_EXCEPTION)
             stopped = any(isinstance(rank.exception(), SystemExit) for rank in ended)
             wait(ranks, None if stopped else 10)  # the first may still save; what fails in all, it tells
-            for rank in ranks:
+            for rank in (*ended, *ranks):
                 if rank.done():
                     rank.result()
         except BrokenProcessPool:

@@ -244,6 +244,7 @@ def read_instructions(
     """Every distinct instruction through U and the text encoder, once.
 
     Returns the text embeddings (K + 1, T, D), the last of them of no text, and the row of each pair (N,).
+    Both are on the CPU, for a large dataset has many.
     """
     instructions = list(dict.fromkeys(pair.instruction for pair in data.pairs))
     row = {instruction: k for k, instruction in enumerate(instructions)}
@@ -253,7 +254,7 @@ def read_instructions(
         print(f"{len(instructions)} instructions unified to {len(set(texts))} forms", flush=True)
     if cut := backbone.cut_off(sd.tokenizer, texts):
         print(f"{len(cut)} instructions are too long; of the first, {next(iter(cut.values()))}", flush=True)
-    states = [backbone.encode_text(sd, texts[k : k + 64]) for k in range(0, len(texts), 64)]
-    states.append(backbone.encode_text(sd, [""]))
-    check_finite(torch.cat(states), "an instruction's embedding")
-    return torch.cat(states), torch.tensor([row[pair.instruction] for pair in data.pairs])
+    batches = [texts[k : k + 64] for k in range(0, len(texts), 64)]
+    states = torch.cat([backbone.encode_text(sd, batch).cpu() for batch in [*batches, [""]]])
+    check_finite(states, "an instruction's embedding")
+    return states, torch.tensor([row[pair.instruction] for pair in data.pairs])
