@@ -112,11 +112,7 @@ class InstructionUnifier:
             replies = dict(zip(batch, self._generate(batch)))
             self._replies |= replies
             if self._cache:
-                try:
-                    self._cache.append(replies)
-                except OSError as error:
-                    warnings.warn(f"replies are not kept: {error}", stacklevel=2)
-                    self._cache = None
+                self._cache.append(replies)
         for text in distinct:
             reply = standard_form(self._replies[text])
             problem = fault(reply, text)

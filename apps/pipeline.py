@@ -11,13 +11,12 @@ Symbols: B samples; P panel size in pixels, p in latent pixels; C latent channel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
-from diffusers.utils import BaseOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
@@ -35,14 +34,6 @@ from rcldm import RCLDM
 log = logging.get_logger(__name__)
 
 ExamplePair = tuple[Image.Image, Image.Image]  # before and after
-
-
-@dataclass
-class InstructGIEPipelineOutput(BaseOutput):
-    """images: the answers, as `output_type` has them. prompts: the instructions, as U has unified them."""
-
-    images: list[Image.Image] | Tensor
-    prompts: list[str]
 
 
 class InstructGIEPipeline(DiffusionPipeline):
@@ -140,7 +131,7 @@ class InstructGIEPipeline(DiffusionPipeline):
         output_type: str = "pil",
         unify: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict | None] | None = None,
-    ) -> InstructGIEPipelineOutput:
+    ) -> ImagePipelineOutput:
         """Edits pictures. A list has one entry for each edit; what is no list holds for all.
 
         Args:
@@ -189,7 +180,7 @@ class InstructGIEPipeline(DiffusionPipeline):
         elif output_type == "pt":
             answers = (answers + 1) / 2
         self.maybe_free_model_hooks()
-        return InstructGIEPipelineOutput(answers, told)
+        return ImagePipelineOutput(answers)
 
     @torch.no_grad()
     def sample(

@@ -10,7 +10,6 @@ with a line for each, written when all are drawn; `settings.json`; `pictures/`, 
 with the inputs and outputs. Answers that lie there already are replaced.
 """
 
-import argparse
 import json
 import math
 import re
@@ -246,11 +245,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     bounds = {(1, math.inf): "count batch", (0, math.inf): "sheet", (0, 2**62): "seed"}
     backbone.check_numbers(args, bounds)
-    run(args)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Answers the queries of every mode, each in a folder of its own."""
     method, preset = METHODS[args.method], backbone.preset(args.backbone)
     default = {"instructgie": preset.editor, "sdedit": preset.stable_diffusion}.get(args.method)
     model, source = args.model or default, args.data or preset.data

@@ -187,8 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     results = [measure(folder, clip, tokenizer, features, device) for folder in args.folders]
     if args.json:
         found = {"clip": args.clip, "features": args.features, "results": results}
-        text = json.dumps(found, indent=1, allow_nan=False) + "\n"
-        write_text(args.json, text)
+        write_text(args.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
     print(table(results, args.features), end="")
 
 

@@ -1,7 +1,5 @@
 """The exponential moving average (EMA) of a model's weights, which is what an editor is saved from."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -16,10 +14,9 @@ class EMA(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        super().__init__(model, multi_avg_fn=partial(_average, decay))
+        @torch.no_grad()
+        def average(averages: list[Tensor], weights: list[Tensor], n: Tensor) -> None:
+            torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
+
+        super().__init__(model, multi_avg_fn=average)
         self.requires_grad_(False)
-
-
-@torch.no_grad()
-def _average(decay: float, averages: list[Tensor], weights: list[Tensor], n: Tensor) -> None:
-    torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
