@@ -155,6 +155,10 @@ def images(args: argparse.Namespace) -> None:
         backbone.load_clip(args.clip, device),
         backbone.load_clip_tokenizer(args.clip),
     )
+    known = {hash_of(instruction) for instruction in texts}
+    for folder in sorted((args.out / "train").glob("[!.]*/")) if state.is_main_process else ():
+        if folder.name not in known:
+            print(f"{folder}: its instruction is no longer in texts.jsonl; remove it, or training reads it")
     mine = sorted(texts)[state.process_index :: state.num_processes]
     counts = Counter()
     for instruction in tqdm(mine, desc="images", unit="instruction"):

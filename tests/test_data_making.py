@@ -412,7 +412,7 @@ def test_processes_share_the_work_and_make_what_one_would(painted, tmp_path, mon
     assert min(shares) > 0 and sum(shares) == alone.count("\n") == 16
 
 
-def test_more_texts_are_added_to_what_is_there(painted, tmp_path):
+def test_more_texts_are_added_to_what_is_there(painted, tmp_path, capsys):
     texts, out = records(6, pairs=2), tmp_path / "out"
     options = ("--min-direction", "0", "--min-caption", "0", "--min-image", "0")
     write_texts(out, [texts[0] | {"pairs": texts[0]["pairs"][:1]}, *texts[1:3]])
@@ -428,6 +428,11 @@ def test_more_texts_are_added_to_what_is_there(painted, tmp_path):
     assert Counter(pair.instruction for pair in read_pairs(out, "train")) == {
         text["instruction"]: 2 for text in texts
     }
+    assert "no longer in texts.jsonl" not in capsys.readouterr().out
+    write_texts(out, texts[1:])  # what was drawn of the first stays, and is named
+    images(out, *options)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "no longer in texts.jsonl" in line)
+    assert (Path(line.split(": its")[0]) / "report.json").exists()
 
 
 def test_pictures_that_are_no_numbers_are_not_kept(painted, tmp_path, monkeypatch):
