@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.tensorboard import SummaryWriter
@@ -15,7 +16,7 @@ import backbone
 import train
 from data_making.texts import as_reply
 from toy import world
-from toy.pretrain import editor, report, words
+from toy.pretrain import editor, loop, report, words
 
 
 def test_the_tokenizer_is_a_function_of_the_seed_alone():
@@ -56,6 +57,19 @@ def test_the_shipped_writers_tokenizer_knows_this_world():
     assert lengths[0] <= 1.01 * lengths[1]
 
 
+def test_a_stage_does_not_go_on_from_a_run_of_another_seed(tmp_path):
+    def go(seed):
+        torch.manual_seed(seed)
+        model = torch.nn.Linear(1, 1)
+        loss = lambda step: {"loss": model.weight.square().sum()}  # noqa: E731
+        loop.fit("part", model, loss, runs=tmp_path, steps=2, lr=0.1)
+
+    go(0)
+    go(0)
+    with pytest.raises(ValueError, match="its seed is 0, not 1; remove it"):
+        go(1)
+
+
 def test_the_report_tells_losses_hours_and_hashes(tmp_path, monkeypatch):
     runs, weights, page = tmp_path / "runs", tmp_path / "weights", tmp_path / "page.md"
     for start, name in ((2e6, "editor"), (1e6, "pretrain/unet"), (0, "pretrain/vae")):
@@ -89,12 +103,15 @@ def test_the_editor_learns_single_edits_and_then_mixtures(folders, tmp_path, mon
     monkeypatch.setattr(editor.world, "write_dataset", lambda *where, **how: written.append((where, how)))
     where = {"runs": Path("runs/pretrain"), "out": Path("weights"), "device": torch.device("cpu"), "seed": 3}
     editor.train_editor(SimpleNamespace(**where))
-    first, second, longer = commands
+    first, second, longer, last = commands
     assert (first.data, first.init, first.resume, first.seed) == (None, None, False, 3)
     assert second.init == str(first.output / "editor") and second.data == "data/toy-mixtures"
     assert not second.resume and longer.resume and longer.output == second.output != first.output
     assert (second.seed, second.steps, longer.seed, longer.steps) == (4, 4000, 4, 6000)
+    assert last.init == str(second.output / "editor") and last.data == second.data and not last.resume
+    assert (last.output not in (first.output, second.output)) and (last.seed, last.steps) == (5, 3000)
     assert written == [((tmp_path / "data/toy-mixtures",), {"mixtures": editor.world.TRAINED_MIXTURES})]
     weights = load_file(tmp_path / "weights/editor/diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {torch.float16}
+    assert {command.llm for command in commands} == {"weights/llm"}
     assert str(tmp_path) not in (tmp_path / "weights/editor/config.json").read_text()

@@ -276,9 +276,11 @@ def say(edit: Edit | Mixture, rng: random.Random, held_out: bool = False) -> str
 
     opening = rng.choice(_OPENINGS)
     if isinstance(edit, Edit):
-        return opening + saying(edit)
-    joint = rng.choice(_JOINTS[-2:] if held_out else _JOINTS[:-2])
-    return opening + saying(edit.first) + joint + saying(edit.second)
+        said = saying(edit)
+    else:
+        joint = rng.choice(_JOINTS[-2:] if held_out else _JOINTS[:-2])
+        said = saying(edit.first) + joint + saying(edit.second)
+    return said if said.startswith("maybe ") else opening + said
 
 
 def random_edit(scene: Scene, rng: random.Random) -> Scene:
