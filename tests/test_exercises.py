@@ -70,8 +70,8 @@ QUOTED = {
     "06": ("14 of 355", "268"),
     "07": ("0.49", "0.89"),
     "08": ("12.1%", "6.5 times"),
-    "09": ("consistency 0.75", "distinctness 0.88", "stability 0.96"),
-    "12": ("6 of 6", "both 4, nothing 2 of 6", "25.0 levels", "4.0 levels"),
+    "09": ("consistency 0.80", "distinctness 0.88", "stability 0.96"),
+    "12": ("6 of 6", "both 4, nothing 2 of 6", "22.8 levels", "4.1 levels"),
     "14": ("41%", "15%", "93%", "61%"),
 }
 

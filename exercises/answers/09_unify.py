@@ -5,7 +5,7 @@ form already stays as it is; one "please" more each time fails it.
 A U that gives each group a wrong form of its own, and leaves these forms as they are, still has 1 in all
 three. The measures tell which forms agree, not which are right.
 
-The toy language model, on the canonical wordings and those held out of its training: consistency 0.75,
+The toy language model, on the canonical wordings and those held out of its training: consistency 0.80,
 distinctness 0.88, stability 0.96."""
 
 from collections import Counter

@@ -3,7 +3,7 @@ edit is the nearest for 6 of 6 answers. In training, three samples in ten have a
 editor has learnt that an example suffices.
 
 With night shown and a white background told, the vote is "both 4, nothing 2 of 6". Look at the distance, too:
-25.0 levels, where the editor is 4.0 levels away if shown and told agree. Such an answer is none of the four,
+22.8 levels, where the editor is 4.1 levels away if shown and told agree. Such an answer is none of the four,
 but a mixture for which nobody asked. The nearest candidate says little without its distance."""
 
 from collections.abc import Callable
