@@ -11,7 +11,6 @@ and the loss compares prediction and truth only there:
 This file selects the classes, finds them in an image, and defines the loss.
 """
 
-import difflib
 import re
 import warnings
 from collections.abc import Iterable
@@ -81,7 +80,7 @@ class SelectiveAreas:
 
     model: a Mask2Former for panoptic segmentation; it is put in evaluation mode and frozen. processor: its
     own. classes: names in `model.config.id2label`. threshold: the least probability of a segment's class.
-    Raises ValueError for a class that the model does not know, with names close to it.
+    Raises ValueError for a class that the model does not know.
     """
 
     def __init__(
@@ -96,8 +95,7 @@ class SelectiveAreas:
         ids = {label.lower(): index for index, label in model.config.id2label.items()}
         for name in self.classes:
             if name.lower() not in ids:
-                close = difflib.get_close_matches(name.lower(), ids, n=3) or list(ids)[:10]
-                raise ValueError(f"the segmenter knows no class {name!r}; close to it: {', '.join(close)}")
+                raise ValueError(f"the segmenter knows no class {name!r}; it knows {', '.join(ids)}")
         self._ids = torch.tensor([ids[name.lower()] for name in self.classes])
 
     @torch.no_grad()

@@ -134,15 +134,12 @@ class PromptDiffusion(Baseline):
 
     @classmethod
     def load(cls, source: str, device: str | torch.device, panel: int) -> "PromptDiffusion":
-        """Raises BackboneError for what is no pipeline, OSError for one without a ControlNet."""
+        """Raises BackboneError for what is no such pipeline."""
         sd = backbone.load_stable_diffusion(source, device)
         control = new_control(sd.unet)
         folder = backbone.find_folder(source, ["controlnet/*"]) / "controlnet"
-        try:
+        with backbone.clear_errors(source, "a pipeline of Prompt Diffusion", folder):
             control.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
-        except RuntimeError:
-            line = f"{folder}: no ControlNet of Prompt Diffusion as evaluation.baselines saves it"
-            raise backbone.BackboneError(line) from None
         return cls(sd, panel, controlnet=control.to(device).eval().requires_grad_(False))
 
     def answer(self, examples, has_example, queries, texts, seeds, guidance_text, **sampling) -> Tensor:

@@ -177,5 +177,5 @@ def test_a_folder_of_another_kind_is_one_line(run, parts, tmp_path, refused):
     for options in (["--steps", "0"], ["--data", "/nowhere/at/all"]):
         line = refused(run, "prompt-diffusion", *options, output=tmp_path / "new")
         assert line.startswith("evaluation.baselines: error: ")
-    with pytest.raises(OSError, match="controlnet/diffusion_pytorch_model"):
+    with pytest.raises(backbone.BackboneError, match="sd: not a pipeline of Prompt Diffusion"):
         PromptDiffusion.load(str(parts / "sd"), "cpu", P)

@@ -83,7 +83,7 @@ def test_areas_of_images(segmenter, images, processor):
         torch.testing.assert_close(areas(image[None])[0], area)
 
 
-def test_unknown_class_is_named_with_the_ones_close_to_it(segmenter):
+def test_an_unknown_class_is_named_with_those_it_knows(segmenter):
     with pytest.raises(ValueError, match=r"'persons'.*person"):
         SelectiveAreas(segmenter, AS_THEY_ARE, ["cat", "persons"])
     with pytest.raises(ValueError, match=r"'zebra'.*sky"):

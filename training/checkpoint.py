@@ -73,7 +73,5 @@ def load_checkpoint(folder: Path, modules: dict[str, Any], optimizer: torch.opti
 
 def load_weights(model: nn.Module, editor: str) -> None:
     """Of an editor's folder or hub id, for `--init`. Raises ValueError for one of another architecture."""
-    try:
+    with backbone.clear_errors(f"--init {editor}", "an editor of this architecture", Path(editor)):
         model.load_state_dict(backbone.load_editor(editor)[0].state_dict())
-    except RuntimeError:
-        raise ValueError(f"--init {editor}: an editor of another architecture") from None

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import backbone
@@ -106,23 +106,15 @@ def _picture_state(source: str | TableImage) -> str:
     return f"{source!r} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
 
 
-class Pairs(Dataset):
-    """The pictures of each edit pair, (2, 3, P, P); what is broken of them, in words, or "". Decoded on
-    worker processes."""
-
-    def __init__(self, data: VisualPromptDataset) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, i: int) -> dict[str, Tensor | str]:
-        panels, broken = torch.zeros(2, 3, *[self.data.size] * 2), ""
+def load_pairs(data: VisualPromptDataset, chosen: list[int]) -> tuple[Tensor, dict[int, str]]:
+    """On a worker: the pictures of some pairs, (B, 2, 3, P, P), and by index what of them is broken."""
+    panels, broken = torch.zeros(len(chosen), 2, 3, data.size, data.size), {}
+    for k, i in enumerate(chosen):
         try:
-            panels = torch.stack(self.data.load_pair(i))
+            panels[k] = torch.stack(data.load_pair(i))
         except ImageError as error:
-            broken = str(error)
-        return {"panels": panels, "broken": broken}
+            broken[i] = str(error)
+    return panels, broken
 
 
 IN_MEMORY = 4 << 30  # bytes of pictures that are kept, on the device; more are decoded at every step
@@ -146,10 +138,10 @@ def precompute(
             continue
         columns: dict[str, list[Tensor]] = {name: [] for name in Precomputed._fields}
         broken: dict[int, str] = {}
-        for batch in read_all(data, args, broken, start):
-            precomputed = frozen.encode(batch["panels"].to(device))
+        for panels in read_all(data, args, broken, start):
+            precomputed = frozen.encode(panels.to(device))
             if in_memory:
-                precomputed = precomputed._replace(pictures=to_bytes(batch["panels"]))
+                precomputed = precomputed._replace(pictures=to_bytes(panels))
             for name, column in precomputed._asdict().items():
                 if column is not None:
                     column = column.half() if column.is_floating_point() else column
@@ -177,17 +169,16 @@ def precompute(
 
 def read_all(
     data: VisualPromptDataset, args: argparse.Namespace, broken: dict[int, str], start: int = 0
-) -> Iterator[dict[str, Any]]:
-    """The pairs of a file in the cache, from `start` on, in batches; those that cannot be read are noted in
-    `broken`, by their index."""
-    seen, batch_size = start, max(1, 2**20 // data.size**2)
-    pairs = Subset(Pairs(data), range(start, min(start + PAIRS_IN_A_FILE, len(data))))
-    loader = DataLoader(pairs, batch_size, num_workers=args.workers, worker_init_fn=begin_worker)
+) -> Iterator[Tensor]:
+    """The pictures of a cache file's pairs, from `start` on, in batches (B, 2, 3, P, P); those that cannot be
+    read are noted in `broken`, by their index."""
+    pairs = range(start, min(start + PAIRS_IN_A_FILE, len(data)))
+    options = {"batch_size": max(1, 2**20 // data.size**2), "collate_fn": partial(load_pairs, data)}
+    loader = DataLoader(pairs, num_workers=args.workers, worker_init_fn=begin_worker, **options)
     part = f"precompute, from pair {start} of {len(data)}"
-    for batch in tqdm(loader, desc=part, mininterval=2, unit="batch"):
-        broken |= {seen + k: reason for k, reason in enumerate(batch["broken"]) if reason}
-        seen += len(batch["broken"])
-        yield batch
+    for panels, unreadable in tqdm(loader, desc=part, mininterval=2, unit="batch"):
+        broken |= unreadable
+        yield panels
 
 
 def drop_broken(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[VisualPromptDataset, Tensor]:
