@@ -44,7 +44,7 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         turned = _TURNED.get(image.getexif().get(ExifTags.Base.Orientation))
     except (SyntaxError, ValueError, KeyError, OSError, struct.error):
-        turned = None  # [ours] broken EXIF data tell no orientation, as in browsers
+        turned = None  # [ours] broken EXIF data tell no orientation
     return image if turned is None else image.transpose(turned)
 
 
