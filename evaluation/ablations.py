@@ -147,6 +147,7 @@ def check_budget(args: argparse.Namespace) -> None:
     budget = {name: getattr(args, name) for name in ("steps", "batch", "precision", "count")}
     world = Path(backbone.data_folder(TOY.data))
     parts = {part: backbone.fingerprint(getattr(TOY, part), part) for part in FROZEN}
+    # Its pairs, not its sources: a remark there need not void hours of training.
     parts["world"] = digest(world, world.glob("*/metadata.jsonl"))
     for folder in (args.runs, args.kept):
         for name, (there, now) in other_settings(folder / "budget.json", budget | parts).items():
