@@ -160,7 +160,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 def accuracy(rows: list[dict]) -> dict:
     """The share of right answers, with Wilson's 95 % interval."""
-    from scipy.stats import binomtest  # here, because it is of requirements-dev.txt
+    from scipy.stats import binomtest  # here, because it takes a second to import
 
     right = sum(row["right"] for row in rows)
     interval = binomtest(right, len(rows)).proportion_ci(method="wilson")
