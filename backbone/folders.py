@@ -47,8 +47,9 @@ def find_folder(source: str | Path, patterns: list[str] | None = None) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=list(_VARIANTS)))
     except (OSError, ValueError) as error:
-        reason = f"the hub cannot be reached or has no such model ({type(error).__name__})"
-        raise BackboneError(f"{source}: {reason}; check the id and the network, or give a folder") from None
+        reason = f"the hub cannot be reached or does not give this model ({type(error).__name__})"
+        way = "check the id, the network and the model's licence (`hf auth login`), or give a folder"
+        raise BackboneError(f"{source}: {reason}; {way}") from None
 
 
 def lasting_name(source: str) -> str:

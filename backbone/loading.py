@@ -50,7 +50,7 @@ def load_clip(source: str, device: torch.device | str = "cpu") -> nn.Module:
 
     folder = find_folder(source, ["open_clip*"])
     with clear_errors(source, "an open_clip folder", folder):
-        if not (folder / "open_clip_model.safetensors").is_file():
+        if not [*folder.glob("open_clip_*model.safetensors")]:  # of two usual names, open_clip reads either
             raise FileNotFoundError("open_clip_model.safetensors is missing")
         # A hub's snapshot has the tokenizer too, once that is asked for; it does not change the model.
         return freeze(open_clip.create_model(f"local-dir:{folder}"), device, folder, "open_clip*")

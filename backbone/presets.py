@@ -51,12 +51,12 @@ PRESETS = {
         editor="toy/weights/editor",
     ),
     # [ours] Panels of 256 pixels, so that the grid has the 512 that Stable Diffusion 1.5 was trained at. A
-    # language model small enough to stand beside it on one GPU.
+    # language model small enough to stand beside it on one GPU. A segmenter whose repository has safetensors.
     "sd15": Preset(
         stable_diffusion="stable-diffusion-v1-5/stable-diffusion-v1-5",
         clip="timm/vit_large_patch14_clip_224.openai",
         clip_eval="laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
-        segmenter="facebook/mask2former-swin-large-coco-panoptic",
+        segmenter="facebook/mask2former-swin-small-coco-panoptic",
         llm="Qwen/Qwen2.5-1.5B-Instruct",
         writer="Qwen/Qwen2.5-7B-Instruct",
         picture=512,

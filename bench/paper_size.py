@@ -84,23 +84,35 @@ def check_start(sd: backbone.StableDiffusion, panel: int) -> torch.Size:
     return x_t.shape[1:]
 
 
-def seed_of_weak_noise(shape: torch.Size, device: torch.device) -> int:
-    """Of a training whose first grid has so little noise that L_es and L_sam act, and their memory counts."""
+def seed_of_weak_noise(batch: int, shape: torch.Size, device: torch.device) -> int:
+    """Of a training whose first batch has little noise, so that L_es and L_sam act, and take memory."""
     for seed in itertools.count():
         g = step_generator(seed, 0)
-        keep_conditions(1, (0.0, 0.0, 0.0), g)
-        draw_noise((1, *shape), g, device)
-        if draw_timesteps(1, 1000, g) < 300:
+        keep_conditions(batch, (0.0, 0.0, 0.0), g)
+        draw_noise((batch, *shape), g, device)
+        if draw_timesteps(batch, 1000, g).min() < 300:
             return seed
+
+
+# Runs a program, and says how much of a GPU it took.
+ON_GPU = """
+import runpy, sys, torch
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+if torch.cuda.is_available():
+    print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of the GPU", flush=True)
+"""
 
 
 def run(*command: object) -> None:
     print("$ python", *command, flush=True)
     start = time.monotonic()
-    subprocess.run([sys.executable, *map(str, command)], cwd=backbone.HERE, check=True)
+    done = subprocess.run([sys.executable, "-c", ON_GPU, *map(str, command)], cwd=backbone.HERE)
+    if done.returncode:  # it has said why
+        raise SystemExit(done.returncode)
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 2**30
-    print(f"{time.monotonic() - start:.0f} s; largest process so far {peak:.1f} GiB\n", flush=True)
+    print(f"{time.monotonic() - start:.0f} s; largest process so far {peak:.1f} GiB of memory\n", flush=True)
 
 
 def check(args: argparse.Namespace, folder: Path) -> None:
@@ -117,7 +129,10 @@ def check(args: argparse.Namespace, folder: Path) -> None:
     options = [x for part in PARTS for x in (f"--{part.replace('_', '-')}", sources[part])]
     options += ["--backbone", args.backbone, "--data", folder / "data", "--cache", folder / "cache"]
     options += ["--device", args.device, "--precision", args.precision, "--gradient-checkpointing"]
-    options += ["--steps", 1, "--batch", 1, "--seed", seed_of_weak_noise(shape, device), "--workers", 0]
+    options += ["--steps", 1, "--batch", args.batch, "--workers", 0]
+    options += ["--seed", seed_of_weak_noise(args.batch, shape, device)]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # train.py is another process
     run("train.py", *options, "--output", folder / "run")
     pictures = ["--prompt-pair", "examples/before.png", "examples/after.png", "--input", "examples/input.png"]
     pictures += ["--instruction", "make it night", "--output", folder / "answer.png"]
@@ -133,6 +148,7 @@ def main() -> None:
     add("--real", action="store_true", help="the preset's parts, not random weights")
     for part in PARTS:
         add(f"--{part.replace('_', '-')}", help="hub id or folder instead")
+    add("--batch", type=int, default=1, help="grids of the training step")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", default="no", choices=("no", "bf16", "fp16"), help="of autocast, in training")
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pictures.files import TableImage, path_inside
+
+log = logging.getLogger(__name__)
 
 
 class DatasetError(ValueError):
@@ -114,8 +117,9 @@ def _read_metadata(metadata: Path, columns: Sequence[str]) -> Iterator[EditPair]
 def read_table(table: Any, columns: Sequence[str] | None = None) -> list[EditPair]:
     """The rows of a `datasets.Dataset`; pictures stay encoded until they are loaded.
 
-    Knows the columns of InstructPix2Pix, MagicBrush and our own; `columns` names others. Raises DatasetError,
-    which names the columns or the row.
+    Knows the columns of InstructPix2Pix, MagicBrush and our own; `columns` names others. A row whose texts
+    cannot be used is left out, because nobody can mend a table of the hub. Raises DatasetError, which names
+    the columns, or the first such row where they are more than one in twenty.
     """
     import datasets  # here, because it takes a second to import and only tables need it
 
@@ -135,13 +139,17 @@ def read_table(table: Any, columns: Sequence[str] | None = None) -> list[EditPai
         raise DatasetError(f"{before} and {after} are not columns of images ({_first_line(error)})") from None
     texts = told, find("original_prompt", "input_caption"), find("edited_prompt", "output_caption")
     texts = [table[name][:] if name else [None] * len(table) for name in texts]
-    pairs = []
+    pairs, faults = [], []
     for row, (instruction, *captions) in enumerate(zip(*texts)):
         files = (TableImage(image, row) for image in images)
         try:
             pairs.append(EditPair(*files, clean_instruction(instruction), *map(_caption, captions)))
         except ValueError as error:
-            raise DatasetError(f"row {row}: {error}") from None
+            faults.append(f"row {row}: {error}")
+    if len(faults) > max(1, 0.05 * len(table)):
+        raise DatasetError(f"{len(faults)} of {len(table)} rows cannot be used; the first, {faults[0]}")
+    if faults:
+        log.warning("rows left out: %d (the first, %s)", len(faults), faults[0])
     return pairs
 
 

@@ -549,6 +549,14 @@ def test_hub_ids_go_to_the_hub(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_a_row_without_instruction_is_left_out_of_a_table(caplog):
+    table = make_table().remove_columns("edit_prompt").add_column("edit_prompt", ["a", "", "b", "b"])
+    pairs = reading.read_table(table)
+    assert [pair.instruction for pair in pairs] == ["a", "b", "b"]
+    assert [pair.input.row for pair in pairs] == [0, 2, 3]
+    assert "rows left out: 1 (the first, row 1: the instruction is empty" in caplog.text
+
+
 def test_table_refuses(tmp_path):
     with pytest.raises(reading.DatasetError, match="needs columns"):
         reading.read_table(make_table().rename_column("edit_prompt", "text"))
@@ -556,8 +564,8 @@ def test_table_refuses(tmp_path):
         reading.read_table(
             datasets.Dataset.from_dict({"input_image": [1], "instruction": ["a"], "edited_image": [2]})
         )
-    with pytest.raises(reading.DatasetError, match="row 2: the instruction is empty"):
-        table = make_table().remove_columns("edit_prompt").add_column("edit_prompt", ["a", "a", None, "b"])
+    with pytest.raises(reading.DatasetError, match="2 of 4 rows cannot be used; the first, row 2: the instr"):
+        table = make_table().remove_columns("edit_prompt").add_column("edit_prompt", ["a", "a", None, " "])
         reading.read_table(table)
     save_pictures(tmp_path, ["secret.png"])
     data = (tmp_path / "secret.png").read_bytes()
