@@ -1,5 +1,7 @@
 """A row of a table: measured in a process of its own, whose peak memory is its alone, then printed."""
 
+import resource
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -32,7 +34,9 @@ def in_own_process(measure: Callable[..., dict], *inputs: Any, limit: float | No
 
 
 def resident(name: str) -> int:
-    """This process's memory in bytes: now (VmRSS) or at its most so far (VmHWM)."""
+    """This process's memory in bytes: now (VmRSS) or at its most so far (VmHWM, for both on a Mac)."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 

@@ -16,6 +16,7 @@ have random weights (bench/random_parts.py).
 
 import argparse
 import itertools
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -144,6 +145,10 @@ def main() -> None:
                 row = in_own_process(measure, name, way, args, limit=args.limit)
             except TimeoutError:
                 print_row(label, f"not within {args.limit:g} s")
+                continue
+            except Exception as error:  # too little memory, or the compiler's: the next row is another
+                print_row(label, f"failed ({type(error).__name__})")
+                print(error, file=sys.stderr)
                 continue
             fastest = dict(sorted(row["steps"], reverse=True))  # by answers decoded: the last of each stays
             seconds, decoded = (mean(x) for x in zip(*((fastest[n], n) for n, _ in row["steps"])))

@@ -207,7 +207,8 @@ def finetune(
         for step, chosen in zip(steps, order):
             torch.manual_seed(step)  # of dropout, where the model has some
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-                yield {"loss": writing_loss(model, tokenizer, [records[i] for _, i in chosen])}
+                loss = writing_loss(model, tokenizer, [records[i] for _, i in chosen])
+            yield {"loss": loss}  # outside: its gradient is not computed under autocast
 
     checkpoints, steps = folder.with_name(f"{folder.name}-training"), math.ceil(epochs * len(records) / batch)
     fit("finetune", model, losses_of, checkpoints, steps=steps, lr=lr, ema_decay=0, warmup=1)

@@ -14,6 +14,7 @@ Shapes: B batch · D channels · L length · N numbers of state per channel
         G groups of P = D/G channels, which share one B and C
 """
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
@@ -107,7 +108,12 @@ def kernel_error(backend: str) -> str | None:
             import selective_scan_cuda  # noqa: F401
             from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: F401
     except Exception as error:  # an extension built for another torch fails with more than ImportError
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if backend != "mamba-ssm":  # which is optional
+            warnings.warn(
+                f"the scan's {backend} kernel cannot be used, which is slow ({reason})", stacklevel=2
+            )
+        return reason
     return None
 
 

@@ -103,7 +103,7 @@ def _steps_at_once(u: Tensor, A: Tensor) -> int:
     """T: ½√L, where the chunks' states and the states between chunks take the least memory, or more while
     those of a chunk, and what else it needs, fit into the cache (CPU) or it takes them to fill a GPU.
     """
-    states = (2**24 if u.is_cuda else 2**19) // (len(u) * len(A) * max(4, A.shape[1]))
+    states = (2**19 if u.device.type == "cpu" else 2**24) // (len(u) * len(A) * max(4, A.shape[1]))
     return min(u.shape[-1], max(math.isqrt(u.shape[-1] - 1) // 2 + 1, states))
 
 

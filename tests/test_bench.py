@@ -26,13 +26,13 @@ def test_a_step_is_compiled_whole():
 
 
 @pytest.mark.slow
-def test_the_rows_of_a_gpu_are_rehearsed_on_a_cpu():
+def test_the_rows_of_a_gpu_are_rehearsed_on_a_cpu(tmp_path):
     """Every section has its table, no row is missing, and none is said to have failed."""
     environment = os.environ | {"PYTHON": sys.executable, "DEVICE": "cpu", "BACKBONE": "toy"}
-    environment |= {"PARITY": "small_steps", "OMP_NUM_THREADS": "1"}
+    environment |= {"ERRORS": str(tmp_path / "errors"), "PARITY": "small_steps", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "bench/gpu.sh"], cwd=HERE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "Not within" not in done.stdout, done.stdout + done.stderr
-    step, edit, scan, parity = done.stdout.split("\n### ")[1:]
+    step, edit, scan, parity, graphs = done.stdout.split("\n### ")[1:]
     names = [
         [line.split("|")[column].strip() for line in text.splitlines() if line.startswith("| ")][1:]
         for text, column in ((step, 1), (edit, 1), (scan, 2))
@@ -42,4 +42,4 @@ def test_the_rows_of_a_gpu_are_rehearsed_on_a_cpu():
         "numba",
         "chunked",
     ]
-    assert " passed" in parity
+    assert " passed" in parity and " passed" in graphs

@@ -15,8 +15,9 @@ class EMA(AveragedModel):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         @torch.no_grad()
-        def average(averages: list[Tensor], weights: list[Tensor], n: Tensor) -> None:
-            torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
+        def average(averages: list[Tensor], weights: list[Tensor], _: Tensor) -> None:
+            n = int(self.n_averaged)  # on the CPU: the argument's copy would wait for the GPU
+            torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
 
         super().__init__(model, multi_avg_fn=average)
         self.requires_grad_(False)

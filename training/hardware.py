@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -34,7 +35,9 @@ def on_every_core(work: Callable, args: argparse.Namespace, *more: Any) -> None:
     count = max(min(threads, args.batch // SHARE), 1)
     on_cpu = backbone.pick_device(args.device).type == "cpu"
     if count == 1 or args.batch % count or not on_cpu or "WORLD_SIZE" in os.environ:
-        work(args, *more)
+        first = os.environ.get("RANK", "0") == "0"
+        with open(os.devnull, "w") as null, contextlib.redirect_stdout(sys.stdout if first else null):
+            work(args, *more)
         return
     args.batch //= count
     with socket.socket() as free:

@@ -117,7 +117,7 @@ def load_pairs(data: VisualPromptDataset, chosen: list[int]) -> tuple[Tensor, di
     return panels, broken
 
 
-IN_MEMORY = 4 << 30  # bytes of pictures that are kept, on the device; more are decoded at every step
+IN_MEMORY = 4 << 30  # bytes of pictures, or of text embeddings, that are kept on the device
 PAIRS_IN_A_FILE = 16384  # of the cache: a run that is killed keeps the files that it has finished
 
 
@@ -232,20 +232,25 @@ def gather_batch(
 def read_instructions(
     data: VisualPromptDataset, sd: backbone.StableDiffusion, unifier: liu.InstructionUnifier | None
 ) -> tuple[Tensor, Tensor]:
-    """Every distinct instruction through U and the text encoder, once.
+    """Every distinct instruction through U, and every unified form through the text encoder, once.
 
-    Returns the text embeddings (K + 1, T, D), the last of them of no text, and the row of each pair (N,).
-    Both are on the CPU, for a large dataset has many.
+    Returns the text embeddings (K + 1, T, D) of the K forms, then of no text, and the row of each pair (N,).
+    Both are on the CPU, but the embeddings of a small dataset are where the text encoder is.
     """
     instructions = list(dict.fromkeys(pair.instruction for pair in data.pairs))
-    row = {instruction: k for k, instruction in enumerate(instructions)}
-    texts = instructions
+    unified = dict(zip(instructions, unifier.unify(instructions) if unifier else instructions))
+    texts = [text for text in dict.fromkeys(unified.values()) if text]
+    row = {text: k for k, text in enumerate([*texts, ""])}
     if unifier:
-        texts = unifier.unify(instructions)
-        print(f"{len(instructions)} instructions unified to {len(set(texts))} forms", flush=True)
+        print(f"{len(instructions)} instructions unified to {len(texts)} forms", flush=True)
     if cut := backbone.cut_off(sd.tokenizer, texts):
         print(f"{len(cut)} instructions are too long; of the first, {next(iter(cut.values()))}", flush=True)
-    batches = [texts[k : k + 64] for k in range(0, len(texts), 64)]
-    states = torch.cat([backbone.encode_text(sd, batch).cpu() for batch in [*batches, [""]]])
+    empty = backbone.encode_text(sd, [""])
+    states = torch.empty(len(row), *empty.shape[1:])  # not a list to join, which would take twice the memory
+    states[-1:] = empty
+    for k in range(0, len(texts), 64):
+        batch = texts[k : k + 64]
+        states[k : k + len(batch)] = backbone.encode_text(sd, batch)
     check_finite(states, "an instruction's embedding")
-    return states, torch.tensor([row[pair.instruction] for pair in data.pairs])
+    states = states.to(empty.device if states.nbytes < IN_MEMORY else "cpu")
+    return states, torch.tensor([row[unified[pair.instruction]] for pair in data.pairs])
