@@ -132,8 +132,8 @@ class VisualPromptDataset(Dataset):
         chance. Raises IndexError."""
         i = range(len(self))[i]
         group = self._group[self.pairs[i].instruction]
-        onward = np.random.default_rng((self.seed, epoch, i)).integers(1, len(group))
-        return group[(bisect_left(group, i) + onward) % len(group)]  # so many on, cyclically
+        offset = np.random.default_rng((self.seed, epoch, i)).integers(1, len(group))  # from i, cyclically
+        return group[(bisect_left(group, i) + offset) % len(group)]
 
     def load_pair(self, i: int) -> tuple[Tensor, Tensor]:
         """Before and after of pair `i`, each (3, P, P) in [-1, 1]. Raises ImageError, also for a `misfit`."""

@@ -23,7 +23,6 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -95,26 +94,6 @@ def guidance_weights(text: float, visual: float, has_text: bool, has_pair: bool)
     return {branch: weight for branch, weight in weights.items() if weight != 0}
 
 
-@dataclass
-class Branches:
-    """What guidance compares: K branches of B grids, in one batch.
-
-    weights: K numbers. states: text embeddings (K·B, T, D). condition: encodings (K·B, C0, 2p, 2p).
-    """
-
-    weights: list[float]
-    states: Tensor
-    condition: Tensor
-
-    def repeat(self, x: Tensor) -> Tensor:
-        """The same latents for every branch: (B, C, 2p, 2p) → (K·B, C, 2p, 2p)."""
-        return x.repeat(len(self.weights), 1, 1, 1)
-
-    def combine(self, predictions: Tensor) -> Tensor:
-        """The weighted sum over the branches: (K·B, C, 2p, 2p) → (B, C, 2p, 2p)."""
-        return sum(weight * e for weight, e in zip(self.weights, predictions.chunk(len(self.weights))))
-
-
 @torch.no_grad()
 def encode_branches(
     sd: backbone.StableDiffusion,
@@ -123,13 +102,18 @@ def encode_branches(
     instructions: list[str],
     weights: dict[tuple, float],
     device: torch.device | None = None,
-) -> Branches:
-    """Encodes condition grids (B, 3, 2P, 2P) and unified instructions, once for the whole loop."""
+) -> tuple[list[float], Tensor, Tensor]:
+    """What guidance compares, K branches of B grids in one batch, encoded once for the whole loop.
+
+    grids: condition grids (B, 3, 2P, 2P). instructions: unified. weights: of `guidance_weights`. device: of
+    the text encoder, its own by default. Returns the K weights, text embeddings (K·B, T, D) and encodings of
+    the condition (K·B, C0, 2p, 2p).
+    """
     texts = [text if has_text else "" for has_text, _ in weights for text in instructions]
     states = backbone.encode_text(sd, texts, device)
     shown = {has_pair for _, has_pair in weights}  # branches share these grids
     encoded = {pair: rcldm.encode_condition(grids if pair else drop_example(grids)) for pair in shown}
-    return Branches([*weights.values()], states, torch.cat([encoded[has_pair] for _, has_pair in weights]))
+    return [*weights.values()], states, torch.cat([encoded[has_pair] for _, has_pair in weights])
 
 
 # --- The sampling loop --------------------------------------------------------------------------------------
@@ -150,7 +134,7 @@ def initial_noise(sd: backbone.StableDiffusion, panel: int, generators: list[tor
 def sample(
     sd: backbone.StableDiffusion,
     rcldm: nn.Module,
-    branches: Branches,
+    branches: tuple[list[float], Tensor, Tensor],
     noise: Tensor,
     steps: int,
     generator: torch.Generator | list[torch.Generator] | None = None,
@@ -158,18 +142,19 @@ def sample(
 ) -> Tensor:
     """Draws the grids of B edits from noise (B, C, 2p, 2p): latents of that shape, float32.
 
-    generator: of the fresh noise that some samplers add. after_step: for apps/pipeline.py; called with the
-    step's number, timestep and output; returns the x_t to go on with, and whether to go on.
-    Raises ValueError where latents are not finite, with the step's number.
+    branches: of `encode_branches`. generator: of the fresh noise that some samplers add. after_step: for
+    apps/pipeline.py; called with the step's number, timestep and output; returns the x_t to go on with, and
+    whether to go on. Raises ValueError where latents are not finite, with the step's number.
     """
-    scheduler = sd.scheduler
+    scheduler, (weights, states, condition) = sd.scheduler, branches
     backbone.set_timesteps(scheduler, steps, noise.device)
     x_t = check_finite(noise, "the noise").float() * scheduler.init_noise_sigma
     for i, t in enumerate(scheduler.timesteps):
-        inputs = scheduler.scale_model_input(branches.repeat(x_t), t).to(sd.unet.dtype)
-        down, mid = rcldm(inputs, t, branches.states, branches.condition, return_dict=False)
+        inputs = scheduler.scale_model_input(x_t.repeat(len(weights), 1, 1, 1), t).to(sd.unet.dtype)
+        down, mid = rcldm(inputs, t, states, condition, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        prediction = branches.combine(sd.unet(inputs, t, branches.states, **residuals).sample.float())
+        predictions = sd.unet(inputs, t, states, **residuals).sample.float().chunk(len(weights))
+        prediction = sum(weight * e for weight, e in zip(weights, predictions))  # (B, C, 2p, 2p)
         output = backbone.sampler_step(scheduler, prediction, t, x_t, generator)
         x_t = output.prev_sample
         if not x_t.isfinite().all():

@@ -41,8 +41,8 @@ def predict_x0(noisy: Tensor, prediction: Tensor, timestep: Tensor, scheduler: S
     raise ValueError(f"unknown prediction type {kind!r}: expected epsilon, v_prediction or sample")
 
 
-def noise_weight(timestep: Tensor, scheduler: SchedulerMixin, min_alpha_bar: float = 0.2) -> Tensor:
-    """How far x̂_0 can be trusted at each timestep: ᾱ_t, or 0 below `min_alpha_bar`. (B,) → (B,), in [0, 1].
+def reliability(timestep: Tensor, scheduler: SchedulerMixin, min_alpha_bar: float = 0.2) -> Tensor:
+    """Reliability of x̂_0 at each timestep: ᾱ_t, or 0 below `min_alpha_bar`. (B,) → (B,), in [0, 1].
 
     [ours] The paper does not say at which noise levels its image losses act. At high noise x̂_0 is the
     average of many answers, a blur that CLIP misreads, so matching it would teach nothing. Drop samples of
@@ -90,7 +90,7 @@ def embed(clip: CLIP, images: Tensor) -> Tensor:
     """
     if images.ndim == 2:
         return images
-    convolution = next(p for p in clip.visual.parameters() if p.ndim == 4)  # its dtype is the one CLIP reads
+    convolution = next(p for p in clip.visual.parameters() if p.ndim == 4)  # CLIP's input has its dtype
     return F.normalize(clip.encode_image(clip_preprocess(clip, images).to(convolution.dtype)).float(), dim=-1)
 
 
@@ -107,11 +107,11 @@ def editing_shift_loss(
     weight: Tensor | None = None,
     eps: float = 1e-3,
 ) -> Tensor:
-    """L_es: how far the predicted editing shift is from the true one. A scalar in [0, 2].
+    """L_es: relative squared distance between the predicted and the true shift. A scalar in [0, 2].
 
     before, predicted, after: the query's input, the answer decoded from x̂_0, the true answer; each as
     images (B, 3, H, W) in [-1, 1] or as embeddings (B, E). Gradients flow to `predicted` alone.
-    weight: (B,) in [0, 1], see `noise_weight`. Returns the mean of weight · distance over all B samples, so
+    weight: (B,) in [0, 1], see `reliability`. Returns the mean of weight · distance over all B samples, so
     that a batch may be split.
 
     [ours] The figure embeds all four panels and does not name the compared shifts. The example row is given,

@@ -1,7 +1,7 @@
 """Language instruction unification (LIU), the third contribution of InstructGIE. Training and editing use it.
 
 [paper] [figure] A frozen, light language model rewrites every instruction in one standard form (summary,
-section 2; figure 2, "Instruction Unification Module U"). The text encoder reads only this form, so different
+section 2; figure 2, "Instruction Unification Module U"). The text encoder reads this form, so different
 phrasings of one command become one condition:
 
     l' = U(l)          U("Maybe night view looks better") = U("turn day to night, please") = "make it night"
@@ -66,6 +66,7 @@ def few_shot_prompt(instruction: str) -> str:
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 GREEDY |= {"temperature": None, "top_p": None, "top_k": None}
 MAX_NEW_TOKENS = 48  # of a reply
+BATCH = 16  # instructions
 CUT = "…"  # ends a reply that had more
 
 
@@ -75,21 +76,13 @@ class InstructionUnifier:
     model: any causal LM of transformers; it is put in evaluation mode and frozen. tokenizer: the model's
     own; its chat template is used where it has one, and `eos_token` pads where it has no `pad_token`.
     cache: stores raw replies, with `load` and `append`, as in training/replies.py; None keeps them only as
-    long as this object lives. max_new_tokens: maximum length of a reply. batch_size: instructions per batch.
-    An instruction steers only its own wording: each is a conversation without the template's control tokens.
+    long as this object lives. Control tokens are removed from an instruction, so it cannot alter the
+    conversation.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        cache: Any = None,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        batch_size: int = 16,
-    ):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: Any = None):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self.device: torch.device | None = None  # where the model works, if it lies elsewhere now
+        self.device: torch.device | None = None  # of execution, while offloading keeps the weights elsewhere
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self._cache = cache
@@ -107,8 +100,8 @@ class InstructionUnifier:
         distinct = [text for text in dict.fromkeys(instructions) if text not in self._unified]
         # By length, so that little of a batch is padding.
         missing = sorted((text for text in distinct if text not in self._replies), key=len)
-        for start in range(0, len(missing), self.batch_size):
-            batch = missing[start : start + self.batch_size]
+        for start in range(0, len(missing), BATCH):
+            batch = missing[start : start + BATCH]
             replies = dict(zip(batch, self._generate(batch)))
             self._replies |= replies
             if self._cache:
@@ -144,13 +137,13 @@ class InstructionUnifier:
         output = self.model.generate(
             input_ids=tokens,
             attention_mask=inputs["attention_mask"].to(device),
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=MAX_NEW_TOKENS,
             pad_token_id=self.tokenizer.pad_token_id,
             **GREEDY,
         )
         output = output[:, tokens.shape[1] :]
         ends = torch.tensor(self.tokenizer.all_special_ids, device=output.device)
-        is_whole = torch.isin(output[:, -1:], ends).any(1) | (output.shape[1] < self.max_new_tokens)
+        is_whole = torch.isin(output[:, -1:], ends).any(1) | (output.shape[1] < MAX_NEW_TOKENS)
         replies = self.tokenizer.batch_decode(output, skip_special_tokens=True)
         replies = [reply if whole else reply + CUT for reply, whole in zip(replies, is_whole)]
         if not self.tokenizer.chat_template:  # a bare model goes on to invent examples
@@ -164,7 +157,7 @@ class InstructionUnifier:
 
     def _without_control_tokens(self, text: str) -> str:
         """The text without control tokens: a tokenizer would obey them, and a chat template refuse them."""
-        # What is left may make another.
+        # Removing one token may form another.
         while found := [token for token in self._control_tokens if token in text]:
             for token in found:
                 text = text.replace(token, " ")
@@ -187,7 +180,10 @@ def standard_form(reply: str) -> str:
 
 
 def fault(reply: str, instruction: str) -> str | None:
-    """What is wrong with a `standard_form` of the instruction, or None. No rule can check its meaning."""
+    """What is wrong with a `standard_form` of the instruction, or None. No rule can check its meaning.
+
+    [ours] After a faulty reply the text encoder reads the user's own words.
+    """
     words = len(reply.split())
     if not reply:
         return "it is empty"

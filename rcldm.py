@@ -2,7 +2,7 @@
 
 The visual prompt is a 2×2 grid: an example pair above, the query and its grey answer panel below. To infer
 the edit from the example, the network must relate panels that lie half an image apart. [paper] VMamba encodes
-the visual prompt, because its effective receptive field is larger. Its cost is linear in the area.
+the visual prompt, because its effective receptive field is larger.
 A mark stands before its statement: [paper] from the paper's public summary, [figure] from its figures, [ours]
 our own choice.
 
@@ -11,7 +11,7 @@ our own choice.
                              conv_in(noisy latents)                         residuals of the frozen U-Net ↲
 
 VMamba (Liu et al., 2024) runs Mamba's selective state space model (Gu and Dao, 2023) over the pixels in four
-orders. Each channel keeps a state h of N numbers; Δ, B and C are computed from the input:
+orders, at linear cost. Each channel keeps a state h of N numbers; Δ, B and C are computed from the input:
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t        y_t = C_t · h_t + D u_t        A < 0: the state forgets
 
@@ -94,14 +94,14 @@ def cross_merge(ys: Tensor, height: int, width: int) -> Tensor:
 
 
 def four_scans(x: Tensor, *parameters: Tensor) -> Tensor:
-    """Scans the image x (B, D, H, W) in four orders, and sums the scans at each pixel: (B, D, H, W).
+    """Scans the image x (B, P, H, W) in four orders, and sums the scans at each pixel: (B, P, H, W).
 
     parameters: Δ, A, B, C, D and Δ's bias of `selective_scan`, with a group for each direction, in its order.
     """
     from scan_kernels import scan_image, scans_images_in_place
 
     if scans_images_in_place(x):  # the same sum by a kernel that needs no copies of the image
-        return scan_image(x, cross_scan, *parameters, delta_softplus=True)  # which learns the orders from it
+        return scan_image(x, cross_scan, *parameters, delta_softplus=True)  # reads the orders off cross_scan
     return cross_merge(selective_scan(cross_scan(x), *parameters, delta_softplus=True), *x.shape[2:])
 
 
@@ -109,23 +109,23 @@ def four_scans(x: Tensor, *parameters: Tensor) -> Tensor:
 
 
 class _PerDirection(nn.Linear):
-    """K linear layers without bias, their weights stacked (K·D, R): (K, ·, R) → (K, ·, D).
+    """K linear layers without bias, their weights stacked (K·P, R): (K, ·, R) → (K, ·, P).
 
     It is a module of its own, so the hooks that cast, move or load a layer's weights reach it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.unflatten(0, (len(x), -1)).mT.contiguous()  # twice as fast as without
+        return x @ self.weight.unflatten(0, (len(x), -1)).mT.contiguous()  # contiguous() halves the time
 
 
 class SS2D(nn.Module):
     """VMamba's 2-D selective scan: (B, H, W, C) → (B, H, W, C), every pixel reading from every other.
 
-    d_model: C. The scan of each direction has D = `ssm_ratio`·C channels. d_state: N. R is C/16, rounded up.
+    d_model: C. A direction scans P = `ssm_ratio`·C channels, so D = K·P. d_state: N. R is C/16, rounded up.
 
     As in VMamba's released weights: no gate, and a depthwise convolution without bias before the scan.
-    Parameters have VMamba's names, with the directions' weights stacked: x_proj.weight (K·(R+2N), D),
-    dt_projs.weight (K·D, R), dt_projs_bias (K, D), A_logs (K·D, N), Ds (K·D,).
+    Parameters have VMamba's names, with the directions' weights stacked: x_proj.weight (K·(R+2N), P),
+    dt_projs.weight (K·P, R), dt_projs_bias (K, P), A_logs (K·P, N), Ds (K·P,).
     """
 
     def __init__(self, d_model: int, d_state: int = 1, ssm_ratio: float = 2.0):
@@ -240,10 +240,10 @@ class VisualPromptEncoder(nn.Module):
     """G_ven, which the figure labels Zero-VMamba too: the condition grid (B, 3, H, W) in [-1, 1] →
     (B, out_channels, H/factor, W/factor), zero at the start. [figure] It stands before the trainable copy.
 
-    A patch embedding of log2(factor) convolutions of stride 2 (like VMamba v2's), `depth` VMamba blocks, and
-    a linear projection that starts at zero. From the first block on, every place can read the whole grid.
-
-    [ours] Depth 4, blocks at latent resolution, the width of the U-Net's first level, but at least 64.
+    [ours] A patch embedding of log2(factor) convolutions of stride 2 (like VMamba v2's), `depth` VMamba
+    blocks, and a linear projection that starts at zero. Every place can read the whole grid from the first
+    block on. Depth 4, blocks at latent resolution, ratio 1, MLP ratio 2; the width of the U-Net's first
+    level, but at least 64.
     [ours] A positional encoding gives the position within the panel, and identifies the panel. Corresponding
     positions of the four panels share most of it.
     [ours] N = 4 numbers of state, where VMamba v2 classifies with one. A position reads another by C · B, its
@@ -256,15 +256,15 @@ class VisualPromptEncoder(nn.Module):
         super().__init__()
         width = width or max(64, out_channels)
         halvings = factor.bit_length() - 1
-        widths = [3, *(max(16, width >> i) for i in range(halvings - 1, 0, -1)), width]
+        widths = [3, *(max(16, width >> i) for i in range(halvings - 1, 0, -1)), width]  # SD: 3, 80, 160, 320
         stride = min(2, factor)  # factor 1: diffusion of pixels
         self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride, padding=1) for a, b in pairwise(widths))
         self.stem_norms = nn.ModuleList(nn.LayerNorm(b) for b in widths[1:])
-        self.place_proj = nn.Linear(27, width, bias=False)
+        self.place_proj = nn.Linear(27, width, bias=False)  # of `panel_places`
         self.blocks = nn.ModuleList(VSSBlock(width, d_state, 1.0, mlp_ratio=2.0) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.zero_proj = controlnet.zero_module(nn.Linear(width, out_channels))
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False  # diffusers' ModelMixin sets this attribute
 
     def forward(self, grid: Tensor) -> Tensor:
         x = grid.contiguous(memory_format=torch.channels_last)
@@ -287,11 +287,11 @@ class RCLDM(ModelMixin, ConfigMixin):
 
     Args:
         unet_encoder: configuration of the trainable copy, as `ControlNetModel` takes it; `from_unet` has it.
-        design: of both additions. "vmamba", the paper's: `VisualPromptEncoder` and `ZeroVMamba` links;
-            "conv": ControlNet's own convolutional encoder and zero convolutions (`--no-rcldm`).
+        design: type of encoder and links. "vmamba", the paper's: `VisualPromptEncoder` and `ZeroVMamba`;
+            [ours] "conv": ControlNet's own encoder and zero convolutions replace both (`--no-rcldm`).
         factor: image pixels per latent along a side, a power of two (8 for Stable Diffusion).
         prompt_encoder_depth, _width, _d_state: of the `VisualPromptEncoder`.
-        panel: P, pixels along the side of the panels that it is trained for, if known.
+        panel: training panel size in pixels; None if unknown.
 
     Before training, every design leaves the U-Net's output exactly unchanged, because the links' projections
     start at zero. The encoder's zero projection leaves the copy's input unchanged. The first gradient reaches
@@ -316,9 +316,9 @@ class RCLDM(ModelMixin, ConfigMixin):
         super().__init__()
         if factor < 1 or factor & (factor - 1):
             raise ValueError(f"factor must be a power of two, got {factor}")
-        # diffusers builds and runs the copy of the U-Net's encoder. Its first and last projections are ours.
+        # diffusers builds and runs the copy. We replace its condition embedding and zero convolutions.
         self.trainable_copy = copy = ControlNetModel(**unet_encoder)
-        copy.controlnet_cond_embedding = nn.Identity()  # it gets features, which an edit computes once
+        copy.controlnet_cond_embedding = nn.Identity()  # `forward` passes encoded conditions
         self.prompt_encoder = self.new_prompt_encoder(copy.config.block_out_channels[0])
         if design == "vmamba":
             links = [*copy.controlnet_down_blocks, copy.controlnet_mid_block]  # zero convolutions until here
@@ -344,7 +344,7 @@ class RCLDM(ModelMixin, ConfigMixin):
         config = {name: copy.config[name] for name in sorted(copy.config) if not name.startswith("_")}
         model = cls(config, design, **options)
         weights = {name: w for name, w in copy.state_dict().items() if not name.startswith("controlnet_")}
-        model.trainable_copy.load_state_dict(weights, strict=False)  # lacks only input and output projections
+        model.trainable_copy.load_state_dict(weights, strict=False)  # these lack what we replace
         return model
 
     def encode_condition(self, grid: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 [paper] People notice corrupted detail first in some areas, such as faces, which get a loss of their own
 (summary, section 2; figure 2, "Mask2Former" and "LLM", "masked GT" and "masked output"). [ours] A language
 model names the segmenter's classes for such areas. [figure] The segmenter finds them in the training images,
-and the loss compares prediction and truth only there:
+and the loss compares prediction and truth only there. [ours] The compared area is the true answer's; the loss
+is a mean square over latents:
 
     L_sam = Σ m · |x̂_0 − x_0|² / Σ m        over the answer panel's latent; m: the area, 0 … 1
                                             |·|²: the mean over channels
@@ -25,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-# --- Which classes ------------------------------------------------------------------------------------------
+# --- Class selection ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -72,11 +73,11 @@ def _plain(name: str) -> str:
     return name.strip(" \t*-.'\"0123456789").lower()
 
 
-# --- Where they are -----------------------------------------------------------------------------------------
+# --- Area detection -----------------------------------------------------------------------------------------
 
 
 class SelectiveAreas:
-    """Where images show the chosen classes: `areas = SelectiveAreas(…)(images)`.
+    """Finds the areas of the chosen classes: `areas = SelectiveAreas(…)(images)`.
 
     model: a Mask2Former for panoptic segmentation; it is put in evaluation mode and frozen. processor: its
     own. classes: names in `model.config.id2label`. threshold: the least probability of a segment's class.
@@ -115,9 +116,9 @@ def panoptic_area(
     """The pixels of some classes in one image's panoptic segmentation → (H, W), bool.
 
     class_logits: (Q, K + 1), of Q queries, "no object" last. mask_logits: (Q, h, w). classes: (C,), each
-    below K. size: (H, W). MaskFormer's panoptic inference (Cheng et al. 2021, section 3.4): a pixel goes to
-    the query of the largest class probability times mask probability, and a query that loses a fifth of its
-    mask to others is dropped.
+    below K. size: (H, W). MaskFormer's panoptic inference (Cheng et al. 2021, section 3.4): each pixel
+    goes to the query with the largest product of class and mask probability. A query that loses over a fifth
+    of its mask to others is dropped.
 
     `post_process_panoptic_segmentation` of transformers does not serve here. It also assigns the pixels that
     no query claims, so a face that is found alone can get the whole image.
@@ -144,13 +145,13 @@ def selective_area_loss(
     """L_sam: the squared error of the answer's latent inside the selected area. A scalar ≥ 0.
 
     predicted, target: (B, C, h, w), x̂_0 and x_0 of the answer panel. area: (B, 1, H, W) in [0, 1], of the
-    image or of the latent. weight: (B,) ≥ 0, how far x̂_0 can be trusted at each sample's noise level.
+    image or of the latent. weight: (B,) ≥ 0, `esm.reliability` of x̂_0.
     Returns the mean over all B samples, so that a batch may be split; an empty area adds 0, with zero
     gradients.
 
     [ours] Pass the area of the true answer: the loss protects the desired content, not the input's.
-    [ours] Latents are compared, not pixels: nothing is decoded, and the unit is that of the diffusion
-    loss. A latent pixel counts by the share of its patch that the area covers.
+    [ours] Latents are compared, not pixels: nothing is decoded. For a U-Net that predicts x_0, the unit is
+    that of the diffusion loss. A latent pixel counts by the share of its patch that the area covers.
     [ours] The mean over the area, not the panel, so that a small face counts as much as a large one.
     """
     area = F.interpolate(area.float(), predicted.shape[-2:], mode="area")  # (B, 1, h, w)

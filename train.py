@@ -15,7 +15,7 @@
 
 [ours] The VAE encodes each panel separately. [ours] L_es and L_sam use x̂_0 where the figure shows the output
 image, and only its answer panel. [ours] The losses are summed with weights λ.
-The file reads from top to bottom: settings, one step's losses, the loop, the validation. The frozen parts
+The file reads from top to bottom: settings, one step's losses, the loop. The frozen parts
 process the data once, before the first step, in training/precompute.py.
 Symbols: B grids of a batch; P panel size in pixels, p in latent pixels; C latent channels; T tokens.
 """
@@ -43,9 +43,7 @@ import liu
 import sam_loss
 from dataset import VisualPromptDataset, answer_panel, compose_grid, drop_example, mask_query
 from disk import locked
-from pictures import ImageError, tensor_to_image
-from pictures.answers import save_png
-from pictures.pairs import DatasetError, read_pairs
+from pictures.pairs import read_pairs
 from rcldm import RCLDM
 from training.card import save_editor
 from training.checkpoint import load_checkpoint, load_weights, save_checkpoint
@@ -59,6 +57,7 @@ from training.precompute import Frozen, Precomputed, gather_batch, load_batches,
 from training.replies import ReplyCache
 from training.settings import PARTS, fill_in, note_settings
 from training.stopping import Stop
+from training.validation import Validation
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings, each once; reasons in docs/choices.md
@@ -107,6 +106,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+# [ours] Schedule, clipping and EMA: common values.
 WARMUP = 50  # steps
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0  # the largest norm of the gradient
@@ -114,7 +114,6 @@ EMA_DECAY = 0.998
 # [ours] L_es decodes one in 32 answers of a batch, at least one: decoder and CLIP cost the most.
 ES_EVERY = 32
 CHECKPOINTS = 2  # that stay
-VALIDATION_PICTURES = 6
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -124,8 +123,9 @@ VALIDATION_PICTURES = 6
 def panel_weights(query: Tensor, answer: float, change: float) -> Tensor:
     """The weight of every latent in L_dm: latents of query pairs (B, 2, C, p, p) → (B, 1, 2p, 2p).
 
-    [ours] The given panels only have to be copied: they have 1, the answer panel at least `answer`. It gets
-    `change` times as much on top, at the latents that the edit changes: a small edit counts like a large one.
+    [ours] The given panels only have to be copied, so they weigh 1. The answer panel weighs
+    answer · (1 + change · d), where d is the length of each latent's change over the panel's mean. So a small
+    edit counts like a large one.
     """
     changed = (query[:, 1] - query[:, 0]).norm(dim=1, keepdim=True)  # (B, 1, p, p)
     changed = changed / changed.mean((2, 3), keepdim=True).clamp_min(1e-6)
@@ -136,7 +136,7 @@ class Losses:
     """L = L_dm + λ_es · L_es + λ_sam · L_sam, for batches of the data loader.
 
     precomputed: the frozen parts' outputs for every pair. texts (I + 1, T, D): embeddings of the I unified
-    instructions, then of the empty text. rows: the row of `texts` for each pair.
+    forms, then of the empty text; D is their width. rows: the row of `texts` for each pair.
     """
 
     def __init__(
@@ -177,14 +177,18 @@ class Losses:
         return self.sd.unet(x_t, t, states, **residuals).sample.float()
 
     def __call__(self, model: nn.Module, batch: dict, g: torch.Generator) -> dict[str, Tensor]:
+        """The weighted sum `loss`, and its terms `dm`, `es` and `sam` without their weights, all scalars.
+
+        g: this step's random numbers.
+        """
         args, scheduler, device = self.args, self.sd.scheduler, self.sd.unet.device
         condition, x_0, states, query = self.compose(batch, g)
         noise = draw_noise(x_0.shape, g, device)
         t = draw_timesteps(len(x_0), scheduler.config.num_train_timesteps, g)
-        trust = esm.noise_weight(t, scheduler)  # (B,)
-        trusted = trust.nonzero()[:, 0]  # (S,)  on the CPU: nonzero would wait for a GPU
-        to_decode = trusted[: math.ceil(len(t) / ES_EVERY)]
-        t, trust, to_decode = (x.to(device) for x in (t, trust, to_decode))
+        reliability = esm.reliability(t, scheduler)  # (B,)
+        reliable = reliability.nonzero()[:, 0]  # S of them; on the CPU: nonzero would wait for a GPU
+        to_decode = reliable[: math.ceil(len(t) / ES_EVERY)]
+        t, reliability, to_decode = (x.to(device) for x in (t, reliability, to_decode))
         x_t = scheduler.add_noise(x_0, noise, t)
 
         prediction = self.predict(model, x_t, t, states, condition)
@@ -198,11 +202,11 @@ class Losses:
             if len(to_decode):
                 before, after = query.embeddings[to_decode].unbind(1)
                 answers = esm.decode_answer(self.sd.vae, x_0_hat[to_decode])
-                of_decoded = esm.editing_shift_loss(self.clip, before, answers, after, trust[to_decode])
-                losses["es"] = len(trusted) / len(t) * of_decoded  # they stand for all that are trusted
+                of_decoded = esm.editing_shift_loss(self.clip, before, answers, after, reliability[to_decode])
+                losses["es"] = len(reliable) / len(t) * of_decoded  # they represent all reliable ones
         if not args.no_sam:
             panels = answer_panel(x_0_hat), answer_panel(x_0)
-            losses["sam"] = sam_loss.selective_area_loss(*panels, query.areas, trust)
+            losses["sam"] = sam_loss.selective_area_loss(*panels, query.areas, reliability)
         weights = {"dm": 1.0, "es": args.es_weight, "sam": args.sam_weight}
         return {"loss": sum(weights[name] * value for name, value in losses.items()), **losses}
 
@@ -216,7 +220,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lr * min(1, (step + 1) / WARMUP) * max(cosine, 0.01)
 
 
-def read_data(
+def prepare(
     args: argparse.Namespace, classes: tuple[str, ...] | None, device: torch.device, lock: Callable
 ) -> tuple[VisualPromptDataset, Losses, Validation]:
     """The pairs of `train`, the losses and the validation. Segmenter and language model have then done their
@@ -244,13 +248,16 @@ def read_data(
     if not args.no_liu:
         unifier = liu.InstructionUnifier(*llm, cache=ReplyCache(args.cache / "liu", *llm))
     texts, rows = read_instructions(data, sd, unifier)
-    validation = Validation(data, source, unifier, args)
+    validation = Validation(data, source, unifier.unify if unifier else list, args)
     return data, Losses(args, sd, clip, precomputed, texts, rows), validation
 
 
 def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_model=RCLDM.from_unet):
-    """held: closes the lock, the progress bar and the log, also after an error. new_model: makes the RCLDM
-    for a U-Net; evaluation/vit.py has another."""
+    """Trains one RCLDM: checkpoints, validation pictures and the editor are in `args.output`.
+
+    held: closes the lock, the progress bar and the log, also after an error. new_model: makes the RCLDM for a
+    U-Net; evaluation/vit.py has another.
+    """
     preset = fill_in(args)
     device = backbone.pick_device(args.device)
     options = {"mixed_precision": args.precision, "gradient_accumulation_steps": args.accumulate}
@@ -263,7 +270,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
     backbone.choose_kernels(device, args.precision)
     with accelerator.main_process_first():  # the first process computes, the others find it cached
         lock = partial(held.enter_context, locked(args.output)) if is_main else lambda: None
-        data, losses_of, validation = read_data(args, preset.classes, device, lock)
+        data, losses_of, validation = prepare(args, preset.classes, device, lock)
     sd, clip = losses_of.sd, losses_of.clip
 
     torch.manual_seed(args.seed)
@@ -291,6 +298,7 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
     accelerator.print(f"{model.num_parameters():,} parameters to train, {len(data)} pairs", flush=True)
 
     wrapped.train()
+    # On one GPU, this replays `predict` as a CUDA graph.
     losses_of.predict = recorded(losses_of.predict, wrapped, device, args, processes)
     stop.at_work = True
     for micro, batch in zip(steps, loader):
@@ -325,7 +333,8 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
         if is_main and saves:
             if is_done or not stops_early:
                 measured = {name: value.item() for name, value in monitor.averages.items()}
-                measured[validation.name] = validation.draw(ema.module, sd, args.output, step, log)
+                answers_of = partial(answer, sd, ema.module)
+                measured[validation.name] = validation.measure(answers_of, args.output, step, log)
                 save_editor(ema.module, args, step, measured)
             # The checkpoint comes last: a run that is killed above goes on from the one before, and makes
             # this step's picture and editor once more.
@@ -339,49 +348,15 @@ def train(args: argparse.Namespace, stop: Stop, held: contextlib.ExitStack, new_
     accelerator.print(f"the editor is in {args.output / 'editor'}")
 
 
-class Validation:
-    """A few queries, the same each time: of the split `seen` (edits of `train`, new pictures), or else pairs
-    of `train`, whose error is then of learnt pictures."""
-
-    def __init__(self, data: VisualPromptDataset, source: str, unifier, args: argparse.Namespace) -> None:
-        self.name = "validation error"
-        try:
-            data = VisualPromptDataset(read_pairs(source, "seen", args.columns), args.panel, args.seed)
-        except DatasetError as error:
-            self.name = "error on training pairs"
-            print(f"validation is on training pairs: {error}", flush=True)
-        g = torch.Generator().manual_seed(args.seed)
-        order, items = torch.randperm(len(data), generator=g).tolist(), []
-        while order and len(items) < VALIDATION_PICTURES:
-            try:
-                items.append(data[0, order.pop(0)])
-            except ImageError as error:
-                print(f"left out: {error}", flush=True)
-        if not items:
-            raise DatasetError(f"{source}: no picture of the validation can be read; mend its split `seen`")
-        self.panels = torch.stack([item["panels"] for item in items])  # (N, 4, 3, P, P)
-        self.texts = [item["instruction"] for item in items]
-        if unifier:
-            self.texts = unifier.unify(self.texts)
-
-    def draw(self, model: RCLDM, sd: backbone.StableDiffusion, folder: Path, step: int, log) -> float:
-        """Writes a picture, a row per query with example before and after, input, answer, truth. Returns the
-        answers' mean absolute error, in levels of 0 … 255."""
-        panels = self.panels.to(sd.unet.device)  # (N, 4, 3, P, P)
-        grids = edit.condition_grids(panels[:, :2], panels[:, 2])
-        branches = edit.encode_branches(sd, model.eval(), grids, self.texts, {(True, True): 1.0})
-        generators = edit.seeded(range(len(panels)))
-        noise = edit.initial_noise(sd, panels.shape[-1], generators).to(panels.device)
-        drawn = edit.sample(sd, model, branches, noise, backbone.SAMPLING["steps"], generators)
-        answers = edit.decode_answers(sd.vae, drawn)
-        shown = torch.stack([*panels[:, :3].unbind(1), answers, panels[:, 3]], 1)  # (N, 5, 3, P, P)
-        picture = torch.cat([torch.cat(list(row), -1) for row in shown], -2).cpu().clamp(-1, 1)
-        save_png(tensor_to_image(picture), folder / f"validation-{step:07d}.png")
-        error = 127.5 * (answers - panels[:, 3]).abs().mean().item()
-        log.add_image("validation", (picture + 1) / 2, step)
-        log.add_scalar(self.name, error, step)
-        log.flush()
-        return error
+def answer(sd: backbone.StableDiffusion, model: RCLDM, panels: Tensor, texts: list[str]) -> Tensor:
+    """The answers that `edit.py` draws without guidance: panels (N, 4, 3, P, P) → (N, 3, P, P) in [-1, 1]."""
+    panels = panels.to(sd.unet.device)
+    grids = edit.condition_grids(panels[:, :2], panels[:, 2])
+    branches = edit.encode_branches(sd, model.eval(), grids, texts, {(True, True): 1.0})
+    generators = edit.seeded(range(len(panels)))
+    noise = edit.initial_noise(sd, panels.shape[-1], generators).to(panels.device)
+    drawn = edit.sample(sd, model, branches, noise, backbone.SAMPLING["steps"], generators)
+    return edit.decode_answers(sd.vae, drawn)
 
 
 def work(args: argparse.Namespace, new_model: Callable) -> None:

@@ -201,13 +201,8 @@ class InstructGIEPipeline(DiffusionPipeline):
             examples: (B, 2, 3, P, P) in [-1, 1], before and after. Ignored where `has_example` is false;
                 None means that all samples have one.
             queries: (B, 3, P, P) in [-1, 1].
-            instructions: B texts, unified already; "" for none. A warning is logged, once for each, where
-                one is longer than the text encoder reads.
-            generator: one for all, or one for each sample: see `seeded`.
-            steps, guidance_text, guidance_visual, callback: as in a call of the pipeline.
-
-        Raises ValueError for generators of another number than B, more steps than there are timesteps, and
-        latents that are not finite: the message names the step.
+            instructions: B texts, unified already; "" for none.
+            the others: as in a call of the pipeline. Raises ValueError, as a call does.
         """
         batch, device, dtype = len(queries), self._execution_device, self.unet.dtype
         if isinstance(generator, list) and len(generator) != batch:

@@ -28,22 +28,15 @@ class ViTBlock(nn.TransformerEncoderLayer):
         return super().forward(x.flatten(1, 2)).reshape(x.shape)
 
 
-class ViTPromptEncoder(VisualPromptEncoder):
-    """`VisualPromptEncoder` with transformer blocks."""
-
-    def __init__(self, out_channels: int, depth: int = 4, width: int | None = None, factor: int = 8):
-        super().__init__(out_channels, depth=0, width=width, factor=factor)
-        (dim,) = self.norm.normalized_shape
-        self.blocks = nn.ModuleList(ViTBlock(dim) for _ in range(depth))
-
-
 class ViTRCLDM(RCLDM):
     """RCLDM of design "vit": its own prompt encoder, and zero convolutions as links."""
 
     def new_prompt_encoder(self, channels: int) -> nn.Module:
         config = self.config
-        size = config.prompt_encoder_depth, config.prompt_encoder_width
-        return ViTPromptEncoder(channels, *size, config.factor)
+        encoder = VisualPromptEncoder(channels, 0, config.prompt_encoder_width, factor=config.factor)
+        (dim,) = encoder.norm.normalized_shape
+        encoder.blocks = nn.ModuleList(ViTBlock(dim) for _ in range(config.prompt_encoder_depth))
+        return encoder
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel, design: str = "vit", **options) -> "ViTRCLDM":

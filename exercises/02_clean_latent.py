@@ -10,7 +10,7 @@ however, both need a picture. They use x̂_0, the clean latent that the predicti
 Write the function for x̂_0, and the factor by which it enlarges an error of the prediction.
 Question: from which ᾱ on is that factor at most 2? Where is this number in esm.py?
 
-Read: `predict_x0` and `noise_weight` in esm.py, after you have tried. Mind the axes of ᾱ.
+Read: `predict_x0` and `reliability` in esm.py, after you have tried. Mind the axes of ᾱ.
 Test: pytest exercises -k 02
 """
 

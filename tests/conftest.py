@@ -22,6 +22,7 @@ from tiny import options, save_all, save_parts
 
 import backbone
 import train
+from training import validation
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +62,7 @@ def nan_until_written():
 def run(parts, monkeypatch, tmp_path):
     """Runs train.py's main in this process; options override the tiny defaults."""
 
-    monkeypatch.setattr(train, "VALIDATION_PICTURES", 2)
+    monkeypatch.setattr(validation, "PICTURES", 2)
     monkeypatch.setitem(backbone.SAMPLING, "steps", 2)
 
     def start(*more, output=None, **paths):

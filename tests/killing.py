@@ -26,7 +26,7 @@ from tiny import options, save_all  # noqa: E402
 
 import backbone  # noqa: E402
 import train  # noqa: E402
-from training import checkpoint  # noqa: E402
+from training import checkpoint, validation  # noqa: E402
 
 STEPS = ("--steps", "5", "--save-every", "1")
 WATCHED = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.unlink")
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    train.VALIDATION_PICTURES, backbone.SAMPLING["steps"] = 2, 2
+    validation.PICTURES, backbone.SAMPLING["steps"] = 2, 2
     rng, parts = random.Random(args.seed), args.folder / "parts"
     save_all(parts)
     assert run(parts, args.folder / "first")[0] == 0  # fills the caches

@@ -68,10 +68,10 @@ def test_predict_x0_names_an_unknown_prediction_type():
         esm.predict_x0(*torch.zeros(2, 1, 4, 8, 8), torch.tensor([1]), DDIMScheduler(prediction_type="flow"))
 
 
-def test_noise_weight_falls_with_noise_and_ends_at_zero():
+def test_reliability_falls_with_noise_and_ends_at_zero():
     scheduler = DDIMScheduler()
     signal = scheduler.alphas_cumprod  # ᾱ
-    weight = esm.noise_weight(torch.arange(1000), scheduler)
+    weight = esm.reliability(torch.arange(1000), scheduler)
     assert torch.equal(weight, torch.where(signal >= 0.2, signal, 0.0)) and 0 < weight.count_nonzero() < 1000
 
 

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import backbone
+import liu
 from liu import EXAMPLES, GREEDY, RULES, InstructionUnifier, fault, few_shot_prompt, standard_form
 from training.replies import ReplyCache
 
@@ -37,13 +38,13 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
 class Scripted(InstructionUnifier):
     """Replies from a table in place of the model's, and notes what was asked."""
 
-    def __init__(self, replies: dict[str, str], cache=None, seed: int = 0, batch_size: int = 16):
+    def __init__(self, replies: dict[str, str], cache=None, seed: int = 0):
         parts = tiny_llama(seed), byte_tokenizer(LAST_TURN)
         if cache:  # as `backbone.load_llm` leaves the model, whose files the cache knows it by
             parts[0].source, parts[0].files = cache.parent / f"model-{seed}", "*"
             parts[0].source.mkdir(exist_ok=True)
             (parts[0].source / "config.json").write_text(f'{{"seed": {seed}}}')
-        super().__init__(*parts, cache=cache and ReplyCache(cache, *parts), batch_size=batch_size)
+        super().__init__(*parts, cache=cache and ReplyCache(cache, *parts))
         self.replies, self.asked = replies, []
 
     def _generate(self, instructions: list[str]) -> list[str]:
@@ -61,8 +62,9 @@ NIGHT = {
 # --- Unify --------------------------------------------------------------------------------------------------
 
 
-def test_order_is_kept_and_each_instruction_asked_once():
-    unifier = Scripted(NIGHT, batch_size=2)
+def test_order_is_kept_and_each_instruction_asked_once(monkeypatch):
+    monkeypatch.setattr(liu, "BATCH", 2)
+    unifier = Scripted(NIGHT)
     asked = ["night please", "hat!", "Maybe night view looks better", "  night \n please ", "hat!"]
     expected = ["make it night", "add a hat", "make it night", "make it night", "add a hat"]
     assert unifier.unify(asked) == expected
@@ -193,8 +195,9 @@ def test_two_processes_share_a_cache(tmp_path):
 
 
 @pytest.mark.parametrize("template", [LAST_TURN, ALL_TURNS, None], ids=["last turn", "all turns", "few-shot"])
-def test_a_batch_replies_as_one_by_one(template):
-    unifier = InstructionUnifier(tiny_llama(), byte_tokenizer(template), max_new_tokens=12)
+def test_a_batch_replies_as_one_by_one(template, monkeypatch):
+    monkeypatch.setattr(liu, "MAX_NEW_TOKENS", 12)
+    unifier = InstructionUnifier(tiny_llama(), byte_tokenizer(template))
     asked = ["a", "make it night", "turn the big red circle on the left blue, please"]
     together = unifier._generate(asked)
     assert together == [unifier._generate([text])[0] for text in asked]

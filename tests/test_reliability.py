@@ -30,6 +30,7 @@ import training.precompute as cache_module
 from dataset import VisualPromptDataset
 from disk import atomic_folder, atomic_write
 from pictures.pairs import read_pairs
+from training import validation
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.monitor import LossMonitor
 from training.precompute import Frozen, precompute
@@ -352,7 +353,7 @@ def test_a_broken_picture_among_many_is_named_counted_and_left_out(run, tmp_path
     broken = data / "train" / "3_after.png"
     truncate(broken)
     empty(data / "seen" / "0_before.png")  # in the validation split
-    monkeypatch.setattr(train, "VALIDATION_PICTURES", 24)
+    monkeypatch.setattr(validation, "PICTURES", 24)
     for _ in range(2):  # looked at, then from the cache
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         run(*QUICK, "--steps", "1", data=data)

@@ -350,7 +350,7 @@ def test_a_steps_losses_are_those_of_the_paper(parts, monkeypatch, dropped):
     wanted = x_t, t, texts[[3, 3] if dropped else [1, 2]], mask_query(grids)
     assert all(map(torch.equal, seen[0], wanted))
 
-    weight, trust = train.panel_weights(latents[query], 4.0, 1.0), esm.noise_weight(t, sd.scheduler)
+    weight, trust = train.panel_weights(latents[query], 4.0, 1.0), esm.reliability(t, sd.scheduler)
     clean, (before, after) = esm.predict_x0(x_t, guess, t, sd.scheduler), embeddings[:1].unbind(1)
     answer = esm.decode_answer(sd.vae, clean[:1])
     dm = (weight * (guess - noise).square()).mean() / weight.mean()

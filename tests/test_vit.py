@@ -12,6 +12,7 @@ import train
 from evaluation import evaluate
 from evaluation.vit import ViTRCLDM
 from rcldm import RCLDM, VisualPromptEncoder
+from training import validation
 
 
 def test_it_starts_as_ours_does_and_differs_in_its_blocks_and_links_alone(parts):
@@ -36,7 +37,7 @@ def test_it_starts_as_ours_does_and_differs_in_its_blocks_and_links_alone(parts)
 def test_what_train_makes_of_it_evaluate_loads(parts, tmp_path, monkeypatch):
     argv = [*options(parts, tmp_path / "run"), "--no-esm", "--no-sam", "--no-liu", "--steps", "3"]
     monkeypatch.setattr(sys, "argv", ["vit.py", *argv])
-    monkeypatch.setattr(train, "VALIDATION_PICTURES", 2)
+    monkeypatch.setattr(validation, "PICTURES", 2)
     train.main(new_model=ViTRCLDM.from_unet)
     editor = tmp_path / "run" / "editor"
     model, _ = backbone.load_editor(editor)

@@ -1,6 +1,6 @@
 """Solve for x_0, and read the factor of ε off the solution: √(1 - ᾱ) / √ᾱ, the ratio of noise to signal.
 
-It is 2 where (1 - ᾱ) / ᾱ = 4, at ᾱ = 0.2. That is `min_alpha_bar` of `noise_weight`: at stronger noise the
+It is 2 where (1 - ᾱ) / ᾱ = 4, at ᾱ = 0.2. That is `min_alpha_bar` of `reliability`: at stronger noise the
 losses on pictures would mostly judge the prediction's error, magnified."""
 
 from torch import Tensor

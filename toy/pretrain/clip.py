@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from disk import atomic_folder
+from pictures import from_bytes
 from toy import world
-from toy.pretrain.loop import fit, pictures, to_float
+from toy.pretrain.loop import fit, pictures
 from toy.pretrain.words import CONTEXT, new_tokenizer, tokenize
 from training.draws import step_generator
 
@@ -47,7 +48,7 @@ def train_clip(args: argparse.Namespace, name: str = "clip", seed: int = 10) -> 
 
     def loss(step: int) -> dict[str, Tensor]:
         chosen = torch.randint(len(pool), (batch,), generator=step_generator(args.seed + seed, step))
-        images, texts, scale = clip(to_float(pool[chosen], args.device), captions[chosen])
+        images, texts, scale = clip(from_bytes(pool[chosen].to(args.device)), captions[chosen])
         logits = scale * images @ texts.T
         truth = torch.arange(batch, device=args.device)
         return {"loss": (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2}

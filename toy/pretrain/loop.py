@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from disk import atomic_folder, other_settings, version
-from pictures import from_bytes
 from toy import world
 from training import loop
 
@@ -37,11 +36,6 @@ def rendered(scenes: Iterable[world.Scene]) -> Tensor:
     """The scenes' pictures, (N, 3, 64, 64) uint8, channels last in memory."""
     pixels = np.stack([np.asarray(world.render(scene)) for scene in scenes])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
-
-
-def to_float(pixels: Tensor, device: torch.device) -> Tensor:
-    """uint8 pixels -> floats in [-1, 1]."""
-    return from_bytes(pixels.to(device))
 
 
 def save(folder: Path, *parts: Any) -> None:

@@ -6,8 +6,9 @@ import random
 import torch
 from torch import Tensor
 
+from pictures import from_bytes
 from toy import world
-from toy.pretrain.loop import fit, rendered, save, to_float
+from toy.pretrain.loop import fit, rendered, save
 
 
 def train_segmenter(args: argparse.Namespace) -> None:
@@ -52,7 +53,7 @@ def train_segmenter(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed + step)  # the loss samples points
         rng = random.Random(args.seed * 1_000_003 + step)
         chosen = [rng.choice(scenes) for _ in range(batch)]
-        images = to_float(rendered(chosen), args.device)
+        images = from_bytes(rendered(chosen).to(args.device))
         masks, classes = [], []
         for scene in chosen:
             shown = torch.from_numpy(world.render_classes(scene)).to(args.device)

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from backbone import encode_images
+from pictures import from_bytes
 from toy import world
-from toy.pretrain.loop import fit, rendered, save, to_float
+from toy.pretrain.loop import fit, rendered, save
 from toy.pretrain.vae import LATENT_CHANNELS
 from toy.pretrain.words import CONTEXT, new_tokenizer, tokenize
 from training.draws import draw_noise, step_generator
@@ -147,6 +148,6 @@ def encode_scenes(vae: nn.Module, scenes: list[world.Scene], device: torch.devic
     """The scenes' latents, (N, 16, 8, 8) half floats on the CPU."""
     latents = []
     for start in tqdm(range(0, len(scenes), 250), desc="encode", mininterval=10):
-        images = to_float(rendered(scenes[start : start + 250]), device)
+        images = from_bytes(rendered(scenes[start : start + 250]).to(device))
         latents.append(encode_images(vae, images).cpu().half())
     return torch.cat(latents)

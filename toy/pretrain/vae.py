@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pictures import from_bytes
 from toy import world
-from toy.pretrain.loop import fit, pictures, save, to_float
+from toy.pretrain.loop import fit, pictures, save
 from training.draws import draw_noise, step_generator
 
 LATENT_CHANNELS = 16
@@ -82,7 +83,7 @@ def train_vae(args: argparse.Namespace) -> None:
 
     def loss(step: int) -> dict[str, Tensor]:
         g = step_generator(args.seed, step)
-        x = to_float(pool[torch.randint(len(pool), (batch,), generator=g)], args.device)
+        x = from_bytes(pool[torch.randint(len(pool), (batch,), generator=g)].to(args.device))
         posterior = vae.encode(x).latent_dist
         # [ours] Noise of one fixed strength on the latents and a whisper of a penalty on their size, in
         # place of a learned variance. Both only keep the latents' scale in bounds and their space smooth.
@@ -93,13 +94,13 @@ def train_vae(args: argparse.Namespace) -> None:
 
     shell = LinearShell(vae)
     fit("vae-linear", vae, loss, steps=2000, lr=3e-3, runs=args.runs, ema_decay=0.99)
-    shell.grow(to_float(pool[:64], args.device))
+    shell.grow(from_bytes(pool[:64].to(args.device)))
     fit("vae", vae, loss, steps=12_000, lr=1e-3, runs=args.runs, ema_decay=0.99)
 
     # Last and longest, the decoder alone, for latents without noise: it is what every answer passes.
     def sharpness(step: int) -> dict[str, Tensor]:
         g = step_generator(args.seed + 1, step)
-        x = to_float(pool[torch.randint(len(pool), (batch,), generator=g)], args.device)
+        x = from_bytes(pool[torch.randint(len(pool), (batch,), generator=g)].to(args.device))
         with torch.no_grad():
             z = vae.encode(x).latent_dist.mean
         error = vae.decode(z).sample - x
@@ -114,6 +115,6 @@ def train_vae(args: argparse.Namespace) -> None:
         # The noise that an AutoencoderKL reports is the same for every picture, and small.
         quant.weight[LATENT_CHANNELS:] = 0
         quant.bias[LATENT_CHANNELS:] = 2 * math.log(0.05)
-        z = vae.encode(to_float(pool[:512], args.device)).latent_dist.mean
+        z = vae.encode(from_bytes(pool[:512].to(args.device))).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4))
     save(args.out / "stable-diffusion" / "vae", vae.half())
