@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -136,6 +137,15 @@ def test_the_cache_knows_the_model_and_the_prompt(tmp_path, monkeypatch):
     other_prompt = Scripted(NIGHT, tmp_path)
     other_prompt.unify(NIGHT)
     assert len(other_prompt.asked) == 1 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_prompt_longer_than_a_model_of_one_task_reads_is_no_warning(tmp_path, caplog):
+    transformers.logging.enable_propagation()
+    tokenizer = byte_tokenizer(LAST_TURN)
+    tokenizer.model_max_length = 8
+    assert Scripted(NIGHT, tmp_path).unify(["hat!"]) == ["add a hat"]
+    ReplyCache(tmp_path, Scripted(NIGHT, tmp_path).model, tokenizer)
+    assert "longer than the specified maximum" not in caplog.text
 
 
 def test_the_cache_knows_every_file_of_the_model(tmp_path):

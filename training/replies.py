@@ -20,7 +20,7 @@ class ReplyCache:
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        prompt = tokenizer(few_shot_prompt(""))["input_ids"]
+        prompt = tokenizer(few_shot_prompt(""), verbose=False)["input_ids"]  # however long
         key = repr((backbone.fingerprint_of(model), prompt, MAX_NEW_TOKENS, GREEDY))
         name = re.sub(r"[^\w.-]+", "_", model.source.name)
         self.path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
