@@ -133,3 +133,11 @@ def test_a_signal_ends_all(tmp_path, to_first, number, code, line):
     assert process.returncode == code
     assert line in errors and ("BackboneError" in errors) == (line != "")
     assert wait_for(lambda: not any(lives(number) for number in started))
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "said\n"), ("1", "")])
+def test_of_the_processes_of_a_launcher_one_speaks(monkeypatch, capsys, rank, said):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    hardware.on_every_core(lambda args: print("said"), Namespace(batch=64, device="cpu"))
+    assert capsys.readouterr().out == said

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -90,6 +91,7 @@ def _join(rank: int, threads: int, work: Callable, args: argparse.Namespace, *mo
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     multiprocessing.set_start_method(None, force=True)  # spawning is not for the loader's workers
     os.setpgrp()  # a signal comes once, from the process that waits
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of a depthwise kernel, which is small
     if rank:
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
