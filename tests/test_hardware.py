@@ -139,5 +139,5 @@ def test_a_signal_ends_all(tmp_path, to_first, number, code, line):
 def test_of_the_processes_of_a_launcher_one_speaks(monkeypatch, capsys, rank, said):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
-    hardware.on_every_core(lambda args: print("said"), Namespace(batch=64, device="cpu"))
+    hardware.on_every_core(lambda args: print("said"), argparse.Namespace(batch=64, device="cpu"))
     assert capsys.readouterr().out == said
