@@ -1,6 +1,6 @@
 """01 · The visual prompt                                                        warm-up, 15 minutes
 
-One picture tells InstructGIE which edit to make, a 2×2 grid. Its upper row shows an example of the edit,
+A 2×2 grid shows InstructGIE the edit to make. Its upper row shows an example of the edit,
 before and after. Its lower row holds the query and the answer. The model sees the same grid with the answer
 greyed out (in the paper's figure: Img_VPcon).
 
@@ -12,7 +12,7 @@ modified.
 
 Question: which number is grey, and why is the answer not simply left black?
 
-Read: the head of dataset.py.
+Read: the section Grids of dataset.py, after you have tried.
 Test: pytest exercises -k 01
 """
 

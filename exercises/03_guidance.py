@@ -1,7 +1,8 @@
 """03 · Guidance by words and by example                                         warm-up, 20 minutes
 
-Guidance can push an edit in two ways: away from the U-Net's prediction without the example pair, and away
-from its prediction without the words. With a prediction e(text, pair), in which 0 stands for "left out",
+The model sees an example pair, a picture before and after the edit, and words. Classifier-free guidance can
+push an edit in two ways: away from the U-Net's prediction without the example pair, and away from its
+prediction without the words. With a prediction e(text, pair), in which 0 stands for "left out",
 
     e = e(0, 0) + s_visual · (e(0, pair) - e(0, 0)) + s_text · (e(text, pair) - e(0, pair))
 

@@ -1,9 +1,9 @@
 """09 · Is one command one form?                                                core, 60 minutes
 
-Language instruction unification lets a frozen language model U rewrite every wording of an instruction to one
-standard form, so that "maybe night view looks better" and "show it at night" become one condition, "make it
-night". How well it does so can be measured without knowing the right form: give U groups of wordings, each
-group of one edit, and see which forms agree.
+In language instruction unification, a frozen language model U rewrites every wording to one standard form.
+"maybe night view looks better" and "show it at night" both become "make it night". How well it does so can be
+measured without knowing the right form: give U groups of wordings, each group of one edit, and see which
+forms agree.
 
 But a U that answers "make it night" to everything agrees best of all. Write three measures, each for a fault
 that the others may miss:

@@ -7,8 +7,9 @@ this one, which the world does not have:
     "give the circle the colour of the star"      target: the circle; value: the star
 
 for any two different shapes. Where the scene lacks one of them the edit cannot be made: the rule returns
-None. Each edit has one canonical wording of its own, and the family at least five more sayings, templates
-with {target} and {value}; the last third of them, two at least, is held out of the language model's training.
+None. Each edit has one canonical wording of its own. The family has at least five more sayings, which are
+templates with {target} and {value}. The last third of them, two at least, is held out of the language model's
+training.
 
 Then check the pairs, as every maker of a dataset must: where do the two pictures differ by more than 8 levels
 of 255 in any channel? That must be the target and nothing else.

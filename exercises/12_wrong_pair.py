@@ -12,7 +12,7 @@ nothing, shown, told, both. Then survey the shipped editor, with one call for al
 pair, given once, hold for all.
 
 Question: which wins, words or example? Does it depend on the edits? Where they disagree, are the answers as
-near to one of the four pictures as where they agree? Save some answers and look at them.
+near to one of the four pictures as where they agree? Call the pipeline yourself once, and look at answers.
 
 Read: `InstructGIEPipeline.__call__` in apps/pipeline.py; `Edit` and `render` in toy/world/.
 Test: pytest exercises -k 12, and with -s to see what is measured

@@ -40,9 +40,12 @@ def tensor(scene):
 def scenes(seed, count, *edits):
     """Scenes of which all these edits can be made."""
     rng, found = random.Random(seed), []
-    while len(found) < count:
+    for _ in range(10_000):
         scene = world.random_scene(rng)
         found += [scene] * all(edit.apply(scene) is not None for edit in edits)
+        if len(found) == count:
+            break
+    assert len(found) == count, f"no scene allows {edits}: does the rule return the edited scene?"
     return found
 
 
@@ -77,11 +80,11 @@ def test_02_the_true_noise_gives_the_true_latent(exercise):
     assert_close(exercise.predict_x0(signal * clean + sigma * noise, noise, alpha_bar), clean)
 
 
-def test_02_it_is_what_training_uses(exercise):
+def test_02_it_is_what_esm_computes(exercise):
     scheduler, t = DDIMScheduler(), torch.tensor([10, 500, 900])
-    noisy, noise = torch.randn(2, 3, 4, 8, 8)
+    noisy, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     ours = exercise.predict_x0(noisy, noise, scheduler.alphas_cumprod[t])
-    assert_close(ours, esm.predict_x0(noisy, noise, t, scheduler))
+    assert_close(ours, esm.predict_x0(noisy, noise, t, scheduler), atol=1e-4, rtol=1e-4)
 
 
 def test_02_how_much_an_error_grows(exercise):
@@ -219,7 +222,9 @@ def test_06_without_it_the_picture_is_ruined(exercise):
         changed = {n: w for n, w in rcldm.state_dict().items() if not torch.equal(w, before[n])}
         links = {n for n in before if n.startswith("trainable_copy.") and n.endswith("zero_proj.weight")}
         assert set(changed) == (links if deviation else set()), "the links' weights alone are to change"
-        assert all(0.9 < weight.std() / deviation < 1.1 for weight in changed.values())
+        for weight in changed.values():  # normal noise: its mean is 0, and some of it is large
+            assert 0.9 < weight.std() / deviation < 1.1 and weight.mean().abs() < deviation / 10
+            assert weight.abs().max() > 2 * deviation
         with torch.no_grad():
             output = exercise.steered(unet, rcldm, *inputs)
             down, middle = rcldm(*inputs, return_dict=False)

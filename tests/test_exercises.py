@@ -212,6 +212,10 @@ def colours_swapped(m, scene, target, value):
     return changed and changed.put(changed.find(value), colour=scene.find(target).colour)
 
 
+def the_return_forgotten(m, scene, target, value):
+    m.rule(scene, target, value)
+
+
 def pair_turned_round(m, pipe, *rest, **more):
     return m.survey(lambda **k: pipe(**k | {"prompt_pair": k["prompt_pair"][::-1]}), *rest, **more)
 
@@ -494,7 +498,7 @@ WRONG = {  # by exercise and function
     ),
     "11 family": (one_way_alone, a_wording_twice),
     "11 changed": (from_eight_on, difference_that_wraps, mean_of_the_channels),
-    "11 rule": (colours_swapped,),
+    "11 rule": (colours_swapped, the_return_forgotten),
     "12 survey": (pair_turned_round, query_for_example, steps_ignored),
     "12 verdict": (always_nothing, one_edit_at_most),
     "13 step": (

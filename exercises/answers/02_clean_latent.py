@@ -1,7 +1,8 @@
 """Solve for x_0, and read the factor of ε off the solution: √(1 - ᾱ) / √ᾱ, the ratio of noise to signal.
 
-It is 2 where (1 - ᾱ) / ᾱ = 4, at ᾱ = 0.2. That is `min_alpha_bar` of `reliability`: at stronger noise the
-losses on pictures would mostly judge the prediction's error, magnified."""
+It is 2 where (1 - ᾱ) / ᾱ = 4, at ᾱ = 0.2. That is `min_alpha_bar` of `reliability`. At stronger noise, losses
+on pictures would mostly judge the magnified error of a predicted noise. The toy's U-Net predicts x_0 itself.
+It magnifies nothing, but its x̂_0 is a blur there."""
 
 from torch import Tensor
 

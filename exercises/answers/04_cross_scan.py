@@ -4,7 +4,7 @@ them, so each can speak to the other.
 
 Query and answer lie 8 steps apart by rows and 128 by columns, "example after" and the answer the other way
 round. After 8 steps of a half-life of 7 some 45 % is left, after 128 nothing. So one order in two brings each
-twin near, and which channels forget slowly matters for the other."""
+twin near, and the other two need channels that forget slowly."""
 
 import torch
 from torch import Tensor

@@ -1,10 +1,10 @@
-"""With the zero no bit of the output changes. The more noise is in its place, the further the picture is off,
-and training would start by mending what it broke; `-s` prints how far.
+"""With the zero no bit of the output changes. The more noise is in its place, the further the picture is off.
+Training would start by mending this damage. `-s` prints its size.
 
 The gradient of a projection W x by W is dy xᵀ: it needs an x, and no W. So at the first step exactly the 7
 links' projections learn, weight and bias, 14 of 355 parameters; what lies behind them would have to be
 reached through W = 0. Without the zero 268 learn, all but what is behind the prompt encoder's own zero. If a
-block gave zeros as well, it and its projection would wait for each other for ever."""
+block gave zeros as well, it and its projection's weight would wait for each other for ever."""
 
 from torch import Tensor, nn
 

@@ -6,8 +6,8 @@ Between real pictures the cosine is less blind, since on the way from before to 
 well. But "make it night" made to a tenth costs 0.49 by the cosine and 0.89 by the relative distance.
 
 At s = 0 a cosine is not defined. PyTorch keeps it finite by a tiny eps, and its gradient has a length of 1e8.
-The relative distance is 1 there and its gradient points straight at s*: a good start for a model that at
-first leaves the query as it is."""
+The relative distance is 1 there, and its negative gradient points straight at s*: a good start for a model
+that leaves the query unchanged at first."""
 
 import torch.nn.functional as F
 from torch import Tensor

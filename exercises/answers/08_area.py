@@ -1,5 +1,5 @@
 """Divided by Σ m, not by the panel, a small face weighs as much as a large one. A sample without a face adds
-0. So what a face weighs does not depend on its neighbours, and a batch may be split over processes. 0 / 0
+0. So a face's weight does not depend on its neighbours, and a batch may be split over processes. 0 / 0
 would be NaN, so the denominator is clamped first.
 
 The faces cover 12.1 % of the panel, and a wrong mouth costs 6.5 times as much as in the mean over the panel.

@@ -1,6 +1,6 @@
 """Consistency wants fewer forms and distinctness more, so no lazy U passes both: the constant has no
-distinctness, the identity as little consistency as there can be. Stability says that what has the standard
-form already stays as it is; one "please" more each time fails it.
+distinctness, the identity as little consistency as there can be. Stability says that a standard form
+stays unchanged; one "please" more each time fails it.
 
 A U that gives each group a wrong form of its own, and leaves these forms as they are, still has 1 in all
 three. The measures tell which forms agree, not which are right.

@@ -1,5 +1,5 @@
-"""g_t = C_t dy_t + exp(Δ_{t+1} A) g_{t+1}: what y_t says of h_t, and what all later steps say of it, decayed
-by the step between. It is the forward recurrence with time reversed, and forgets as fast.
+"""g_t = C_t dy_t + exp(Δ_{t+1} A) g_{t+1}: the gradient through y_t, plus the decayed gradient through all
+later steps. It is the forward recurrence with time reversed, and forgets as fast.
 
 It needs the inputs, which are there anyway, and h_{t-1} and h_t at every step. Those can be computed again:
 keep the state at the start of every piece of √L steps, and run a piece forward once more before it is run

@@ -1,10 +1,10 @@
 """Settling is a switch. Where it takes the draft, nothing that diffusion drew is left: no loss on the answer
-reaches x̂_0, and no ablation can see what the loss did there.
+reaches x̂_0, and no ablation can see the loss's effect there.
 
 Of faces drawn with the wrong mouth and a tenth of a unit of noise, L_sam is heard at 41 % where c is 0.25, at
 15 % where it is 0.5, and nowhere from 1 on. An ablation then sees 93 %, 61 % and 0 % of the difference.
 
-"No difference" may mean that the loss does nothing, or that the draft covers what it does. An arm without the
+"No difference" may mean that the loss does nothing, or that the draft covers its effect. An arm without the
 draft tells them apart: so measure a contribution where it works, and on the method alone."""
 
 from collections.abc import Callable
