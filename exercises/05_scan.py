@@ -13,8 +13,8 @@ line in it should be one operation on whole tensors.
 Then: how long does a channel remember? VMamba starts with A = -1 … -N and steps of 0.001 to 0.1.
 Question: after how many pixels is half of the state forgotten, for A = -1, at both ends of that range?
 
-Read: `selective_scan` in rcldm.py, after you have tried. Shapes in brackets are sizes; outside brackets B, C and
-D are the parameters.
+Read: `selective_scan` in rcldm.py, after you have tried. Shapes in brackets are sizes. Outside brackets B, C
+and D are the parameters.
 Test: pytest exercises -k 05
 """
 

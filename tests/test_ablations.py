@@ -84,6 +84,11 @@ def test_every_arm_is_trained_once_a_seed_on_one_budget(programs):
     assert switches == {"--no-rcldm", "--no-esm", "--no-liu", "--no-sam"}
     asked = [words for words in calls if words[0] == "evaluation.evaluate"]
     assert sum("sdedit" in words for words in asked) == 2  # not trained: once on each split
+    for words in asked:  # each set as its name says
+        given, name = dict(pairwise(words)), Path(words[words.index("--output") + 1]).name
+        assert (given.get("--mode") == "pair") == (name == "example")
+        assert (given.get("--caption") == "face") == (name == "faces")
+        assert given["--split"] == ("unseen_combination" if name == "unseen_combination" else "seen")
     told = [words for words in asked if "paraphrase" in words]
     assert len(told) == 2 * 3 * (1 + 1)  # the full one and that without LIU
     assert {words[words.index("--told") + 1] for words in asked if "--told" in words} == {*world.PARAPHRASES}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -66,3 +67,19 @@ def test_a_folder_without_losses_is_one_line(tmp_path, capsys, logged):
         curve.main([str(tmp_path)])
     message = capsys.readouterr().err
     assert "no log of a training's losses" in message and message.count("\n") == 1
+
+
+def test_what_is_fitted_ends_as_its_average(tmp_path):
+    line, x = nn.Linear(1, 1), torch.linspace(-1, 1, 9)[:, None]
+    fit(
+        "line",
+        line,
+        lambda steps: ({"mse": (line(x) - 3 * x).square().mean()} for _ in steps),
+        tmp_path,
+        steps=9,
+        lr=0.1,
+    )
+    (file,) = tmp_path.glob("checkpoint-*/state.safetensors")
+    state = load_file(file)
+    assert torch.equal(line.weight, state["average/module.weight"])
+    assert not torch.equal(line.weight, state["model/weight"])

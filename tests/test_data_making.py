@@ -325,6 +325,10 @@ def test_the_best_samples_that_pass_are_kept_and_thin_instructions_left_out(pain
         assert kept["clip_image"] >= 0.8 and min(kept["clip_before"], kept["clip_after"]) >= 0.2
         assert kept["clip_direction"] in best
         assert 7.5 <= kept["guidance"] <= 15 and 0.1 <= kept["injection"] <= 0.9
+    for pair in pairs:  # what is painted tells its scores
+        before, after = (load_image(file).getpixel((0, 0)) for file in (pair.input, pair.output))
+        wanted = [pair.extra[f"clip_{name}"] for name in ("before", "after", "image", "direction")]
+        assert [*before[:2], *after[:2]] == pytest.approx([255 * score for score in wanted], abs=1)
     told = {(text["instruction"], *pair) for text in texts for pair in text["pairs"]}
     assert all((p.instruction, p.input_caption, p.output_caption) in told for p in pairs)
     listed = {path for pair in pairs for path in (pair.input, pair.output)}

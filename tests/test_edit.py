@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -52,6 +53,16 @@ def test_pair_alone_instruction_alone_and_both(command, capsys):
     answers = [np.asarray(Image.open(f"{name}.png")) for name in ("pair", "words", "both")]
     assert [a.shape for a in answers] == [(P // 2, P, 3)] * 3  # the input's own aspect ratio
     assert len({a.tobytes() for a in answers}) == 3
+
+
+def test_the_command_edits_by_the_unified_form(command, monkeypatch):
+    load = backbone.load_parts
+    monkeypatch.setattr(backbone, "load_parts", lambda *a, **k: load(*a, **k)._replace(llm=(None, None)))
+    unifier = SimpleNamespace(unify=lambda texts: ["add a hat"])
+    monkeypatch.setattr(edit.liu, "InstructionUnifier", lambda *_: unifier)
+    for words, name in (("a hat would suit him", "a.png"), ("add a hat", "b.png")):
+        command("--instruction", words, "--input", "x.png", "--output", name)
+    assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
 
 
 def test_settings_are_stored_and_make_the_answer_again(command):

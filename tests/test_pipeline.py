@@ -73,6 +73,21 @@ def test_an_untrained_editor_is_the_bare_unet_to_the_last_bit(folders, edits):
     assert drawn.shape == (3, 4, 8, 8) and torch.equal(drawn, x)
 
 
+@pytest.mark.parametrize("name", backbone.SAMPLERS)
+def test_every_sampler_draws_as_diffusers_has_it(folders, edits, name):
+    """Scaled noise, scaled inputs, fresh noise: all of which DDIM does without."""
+    editor, (g,) = load(folders / "untrained"), seeded([0])
+    editor.scheduler = scheduler = backbone.new_sampler(name, editor.scheduler)
+    drawn, states = draw(editor, edits, [0], steps=4), backbone.encode_text(editor, edits[2][:1])
+    scheduler.set_timesteps(4)
+    x = torch.randn(1, 4, 8, 8, generator=g) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            prediction = editor.unet(scheduler.scale_model_input(x, t), t, states).sample
+        x = backbone.sampler_step(scheduler, prediction, t, x, g).prev_sample
+    torch.testing.assert_close(drawn, x)
+
+
 @pytest.mark.parametrize("scheduler", backbone.SAMPLERS.values())
 def test_a_sample_depends_on_its_own_seed_alone(pipe, edits, scheduler):
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)

@@ -410,3 +410,10 @@ def test_the_copy_starts_from_the_unets_weights(unet):
     copy, theirs = RCLDM.from_unet(unet).trainable_copy.state_dict(), unet.state_dict()
     own = [name for name in copy if not name.startswith("controlnet_")]
     assert len(own) > 20 and all(torch.equal(copy[name], theirs[name]) for name in own)
+
+
+def test_the_scan_starts_as_mambas_does():
+    op = rcldm.SS2D(64, d_state=4)
+    step = F.softplus(op.dt_projs_bias)  # from 0.001 to 0.1, uniform in its logarithm
+    assert 0.9e-3 < step.min() < 2e-3 and 0.05 < step.max() < 0.101
+    torch.testing.assert_close(op.A_logs.exp(), torch.arange(1.0, 5).expand_as(op.A_logs))

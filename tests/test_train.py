@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 import backbone
 import esm
+import liu
 import sam_loss
 import train
 from apps.pipeline import InstructGIEPipeline
@@ -30,7 +32,7 @@ from dataset import VisualPromptDataset, answer_panel, compose_grid, drop_exampl
 from pictures import from_bytes
 from pictures.pairs import read_pairs
 from training.draws import draw_order, draw_timesteps, keep_conditions
-from training.precompute import Frozen, Precomputed, gather_batch, precompute
+from training.precompute import Frozen, Precomputed, gather_batch, load_batches, precompute, read_instructions
 
 
 def weights(folder):
@@ -68,8 +70,9 @@ def test_a_folder_without_splits_is_validated_on_what_it_learnt_and_says_so(part
     assert re.search(r"^\| error on training pairs \| [\d.]+ \|$", card, re.M)
 
 
-def test_resumed_is_bit_equal_to_uninterrupted(run, tmp_path):
-    options = ("--steps", "4", "--save-every", "2")
+@pytest.mark.parametrize("batches", ["1", "2"])
+def test_resumed_is_bit_equal_to_uninterrupted(run, tmp_path, batches):
+    options = ("--steps", "4", "--save-every", "2", "--accumulate", batches)
     run(*options, output=tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for gone in ("checkpoint-0000004", "editor"):
@@ -323,16 +326,16 @@ def test_processes_share_a_step_as_if_they_were_one(run, parts, tmp_path):
     assert_same_gradients(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("dropped", [False, True])
-def test_a_steps_losses_are_those_of_the_paper(parts, monkeypatch, dropped):
+@pytest.mark.parametrize("drop", [(0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
+def test_a_steps_losses_are_those_of_the_paper(parts, monkeypatch, drop):
     numbers = {"answer_weight": 4.0, "change_weight": 1.0, "es_weight": 0.5, "sam_weight": 3.0}
-    args = argparse.Namespace(panel=P, drop=(0, 0, float(dropped)), no_esm=False, no_sam=False, **numbers)
+    args = argparse.Namespace(panel=P, drop=drop, no_esm=False, no_sam=False, **numbers)
     sd, clip = backbone.load_stable_diffusion(str(parts / "sd")), backbone.load_clip(str(parts / "clip"))
     latents, guess, noise = torch.randn(4, 2, 4, 4, 4), torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     pictures = torch.randint(256, (4, 2, 3, P, P), dtype=torch.uint8)
     embeddings, areas = F.normalize(torch.randn(4, 2, 16), dim=2), torch.rand(4, 1, 4, 4)
     precomputed = Precomputed(latents, embeddings, areas, pictures)
-    texts, rows, t = torch.randn(4, 16, 32), torch.tensor([1, 0, 2, 0]), torch.tensor([10, 900])
+    texts, rows, t = torch.randn(4, 16, 32), torch.tensor([1, 0, 2, 0]), torch.tensor([900, 10])
     losses_of, seen = train.Losses(args, sd, clip, precomputed, texts, rows), []
     losses_of.predict = lambda model, *inputs: seen.append(inputs) or guess
     monkeypatch.setattr(train, "draw_timesteps", lambda *_: t)
@@ -343,18 +346,19 @@ def test_a_steps_losses_are_those_of_the_paper(parts, monkeypatch, dropped):
 
     grids = compose_grid(*from_bytes(torch.cat([pictures[example], pictures[query]], 1)).unbind(1))
     x_0 = compose_grid(*latents[example].unbind(1), *latents[query].unbind(1))
-    if dropped:
+    no_text, no_example = drop[0] + drop[2], drop[1] + drop[2]
+    if no_example:
         grey = backbone.encode_images(sd.vae, torch.zeros(1, 3, P, P))[0]
         grids, x_0[:, :, :4] = drop_example(grids), torch.cat([grey, grey], -1)
     x_t = sd.scheduler.add_noise(x_0, noise, t)
-    wanted = x_t, t, texts[[3, 3] if dropped else [1, 2]], mask_query(grids)
+    wanted = x_t, t, texts[[3, 3] if no_text else [1, 2]], mask_query(grids)
     assert all(map(torch.equal, seen[0], wanted))
 
     weight, trust = train.panel_weights(latents[query], 4.0, 1.0), esm.reliability(t, sd.scheduler)
-    clean, (before, after) = esm.predict_x0(x_t, guess, t, sd.scheduler), embeddings[:1].unbind(1)
-    answer = esm.decode_answer(sd.vae, clean[:1])
+    clean, (before, after) = esm.predict_x0(x_t, guess, t, sd.scheduler), embeddings[2:3].unbind(1)
+    answer = esm.decode_answer(sd.vae, clean[1:])
     dm = (weight * (guess - noise).square()).mean() / weight.mean()
-    es = esm.editing_shift_loss(clip, before, answer, after, trust[:1]) / 2  # one of two is trusted
+    es = esm.editing_shift_loss(clip, before, answer, after, trust[1:]) / 2  # one of two is reliable
     sam = sam_loss.selective_area_loss(answer_panel(clean), answer_panel(x_0), areas[query], trust)
     told = torch.stack([found[name] for name in ("dm", "es", "sam", "loss")])
     torch.testing.assert_close(told, torch.stack([dm, es, sam, dm + 0.5 * es + 3.0 * sam]))
@@ -388,3 +392,80 @@ def test_the_rate_warms_up_and_falls():
     args = argparse.Namespace(lr=2.0, steps=1000)
     found = [train.learning_rate(step, args) for step in (0, 49, 500, 1000)]
     assert found == pytest.approx([0.04, 2.0, 1.0, 0.02], rel=0.01)
+
+
+# --- What reaches a step ------------------------------------------------------------------------------------
+
+
+def test_each_pair_is_told_its_own_unified_form(parts):
+    sd = backbone.load_stable_diffusion(str(parts / "sd"))
+    forms = {"a": "add a hat", "b": "remove the dog", "c": "add a hat"}
+    unifier = SimpleNamespace(unify=lambda texts: [forms[text] for text in texts])
+    data = SimpleNamespace(pairs=[SimpleNamespace(instruction=text) for text in "cabb"])
+    texts, rows = read_instructions(data, sd, unifier)
+    wanted = backbone.encode_text(sd, [*map(forms.get, "cabb"), ""])
+    torch.testing.assert_close(torch.cat([texts[rows], texts[-1:]]), wanted)
+
+
+def test_what_is_precomputed_is_of_its_own_picture(parts):
+    vae = backbone.load_stable_diffusion(str(parts / "sd")).vae
+    clip, panels = backbone.load_clip(str(parts / "clip")), torch.rand(3, 2, 3, P, P) * 2 - 1
+    found = Frozen(vae, clip, lambda images: images[:, :1]).encode(panels)
+    for k in (0, 1):
+        torch.testing.assert_close(found.latents[:, k], backbone.encode_images(vae, panels[:, k]))
+        torch.testing.assert_close(found.embeddings[:, k], esm.embed(clip, panels[:, k]))
+    torch.testing.assert_close(found.areas, F.avg_pool2d(panels[:, 1, :1], 8))
+
+
+@pytest.mark.parametrize("pictures", [None, torch.zeros(6)])
+def test_a_batch_has_the_examples_of_its_epoch(parts, pictures):
+    data = VisualPromptDataset(read_pairs(parts / "data"), P)
+    order = [[(epoch, i) for i in range(6)] for epoch in range(4)]
+    loader = load_batches(data, Precomputed(torch.zeros(6), pictures=pictures), order, 0)
+    for epoch, batch in enumerate(loader):
+        assert batch["example_index"].tolist() == [data.draw(i, epoch) for i in range(6)]
+
+
+def test_with_liu_every_text_is_unified(run, tmp_path, monkeypatch):
+    told, encode = set(), backbone.encode_text
+    monkeypatch.setattr(liu.InstructionUnifier, "unify", lambda self, texts: ["add a hat" for _ in texts])
+    monkeypatch.setattr(
+        backbone, "encode_text", lambda sd, texts, *more: told.update(texts) or encode(sd, texts, *more)
+    )
+    run("--no-esm", "--no-sam", "--steps", "1")
+    assert told == {"", "add a hat"}
+    assert InstructGIEPipeline.from_pretrained(tmp_path / "run" / "editor").llm is not None
+
+
+def test_each_step_has_its_own_rate(run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "learning_rate", lambda step, args: asked.append(step) or 0.0)
+    run("--no-esm", "--no-liu", "--no-sam", "--steps", "2", "--accumulate", "2")
+    assert asked == sorted(asked) and asked.count(0) == asked.count(1) == len(asked) / 2  # for every group
+    assert not weights(tmp_path / "run")["trainable_copy.controlnet_mid_block.zero_proj.weight"].any()
+
+
+def test_the_seed_decides_weights_pairs_and_noise(run, tmp_path, monkeypatch):
+    call, found = train.Losses.__call__, []
+
+    def note(self, model, batch, g):
+        query, example = (batch[name].tolist() for name in ("index", "example_index"))
+        weight = model.prompt_encoder.place_proj.weight.sum().item()
+        found.append((query, dict(zip(query, example)), g.initial_seed(), weight))
+        return call(self, model, batch, g)
+
+    monkeypatch.setattr(train.Losses, "__call__", note)
+    for seed in "01":
+        options = "--steps", "1", "--batch", "6", "--seed", seed
+        run("--no-esm", "--no-liu", "--no-sam", *options, output=tmp_path / seed)
+    assert all(one != other for one, other in zip(*found))
+
+
+def test_validation_draws_what_the_pipeline_draws(folders, monkeypatch):
+    monkeypatch.setitem(backbone.SAMPLING, "steps", 2)
+    pipe = InstructGIEPipeline.from_pretrained(folders / "editor")
+    sd = backbone.StableDiffusion(*(pipe.components[name] for name in backbone.StableDiffusion._fields))
+    panels, texts = torch.rand(2, 4, 3, P, P) * 2 - 1, ["add a hat", "make it night"]
+    plain = {"steps": 2, "guidance_text": 1.0, "guidance_visual": 1.0}
+    wanted = pipe.answer(panels[:, :2], None, panels[:, 2], texts, seeds=[0, 1], **plain)
+    torch.testing.assert_close(train.answer(sd, pipe.rcldm, panels, texts), wanted)
