@@ -4,8 +4,8 @@
 #     bash bench/gpu.sh | tee gpu.md            # DEVICE=cpu BACKBONE=toy bash bench/gpu.sh rehearses it
 #
 # In order of worth, each printed as it ends, in a process of its own. It trains nothing, and builds nothing but
-# parts of random weights. A row that fails or takes too long says so, and the next one comes; why stands in
-# the file ERRORS.
+# parts of random weights. A row that fails or takes too long says so, and the next one comes. ERRORS names
+# a file for the reasons.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} DEVICE=${DEVICE:-cuda} BACKBONE=${BACKBONE:-sd15}

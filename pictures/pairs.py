@@ -146,11 +146,16 @@ def read_table(table: Any, columns: Sequence[str] | None = None) -> list[EditPai
             pairs.append(EditPair(*files, clean_instruction(instruction), *map(_caption, captions)))
         except ValueError as error:
             faults.append(f"row {row}: {error}")
-    if len(faults) > max(1, 0.05 * len(table)):
+    if too_many(len(faults), len(table)):
         raise DatasetError(f"{len(faults)} of {len(table)} rows cannot be used; the first, {faults[0]}")
     if faults:
         log.warning("rows left out: %d (the first, %s)", len(faults), faults[0])
     return pairs
+
+
+def too_many(broken: int, of: int) -> bool:
+    """More than one, and more than one in twenty: a fault of the copy, not of single rows or pictures."""
+    return broken > max(1, 0.05 * of)
 
 
 def _load_table(source: str | Path, split: str) -> Any:

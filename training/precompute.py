@@ -26,7 +26,7 @@ import sam_loss
 from dataset import VisualPromptDataset
 from disk import atomic_write
 from pictures import ImageError, TableImage, check_finite, from_bytes, to_bytes
-from pictures.pairs import DatasetError
+from pictures.pairs import DatasetError, too_many
 from training.hardware import on_all_threads
 from training.stopping import begin_worker
 
@@ -190,7 +190,7 @@ def drop_broken(data: VisualPromptDataset, broken: dict[int, str]) -> tuple[Visu
     for reason in broken.values():
         print(f"left out: {reason}", flush=True)
     said = f"{len(broken)} of {len(data)} pairs cannot be used"
-    if len(broken) > max(1, 0.05 * len(data)):
+    if too_many(len(broken), len(data)):
         raise DatasetError(f"{said}, more than one in twenty; the first: {next(iter(broken.values()))}")
     print(said, flush=True)
     row = {id(pair): k for k, pair in enumerate(data.pairs)}
