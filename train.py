@@ -93,10 +93,6 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--change-weight", type=float, default=1.0, help="extra weight of changed latents, × --answer-weight")
     add("--es-weight", type=float, default=0.6, help="λ_es")
     add("--sam-weight", type=float, default=1.8, help="λ_sam")
-    # [ours] Conditioning dropout teaches edits by the example alone and by the instruction alone (given both,
-    # a model may ignore one of them). It also makes guidance possible.
-    shares = {"nargs": 3, "metavar": ("TEXT", "EXAMPLE", "BOTH"), "default": (0.3, 0.4, 0.05)}
-    add("--drop", type=float, **shares, help="shares without instruction, without example pair, without both")
     add("--panel", type=int, help="P, pixels along a panel's side (default: the preset's)")
 
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
@@ -111,6 +107,9 @@ WARMUP = 50  # steps
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0  # the largest norm of the gradient
 EMA_DECAY = 0.998
+# [ours] Conditioning dropout teaches edits by the example alone and by the instruction alone (given both, a
+# model may ignore one of them). It also makes guidance possible.
+DROP = 0.3, 0.4, 0.05  # shares without the instruction, without the example pair, without both
 # [ours] L_es decodes one in 32 answers of a batch, at least one: decoder and CLIP cost the most.
 ES_EVERY = 32
 CHECKPOINTS = 2  # that stay
@@ -162,9 +161,9 @@ class Losses:
         x_0 = compose_grid(*example.latents.unbind(1), *query.latents.unbind(1))  # (B, C, 2p, 2p)
         row = self.rows[batch["index"]]
 
-        # [ours] Conditioning dropout. A missing example is grey in the target too: the model is not asked to
-        # invent one. The last row is the empty text.
-        keep_text, keep_example = keep_conditions(len(row), self.args.drop, g)
+        # [ours] A missing example is grey in the target too: the model is not asked to invent one. The last
+        # row is the empty text.
+        keep_text, keep_example = keep_conditions(len(row), DROP, g)
         row = torch.where(keep_text, row, len(self.texts) - 1)
         condition[~keep_example] = drop_example(condition[~keep_example])
         x_0[~keep_example, :, : len(self.grey_row[0])] = self.grey_row

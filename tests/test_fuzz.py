@@ -159,7 +159,7 @@ COMMANDS = [
     "evaluation/evaluate.py editor --data data --split train --mode pair --told instruction --count 2 "
     "--batch 2 --steps 1 --guidance-text 1 --guidance-visual 1 --seed 0 --device cpu --sheet 1",
     "train.py --data data --seed 0 --device cpu --steps 1 --batch 2 --accumulate 1 --lr 0.1 "
-    "--answer-weight 4 --change-weight 1 --es-weight 0.05 --sam-weight 0.1 --drop 0.5 0.2 0.05 --panel 32 "
+    "--answer-weight 4 --change-weight 1 --es-weight 0.05 --sam-weight 0.1 --panel 32 "
     "--workers 0 --save-every 1",
     "data_making/check.py data --split train",
 ]

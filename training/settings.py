@@ -41,8 +41,6 @@ def fill_in(args: argparse.Namespace) -> backbone.Preset:
     if args.resume and not (there or (args.output / "lock").exists()):
         raise ValueError(f"--resume: --output {args.output} holds no run; name its folder, or begin without")
     backbone.check_numbers(args, BOUNDS)
-    if any(not 0 <= share <= 1 for share in args.drop) or sum(args.drop) > 1:
-        raise ValueError(f"--drop {' '.join(map(str, args.drop))}: give three shares from 0 to 1, 1 in all")
     return preset
 
 
