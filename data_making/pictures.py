@@ -12,6 +12,7 @@ Symbols: B samples drawn at a time; H, W a picture's pixels; C, h, w its latent'
 """
 
 import argparse
+import contextlib
 import json
 import math
 import random
@@ -36,6 +37,7 @@ from pictures import tensor_to_image
 GUIDANCE = 7.5, 15.0  # scale
 INJECTION = 0.1, 0.9  # part of the steps with the first picture's self-attention
 CROSS = 0.8  # part of the steps with its attention to the text
+DECODED = 8  # pictures at a time: at 512 pixels the decoder needs more memory than the U-Net
 
 
 @torch.no_grad()
@@ -75,7 +77,8 @@ def draw_pairs(
         without, told = unet(rows, t, encoder_hidden_states=text).sample.chunk(2)
         latents = sd.scheduler.step(without + scale * (told - without), t, latents).prev_sample
     unet.set_attn_processor(plain)
-    return backbone.decode_latents(sd.vae, latents).unflatten(0, (2, -1)).transpose(0, 1)
+    decoded = torch.cat([backbone.decode_latents(sd.vae, few) for few in latents.split(DECODED)])
+    return decoded.unflatten(0, (2, -1)).transpose(0, 1)
 
 
 # --- CLIP's filter ------------------------------------------------------------------------------------------
@@ -114,8 +117,13 @@ def draw_best(
     for first in range(0, len(tries), args.batch):
         seeds, guidance, injection = map(list, zip(*tries[first : first + args.batch]))
         pictures = draw_pairs(sd, captions, seeds, guidance, injection, CROSS, args.steps, args.size)
+        if not pictures.isfinite().flatten(1).all(1).any():
+            raise ValueError(f"{args.stable_diffusion}: all its pictures of {captions} are NaN or infinite")
         scores = clip_scores(clip, tokenizer, pictures, captions)
         for k, (seed, scale, share) in enumerate(zip(seeds, guidance, injection)):
+            if not pictures[k].isfinite().all():
+                counts["finite"] += 1
+                continue
             score = {key: round(value[k].item(), 4) for key, value in scores.items()}
             passed = {  # which NaN does not
                 "caption": all(score[key] >= args.min_caption for key in ("clip_before", "clip_after")),
@@ -136,12 +144,12 @@ def draw_best(
 # and neither on the order of the texts nor on the number of processes.
 
 
-def images(args: argparse.Namespace) -> None:
-    state, device = processes(args.device)
+def images(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
     texts = defaultdict(list)  # instruction → pairs of captions
     for record in read_texts(args.out / "texts.jsonl"):
         there = texts[record["instruction"]]
         there += [pair for pair in record["pairs"] if pair not in there]
+    state, device = processes(args, held)
     preset = backbone.preset(args.backbone)
     args.stable_diffusion = args.stable_diffusion or preset.stable_diffusion
     args.clip = args.clip or preset.clip
@@ -169,7 +177,7 @@ def images(args: argparse.Namespace) -> None:
         f"{args.out / 'train'}, {counts['thin']} instructions left out that had fewer than two; "
         f"{counts['long']} pairs of captions too long for the text encoder; of "
         f"{counts['drawn']} samples, {counts['caption']} were too far from their captions, {counts['image']} "
-        f"from each other, {counts['direction']} from the edit"
+        f"from each other, {counts['direction']} from the edit, {counts['finite']} not finite"
     )
     state.wait_for_everyone()
 
@@ -222,7 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--batch", type=int, default=16, help="samples drawn at a time")
     args = parser.parse_args(argv)
     backbone.check_numbers(args, {(1, math.inf): "samples steps batch", (0, 2**62): "seed"})
-    images(args)
+    with contextlib.ExitStack() as held:
+        images(args, held)
 
 
 if __name__ == "__main__":

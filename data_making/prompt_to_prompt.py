@@ -13,6 +13,7 @@ Symbols: B pairs of pictures; R = 4B rows of a U-Net batch; L latent pixels; T t
 """
 
 from itertools import chain
+from operator import eq
 from typing import Any
 
 import torch
@@ -29,11 +30,12 @@ def align(source: str, target: str, tokenizer: Any) -> tuple[Tensor, Tensor]:
     Returns a matrix (T, T), source token to target token, and (T,) bool: whether a target token takes its
     attention over in this way, or is new and keeps its own.
 
-    Words as in `seq_aligner.py` of google/prompt-to-prompt. Prompts of as many words: the k-th word stands
+    Words as in `seq_aligner.py` of google/prompt-to-prompt. Words replaced: the k-th word stands
     for the k-th; where the tokens are not as many, each gets its share of all. Otherwise the longest common
     subsequence of tokens: what is removed has no heir, what is added keeps to itself. In "a cat on a sofa" →
     "a fox on a sofa" the fox takes the cat's attention over; in → "a cat asleep on a sofa", `asleep` is new.
-    [ours] The number of words chooses between the two; the authors leave the choice to the user.
+    [ours] Words are replaced where both prompts have as many, and no other alignment keeps more of them; the
+    authors leave the choice to the user.
     [ours] The end token and padding keep their distance from the end. The authors align them by position, so
     that padding inherits the attention of a removed word.
     """
@@ -44,7 +46,8 @@ def align(source: str, target: str, tokenizer: Any) -> tuple[Tensor, Tensor]:
     length, ends = tokenizer.model_max_length, [sum(map(len, prompt)) for prompt in (old, new)]
     size = length + max(ends)  # what is beyond the length is cut off last
     matrix, known = torch.zeros(size, size), torch.ones(size, dtype=torch.bool)
-    if len(old) == len(new):
+    kept = sum(partner is not None for partner in common_subsequence(old, new))
+    if len(old) == len(new) and kept == sum(map(eq, old, new)):
         sizes = [(len(one), len(other)) for one, other in zip(old, new)]
         blocks = [torch.eye(m) if m == n else torch.full((m, n), 1 / n) for m, n in sizes]
         matrix[: ends[0], : ends[1]] = torch.block_diag(*blocks)

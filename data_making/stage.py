@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from accelerate import PartialState
 
 import backbone
-from disk import other_settings
+from disk import locked, other_settings
 
 
 def same_settings(path: Path, settings: dict, state: PartialState) -> None:
@@ -28,11 +29,15 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:12]
 
 
-def processes(name: str) -> tuple[PartialState, torch.device]:
-    """Which of how many processes this one is, and its device."""
-    device = backbone.pick_device(name)
+def processes(args: argparse.Namespace, held: contextlib.ExitStack) -> tuple[PartialState, torch.device]:
+    """Which of how many processes this one is, and its device. Until `held` closes, the folder is theirs;
+    raises ValueError where another run works in it.
+    """
+    device = backbone.pick_device(args.device)
     state = PartialState(cpu=device.type == "cpu", timeout=backbone.PATIENCE)
     atexit.register(state.destroy_process_group)  # its threads may abort a process that ends before them
+    if state.is_main_process:
+        held.enter_context(locked(args.out))
     return state, state.device if state.num_processes > 1 and device.type != "cpu" else device
 
 

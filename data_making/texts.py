@@ -17,6 +17,7 @@ made twice. They share the work among GPUs and machines: `accelerate launch -m d
 """
 
 import argparse
+import contextlib
 import json
 import math
 from collections import Counter, defaultdict
@@ -66,7 +67,7 @@ def read_texts(path: Path) -> list[dict]:
             instruction, pairs = record["instruction"], record["pairs"]
             if not pairs or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
                 raise ValueError
-            if not all(isinstance(text, str) for text in (instruction, *chain(*pairs))):
+            if not all(isinstance(text, str) and text.strip() for text in (instruction, *chain(*pairs))):
                 raise ValueError
             records.append({"instruction": instruction, "pairs": pairs})
         except (ValueError, TypeError, KeyError):
@@ -223,16 +224,17 @@ def finetune(
 TRIES = 4  # replies to a caption until one will do
 
 
-def texts(args: argparse.Namespace) -> None:
-    state, device = processes(args.device)
+def texts(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
     lines = _read(args.seeds).splitlines()
-    seeds = list(dict.fromkeys(" ".join(line.split()) for line in lines if line.strip()))
+    lines = list(dict.fromkeys(" ".join(line.split()) for line in lines if line.strip()))
+    seeds = [line for line in lines if len(line.split()) <= LONGEST[1]]
     if not seeds:
-        raise ValueError(f"{args.seeds}: holds no caption")
+        raise ValueError(f"{args.seeds}: holds no caption of at most {LONGEST[1]} words")
     source = args.llm or backbone.preset(args.backbone).writer
     examples = read_texts(args.finetune) if args.finetune else None
     if examples and any(len(record["pairs"]) <= FURTHER for record in examples):
         raise ValueError(f"--finetune {args.finetune}: each example needs {1 + FURTHER} pairs of captions")
+    state, device = processes(args, held)
     settings = {"llm": source, "finetuned on": hash_of(examples) if examples else None}
     same_settings(args.out / "texts.settings.json", settings, state)
     if examples:
@@ -246,7 +248,7 @@ def texts(args: argparse.Namespace) -> None:
     for attempt in range(TRIES):
         replies = read_replies(args.out)
         state.wait_for_everyone()  # so that all share out the same
-        records, _ = usable(seeds, replies)
+        records, _ = usable([*replies, *seeds], replies)
         to_do = [text for text in seeds if text not in records and len(replies[text]) <= attempt]
         mine = sorted(to_do[state.process_index :: state.num_processes], key=len)
         batches = range(0, len(mine), args.batch)
@@ -261,14 +263,13 @@ def texts(args: argparse.Namespace) -> None:
                 log.write(f"\n{rows}")  # a newline ends the line that a killed run has cut short
         state.wait_for_everyone()
     if state.is_main_process:
-        records, refused = usable(seeds, read_replies(args.out))
-        once = {}  # an instruction
-        for record in records.values():
-            once.setdefault(_plain(record["instruction"]), record)
-        write_text(args.out / "texts.jsonl", as_lines(once.values()))
-        pairs = sum(len(record["pairs"]) for record in once.values())
-        print(f"{len(seeds)} captions: {len(once)} instructions with {pairs} pairs of captions")
-        refused += Counter({"its instruction is there already": len(records) - len(once)})
+        replies = read_replies(args.out)  # of earlier seeds, too
+        records, refused = usable(replies, replies)
+        write_text(args.out / "texts.jsonl", as_lines(records.values()))
+        pairs = sum(len(record["pairs"]) for record in records.values())
+        print(f"{len(replies)} captions: {len(records)} instructions with {pairs} pairs of captions")
+        if longer := len(lines) - len(seeds):
+            print(f"left out {longer} captions of more than {LONGEST[1]} words")
         for reason, count in refused.most_common():
             print(f"refused {count:5} replies: {reason}")
     state.wait_for_everyone()
@@ -287,16 +288,24 @@ def read_replies(out: Path) -> dict[str, list[str]]:
     return replies
 
 
-def usable(seeds: list[str], replies: dict[str, list[str]]) -> tuple[dict[str, dict], Counter[str]]:
-    """caption → the record of its first usable reply; and how many were refused, by reason."""
-    records, refused = {}, Counter()
-    for caption in seeds:
-        for reply in replies[caption]:
+def usable(captions: Iterable[str], replies: dict[str, list[str]]) -> tuple[dict[str, dict], Counter[str]]:
+    """caption → the record of its first usable reply; and how many were refused, by reason.
+
+    [ours] Each instruction counts once, so that a common one does not outweigh the others.
+    """
+    records, refused, taken = {}, Counter(), set()
+    for caption in captions:
+        for reply in replies.get(caption, ()):
             try:
-                records[caption] = parse_reply(caption, reply)
-                break
+                record = parse_reply(caption, reply)
+                if (instruction := _plain(record["instruction"])) in taken:
+                    raise Refusal("its instruction is there already")
             except Refusal as reason:
                 refused[str(reason)] += 1
+                continue
+            taken.add(instruction)
+            records[caption] = record
+            break
     return records, refused
 
 
@@ -310,7 +319,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--finetune", type=Path, help="examples in the form of texts.jsonl, to teach the model first")
     args = parser.parse_args(argv)
     backbone.check_numbers(args, {(1, math.inf): "batch", (0, 2**62): "seed"})
-    texts(args)
+    with contextlib.ExitStack() as held:
+        texts(args, held)
 
 
 if __name__ == "__main__":

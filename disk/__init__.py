@@ -103,7 +103,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock = FileLock(folder / "lock").acquire(blocking=False)
     except Timeout:
-        reason = "another process writes there; wait for its end, or give another --output"
+        reason = "another process writes there; wait for its end, or give another folder"
         raise ValueError(f"{folder}: {reason}") from None
     with lock:
         yield

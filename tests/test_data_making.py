@@ -23,6 +23,7 @@ from data_making import pictures as drawing
 from data_making import texts as writing
 from data_making.texts import EXAMPLES, OWN_TASK, Refusal, as_prompt, as_reply, parse_reply
 from dataset import VisualPromptDataset
+from disk import locked
 from pictures import load_image
 from pictures.pairs import read_pairs
 from toy import world
@@ -190,19 +191,34 @@ def test_refused_replies_are_asked_for_again_and_counted(scripted, capsys, monke
         "a": [reply("one", "a")],
         "bb": ["no", "no", reply("two", "bb")],
         "ccc": ["no", "no"],
-        "dddd": [reply("One.", "dddd")],
+        "dddd": [reply("One.", "dddd"), reply("ONE", "dddd")],
     }
     asked, texts = run("--batch", "2")
-    assert asked == [["a", "bb"], ["ccc", "dddd"], ["bb", "ccc"]]
+    assert asked == [["a", "bb"], ["ccc", "dddd"], ["bb", "ccc"], ["dddd"]]
     assert [text["instruction"] for text in texts] == ["one"]
     printed = capsys.readouterr().out
     assert "4 captions: 1 instructions with 5 pairs" in printed
     assert "refused     4 replies: it is not in the form of the examples" in printed
-    assert "refused     1 replies: its instruction is there already" in printed
+    assert "refused     2 replies: its instruction is there already" in printed
     monkeypatch.setattr(writing, "TRIES", 3)
-    table["bb"] = [reply("two", "bb")]
+    table |= {"bb": [reply("two", "bb")], "dddd": [reply("three", "dddd")]}
     asked, texts = run("--batch", "2")
-    assert asked == [["bb", "ccc"]] and len(texts) == 2
+    assert asked == [["bb", "ccc"], ["dddd"]] and len(texts) == 3
+    table.clear()  # further seeds, in a file of their own, extend what is there
+    table |= {"eeeee": [reply("four", "eeeee")], "f " * 61: [None]}
+    asked, texts = run()
+    assert asked == [["eeeee"]] and [text["instruction"] for text in texts][-1] == "four" and len(texts) == 4
+    assert "left out 1 captions of more than 60 words" in capsys.readouterr().out
+
+
+def test_a_folder_is_one_runs_at_a_time(scripted, painted, tmp_path, refused):
+    table, run = scripted
+    table["a"] = [reply("one", "a")]
+    run()
+    with locked(tmp_path / "out"):
+        assert "another process writes there" in refused(run)
+        assert "another process writes there" in refused(images, tmp_path / "out")
+    images(tmp_path / "out")
 
 
 def test_texts_go_on_where_they_were_stopped(scripted, tmp_path):
@@ -446,6 +462,31 @@ def test_pictures_that_are_no_numbers_are_not_kept(painted, tmp_path, monkeypatc
     write_texts(tmp_path / "out", records(2))
     images(tmp_path / "out")
     assert not list((tmp_path / "out" / "train").rglob("*.png"))
+
+
+def test_of_samples_that_are_not_finite_the_others_stay_and_all_are_an_error(
+    painted, tmp_path, monkeypatch, capsys, refused
+):
+    draw_pairs, broken = drawing.draw_pairs, slice(0, 1)
+    passes = dict.fromkeys(("clip_before", "clip_after", "clip_image", "clip_direction"), torch.ones(6))
+    monkeypatch.setattr(drawing, "clip_scores", lambda *_: passes)
+
+    def spoilt(*given):
+        pictures = draw_pairs(*given).clone()
+        pictures[broken, :, 0] = float("nan")
+        return pictures
+
+    monkeypatch.setattr(drawing, "draw_pairs", spoilt)
+    write_texts(tmp_path / "out", records(1))
+    images(tmp_path / "out")
+    assert "3 not finite" in capsys.readouterr().out  # of three pairs of captions the first sample
+    pairs = read_pairs(tmp_path / "out", "train")
+    first = [random.Random(f"0 {Path(pair.input).name[:12]}").getrandbits(32) for pair in pairs]
+    assert len(pairs) == 3 and all(pair.extra["seed"] != seed for pair, seed in zip(pairs, first))
+    broken = slice(None)
+    write_texts(tmp_path / "all", records(1))
+    assert "NaN or infinite" in refused(images, tmp_path / "all")
+    assert not list((tmp_path / "all" / "train").rglob("*.png"))
 
 
 def test_captions_that_the_text_encoder_would_cut_are_not_drawn(painted, tmp_path):

@@ -72,6 +72,12 @@ def test_what_follows_the_words_stays_with_them(sd):
     assert read(matrix, known, 64)[5:] == one(*range(9, 64), *[63] * 4)
 
 
+def test_one_word_removed_and_another_added_are_no_replacement(sd):
+    """Though the prompts have as many words: word by word, all but the first would inherit a neighbour's."""
+    matrix, known = align("a small red circle", "a red circle green", sd.tokenizer)
+    assert read(matrix, known, 6) == one(0, 1, 3, 4, None, 5)
+
+
 def test_a_prompt_longer_than_the_text_encoder_reads_is_cut(sd):
     long = " ".join(["circle"] * 100)
     for target in (long, long + " red"):
