@@ -136,10 +136,10 @@ class Editor:
                 shown.put((str(path), f"{step}"))
 
         def draw() -> Image.Image:
-            pipe.scheduler = backbone.new_sampler(scheduler, self.schedule)
-            settings = {"num_inference_steps": steps, "guidance_scale": guidance_text}
-            settings |= {"visual_guidance_scale": guidance_visual, "generator": seeded([seed])}
             try:
+                pipe.scheduler = backbone.new_sampler(scheduler, self.schedule)
+                settings = {"num_inference_steps": steps, "guidance_scale": guidance_text}
+                settings |= {"visual_guidance_scale": guidance_visual, "generator": seeded([seed])}
                 made = pipe(unified, image, pair, **settings, unify=False, callback_on_step_end=after_step)
                 return made.images[0]
             finally:

@@ -88,6 +88,8 @@ class InstructGIEPipeline(DiffusionPipeline):
         if (folder / "model_index.json").is_file():
             with backbone.clear_errors(source, "an InstructGIE pipeline's folder", folder):
                 backbone.check_parts(folder)
+                if options.get("torch_dtype") == torch.float16:  # which overflows in LLMs of bfloat16
+                    options["torch_dtype"] = {"default": torch.float16, "llm": torch.bfloat16}
                 pipe = super().from_pretrained(folder, **{"use_safetensors": True, **options})
                 for name, part in pipe.components.items():
                     if isinstance(part, nn.Module) and name not in options:

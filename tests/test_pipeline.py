@@ -286,6 +286,14 @@ def test_every_part_may_have_a_dtype_of_its_own(saved):
         assert kinds == {"vae": others, "text_encoder": others, "unet": unet, "rcldm": others}
 
 
+def test_a_language_model_is_never_in_float16(parts, folders, tmp_path):
+    """It would overflow; nor is it where an editor's folder is loaded."""
+    llm, tokenizer = backbone.load_llm(str(parts / "llm"))
+    load(folders / "editor", llm=llm, llm_tokenizer=tokenizer).save_pretrained(tmp_path)
+    pipe = load(tmp_path, torch_dtype=torch.float16)
+    assert (pipe.rcldm.dtype, pipe.llm.dtype) == (torch.float16, torch.bfloat16)
+
+
 def test_made_of_anothers_parts(pipe, pictures):
     parts = {k: pipe.components[k] for k in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
     blind = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
