@@ -55,7 +55,7 @@ from torch import Tensor, nn
 import backbone
 import liu
 from dataset import answer_panel, compose_grid, drop_example, mask_query
-from pictures import check_finite, fit_panel, load_image, tensor_to_image, unfit
+from pictures import check_finite, fit_panel, load_image, misfit, tensor_to_image, unfit
 from pictures.answers import grid_path, labelled_grid, plan_answers, save_png
 from pictures.pairs import clean_instruction
 
@@ -190,6 +190,8 @@ def main() -> None:
         raise ValueError("nothing says which edit to make: give --prompt-pair, --instruction or both")
     backbone.check_numbers(args, {(1, 10_000): "num_images", (1, math.inf): "steps", (0, 2**62): "seed"})
     pair = tuple(map(load_image, args.prompt_pair or [])) or None
+    if pair and (reason := misfit(*pair)):  # training has no such pairs
+        print(f"{args.prompt_pair[1]}: {reason}; the example may teach another edit", file=sys.stderr)
     inputs, targets = plan_answers(args.input, args.output, args.num_images, args.prompt_pair or [])
 
     backbone.hide_progress_bars()

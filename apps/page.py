@@ -51,7 +51,7 @@ with backbone.one_line_errors("apps.page"):  # where one of requirements-dev.txt
     from apps.hood import SENTENCES, Hood
 from apps.pipeline import InstructGIEPipeline
 from edit import seeded
-from pictures import ImageError, fit_panel, load_image, tensor_to_image, unfit
+from pictures import ImageError, fit_panel, load_image, misfit, tensor_to_image, unfit
 from pictures.answers import grid_path, labelled_grid, save_png
 from toy import world
 
@@ -117,6 +117,8 @@ class Editor:
         if seed is None:
             raise ValueError("give a seed")
         pair, image = tuple(map(picture, example)) or None, picture(query)
+        if pair and (reason := misfit(*pair)):
+            gr.Warning(f"The picture after has {reason}. The example may teach another edit.")
         (unified,) = pipe.unify([instruction])
         for line in backbone.cut_off(pipe.tokenizer, [unified]).values():
             gr.Warning(html.escape(line))
@@ -161,7 +163,9 @@ class Editor:
         save_png(answer, path, record)
         grid = labelled_grid(pair, image, answer, instruction, pipe.panel)
         save_png(grid, grid_path(path), record)
-        yield unified, previews, str(path), str(grid_path(path)), (pair, image, answer, unified)
+        # As small as the model sees them: the page keeps them for an hour.
+        seen = [tensor_to_image(unfit(*fit_panel(one, pipe.panel))) for one in (image, *(pair or ()))]
+        yield unified, previews, str(path), str(grid_path(path)), (seen[1:] or None, seen[0], answer, unified)
 
     def look(self, made: tuple | None) -> Image.Image:
         """What the parts see of the edit that was made last. Raises gr.Error where there is none."""

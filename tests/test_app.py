@@ -115,6 +115,16 @@ def test_the_page_says_where_an_instruction_is_cut(editor, monkeypatch):
     assert "reads 64 tokens" in line and line.endswith("add &lt;b&gt;&quot;")
 
 
+def test_the_page_says_where_an_example_is_of_two_frames(editor, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(app.gr, "Warning", said.append)
+    Image.new("RGB", (60, 30)).save(tmp_path / "wide.png")
+    made = edit(editor, after=str(tmp_path / "wide.png"), steps=1)[-1][-1]
+    (line,) = said
+    assert "60 × 30 pixels" in line
+    assert [picture.size for picture in (*made[0], made[1])] == [(64, 64), (64, 32), (64, 64)]  # kept small
+
+
 def test_of_many_steps_ten_are_shown(editor):
     _, steps, *_ = edit(editor, steps=25)[-1]
     assert [caption for _, caption in steps] == ["3", "6", "9", "12", "15", "18", "21", "24", "25"]

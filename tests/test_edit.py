@@ -55,6 +55,14 @@ def test_pair_alone_instruction_alone_and_both(command, capsys):
     assert len({a.tobytes() for a in answers}) == 3
 
 
+def test_an_example_of_two_frames_is_named(command, capsys):
+    command("--prompt-pair", "before.png", "x.png", "--input", "x.png", "--output", "out.png")
+    told = capsys.readouterr().err
+    assert "x.png: 60 × 30 pixels, where the picture before has 40 × 40: not one frame" in told
+    command(*PAIR, "--input", "x.png", "--output", "out.png")
+    assert "frame" not in capsys.readouterr().err
+
+
 def test_the_command_edits_by_the_unified_form(command, monkeypatch):
     load = backbone.load_parts
     monkeypatch.setattr(backbone, "load_parts", lambda *a, **k: load(*a, **k)._replace(llm=(None, None)))
