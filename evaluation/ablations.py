@@ -72,8 +72,6 @@ ARMS = {
     "no-esm": Arm("without ESM", ("train.py", "--no-esm"), paper=(9.23, 0.15)),
     "no-liu": Arm("without LIU", ("train.py", "--no-liu"), paper=(10.37, None)),
     "no-sam": Arm("without SAM", ("train.py", "--no-sam"), paper=(11.31, None)),
-    "es-10x": Arm("ESM, ten times the weight", ("train.py", "--es-weight", "6")),
-    "sam-10x": Arm("SAM, ten times the weight", ("train.py", "--sam-weight", "18")),
     "sdedit": Arm("SDEdit", (), "sdedit", ("--guidance-text", "4"), paper=(21.67, 0.11)),
     "instruct-pix2pix": Arm(
         "InstructPix2Pix",
@@ -106,9 +104,9 @@ TABLES = {
     "### Beside the baselines": {"seen": COMPARED, "unseen_combination": COMPARED},
     "### Without each contribution": {
         "example": ("full", "no-rcldm", "vit"),
-        "seen": ("full", "no-esm", "es-10x", "no-rcldm", "vit", "no-liu", "no-sam", "sam-10x"),
+        "seen": ("full", "no-esm", "no-rcldm", "vit", "no-liu", "no-sam"),
         "paraphrase": ("full", "no-liu"),
-        "faces": ("full", "no-sam", "sam-10x"),
+        "faces": ("full", "no-sam"),
     },
 }
 ROWS = [(each, name) for sets in TABLES.values() for each, names in sets.items() for name in names]
