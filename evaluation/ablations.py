@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 import backbone
+import train as training
 from disk import digest, other_settings, write_text
 from evaluation.metrics import interval
 
@@ -32,6 +33,7 @@ PAGE = backbone.HERE / "docs" / "results.md"
 TOY = backbone.preset("toy")
 FROZEN = ("stable_diffusion", "clip", "clip_eval", "segmenter", "llm")
 KEPT = backbone.HERE / "docs" / "results"  # a file for each arm and seed: its measurements, by set of answers
+UNTRAINED = 0  # the seed of an arm that is not trained
 NOT_YET = "Not measured yet.\n"
 
 
@@ -140,9 +142,13 @@ def call(*command: object) -> str:
 
 
 def check_budget(args: argparse.Namespace) -> None:
-    """Notes the budget, the frozen parts and the world's pairs beside the runs and the measurements. Raises
-    ValueError where those of another lie there."""
+    """Notes the budget, the losses' weights, the frozen parts and the world's pairs beside the runs and the
+    measurements. Raises ValueError where those of another lie there."""
     budget = {name: getattr(args, name) for name in ("steps", "batch", "precision", "count")}
+    defaults = vars(training.settings([]))
+    budget |= {name: value for name, value in defaults.items() if name.endswith("_weight")}
+    budget |= {"lr": TOY.lr, "drop": training.DROP, "es_every": training.ES_EVERY}
+    budget["sampling"] = backbone.SAMPLING
     world = Path(backbone.data_folder(TOY.data))
     parts = {part: backbone.fingerprint(getattr(TOY, part), part) for part in FROZEN}
     # Its pairs, not its sources: a remark there need not void hours of training.
@@ -175,10 +181,12 @@ def sets_of(name: str) -> list[str]:
 
 def measure(name: str, seed: int, args: argparse.Namespace) -> None:
     """Trains the arm, answers its sets and measures the answers: whatever of it is not done."""
-    kept = measured(name, seed, args)
+    arm, kept = ARMS[name], measured(name, seed, args)
+    made = {"command": [*arm.trainer, arm.method, *arm.sampling]}  # measured anew where it is another
     if name == "shipped":
-        editor = backbone.fingerprint(TOY.editor, "editor")
-        kept = kept if kept.get("editor") == editor else {"editor": editor}
+        made["editor"] = backbone.fingerprint(TOY.editor, "editor")
+    if any(kept.get(key) != value for key, value in made.items()):
+        kept = made
     missing = [each for each in sets_of(name) if each not in kept]
     model = train(name, seed, args) if missing else None
     for each in missing:
@@ -210,6 +218,11 @@ def answer(name: str, model: str | None, out: Path, *options: object) -> Path:
     return folder
 
 
+def seeds_of(name: str, args: argparse.Namespace) -> list[int]:
+    """Those that an arm is measured at."""
+    return args.seeds if ARMS[name].trainer else [UNTRAINED]
+
+
 def measured(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict]:
     """The measurements of an arm that there are, by set of answers."""
     file = args.kept / f"{name}-{seed}.json"
@@ -221,7 +234,7 @@ def measured(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict]:
 
 def gather(name: str, each: str, args: argparse.Namespace) -> dict[int, dict]:
     """What was measured of an arm's answers, by the seeds that are there."""
-    rows = {seed: measured(name, seed, args) for seed in args.seeds}
+    rows = {seed: measured(name, seed, args) for seed in seeds_of(name, args)}
     return {seed: row[each] for seed, row in rows.items() if each in row}
 
 
@@ -321,7 +334,7 @@ def receptive_fields(args: argparse.Namespace) -> str:
     """The paper's figure, of the first seed's encoders: draws it beside the page, and returns its table."""
     editors = [args.runs / f"{name}-{args.seeds[0]}" / "editor" for name in ("no-rcldm", "vit", "full")]
     figure, printed = PAGE.with_name("receptive_field.png"), args.kept / "receptive_field.md"
-    if all(editor.exists() for editor in editors):
+    if all((editor.parent / "done").exists() for editor in editors):
         write_text(printed, call("evaluation.receptive_field", *editors, "--out", figure))
     if not printed.exists():
         return NOT_YET
@@ -364,9 +377,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--table", action="store_true", help="only write the page")
     args = parser.parse_args(argv)
     check_budget(args)
-    for seed in args.seeds if not args.table else ():
+    for seed in dict.fromkeys([*args.seeds, UNTRAINED]) if not args.table else ():
         for name in args.only:
-            if ARMS[name].trainer or seed == args.seeds[0]:
+            if seed in seeds_of(name, args):
                 measure(name, seed, args)
     write_page(args)
 

@@ -137,6 +137,13 @@ def test_the_figure_is_drawn_when_its_three_encoders_are_trained(programs):
     assert "| encoder | half in |\n| --- | ---: |\n\n![" in page
 
 
+def test_an_editor_of_a_run_that_goes_on_is_in_no_figure(programs, tmp_path):
+    programs("--only", "full", "no-rcldm", "vit", "--seeds", "4")
+    (tmp_path / "runs" / "vit-4" / "done").unlink()
+    calls, _ = programs("--table", "--seeds", "4")
+    assert calls == []
+
+
 def test_runs_of_another_budget_are_not_mixed(programs, capsys):
     programs("--only", "full", "--seeds", "0", "--steps", "20")
     with pytest.raises(SystemExit) as stopped:
@@ -149,6 +156,31 @@ def test_the_shipped_editor_is_measured_again_when_it_is_another(programs, tmp_p
     shutil.rmtree(tmp_path / "out")
     monkeypatch.setattr(ablations, "TOY", replace(ablations.TOY, editor=ablations.TOY.llm))
     assert programs("--only", "shipped")[0] and not programs("--only", "shipped")[0]
+
+
+def test_nor_are_those_of_other_weights_in_the_loss(programs, monkeypatch, capsys):
+    programs("--only", "full", "--seeds", "0")
+    monkeypatch.setattr(ablations.training, "ES_EVERY", 8)
+    with pytest.raises(SystemExit):
+        programs("--only", "full", "--seeds", "0")
+    assert "runs is of es_every 32, not 8" in capsys.readouterr().err
+
+
+def test_an_arm_that_samples_otherwise_is_measured_again_and_not_trained(programs, tmp_path, monkeypatch):
+    name = "instruct-pix2pix"
+    programs("--only", name, "--seeds", "0")
+    shutil.rmtree(tmp_path / "out")
+    other = ablations.ARMS[name]._replace(sampling=("--guidance-text", "2"))
+    monkeypatch.setitem(ablations.ARMS, name, other)
+    calls, _ = programs("--only", name, "--seeds", "0")
+    assert calls and not trained(calls) and "--guidance-text" in calls[0]
+
+
+def test_an_arm_that_is_not_trained_counts_once(programs):
+    _, page = programs("--only", "sdedit", "--seeds", "1")
+    assert "| SDEdit | 1 × 9 |" in page
+    calls, page = programs("--only", "sdedit", "--seeds", "0", "1", "2")
+    assert not calls and "| SDEdit | 1 × 9 |" in page
 
 
 def test_a_page_without_marks_is_left_alone(programs, tmp_path, capsys):
