@@ -26,7 +26,7 @@ from toy import world  # noqa: E402
 PROGRAMS = "python|make|pip|accelerate|pytest"
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md")), *sorted(HERE.glob("exercises/*.md"))]
 
-TRAINER = r"(?:(?<![a-z])train\.py|evaluation\.vit)"
+TRAINER = r"(?:(?<![a-z])train\.py|evaluation\.(?:vit|readings))"
 # What is changed of a command, in this order.
 SMALLER = {
     r"\s+#.*$": "",
