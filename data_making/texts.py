@@ -248,7 +248,7 @@ def texts(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
     for attempt in range(TRIES):
         replies = read_replies(args.out)
         state.wait_for_everyone()  # so that all share out the same
-        records, _ = usable([*replies, *seeds], replies)
+        records, _ = usable(replies)
         to_do = [text for text in seeds if text not in records and len(replies[text]) <= attempt]
         mine = sorted(to_do[state.process_index :: state.num_processes], key=len)
         batches = range(0, len(mine), args.batch)
@@ -264,7 +264,7 @@ def texts(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
         state.wait_for_everyone()
     if state.is_main_process:
         replies = read_replies(args.out)  # of earlier seeds, too
-        records, refused = usable(replies, replies)
+        records, refused = usable(replies)
         write_text(args.out / "texts.jsonl", as_lines(records.values()))
         pairs = sum(len(record["pairs"]) for record in records.values())
         print(f"{len(replies)} captions: {len(records)} instructions with {pairs} pairs of captions")
@@ -288,14 +288,14 @@ def read_replies(out: Path) -> dict[str, list[str]]:
     return replies
 
 
-def usable(captions: Iterable[str], replies: dict[str, list[str]]) -> tuple[dict[str, dict], Counter[str]]:
+def usable(replies: dict[str, list[str]]) -> tuple[dict[str, dict], Counter[str]]:
     """caption → the record of its first usable reply; and how many were refused, by reason.
 
     [ours] Each instruction counts once, so that a common one does not outweigh the others.
     """
     records, refused, taken = {}, Counter(), set()
-    for caption in captions:
-        for reply in replies.get(caption, ()):
+    for caption, tries in replies.items():
+        for reply in tries:
             try:
                 record = parse_reply(caption, reply)
                 if (instruction := _plain(record["instruction"])) in taken:

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 
 import backbone
-import train as training
 from disk import digest, other_settings, write_text
 from evaluation.metrics import interval
+from train import DROP, ES_EVERY, settings
 
 PAGE = backbone.HERE / "docs" / "results.md"
 TOY = backbone.preset("toy")
@@ -145,9 +145,9 @@ def check_budget(args: argparse.Namespace) -> None:
     """Notes the budget, the losses' weights, the frozen parts and the world's pairs beside the runs and the
     measurements. Raises ValueError where those of another lie there."""
     budget = {name: getattr(args, name) for name in ("steps", "batch", "precision", "count")}
-    defaults = vars(training.settings([]))
+    defaults = vars(settings([]))
     budget |= {name: value for name, value in defaults.items() if name.endswith("_weight")}
-    budget |= {"lr": TOY.lr, "drop": training.DROP, "es_every": training.ES_EVERY}
+    budget |= {"lr": TOY.lr, "drop": DROP, "es_every": ES_EVERY}
     budget["sampling"] = backbone.SAMPLING
     world = Path(backbone.data_folder(TOY.data))
     parts = {part: backbone.fingerprint(getattr(TOY, part), part) for part in FROZEN}

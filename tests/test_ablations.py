@@ -160,7 +160,7 @@ def test_the_shipped_editor_is_measured_again_when_it_is_another(programs, tmp_p
 
 def test_nor_are_those_of_other_weights_in_the_loss(programs, monkeypatch, capsys):
     programs("--only", "full", "--seeds", "0")
-    monkeypatch.setattr(ablations.training, "ES_EVERY", 8)
+    monkeypatch.setattr(ablations, "ES_EVERY", 8)
     with pytest.raises(SystemExit):
         programs("--only", "full", "--seeds", "0")
     assert "runs is of es_every 32, not 8" in capsys.readouterr().err
