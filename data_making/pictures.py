@@ -117,8 +117,6 @@ def draw_best(
     for first in range(0, len(tries), args.batch):
         seeds, guidance, injection = map(list, zip(*tries[first : first + args.batch]))
         pictures = draw_pairs(sd, captions, seeds, guidance, injection, CROSS, args.steps, args.size)
-        if not pictures.isfinite().flatten(1).all(1).any():
-            raise ValueError(f"{args.stable_diffusion}: all its pictures of {captions} are NaN or infinite")
         scores = clip_scores(clip, tokenizer, pictures, captions)
         for k, (seed, scale, share) in enumerate(zip(seeds, guidance, injection)):
             if not pictures[k].isfinite().all():
@@ -134,6 +132,8 @@ def draw_best(
             if all(passed.values()) and (best is None or score["clip_direction"] > best[0]["clip_direction"]):
                 drawn = {"seed": seed, "guidance": round(scale, 3), "injection": round(share, 3)}
                 best = score | drawn, pictures[k]
+    if counts["finite"] == len(tries):
+        raise ValueError(f"{args.stable_diffusion}: all its pictures of {captions} are NaN or infinite")
     return best, counts + Counter(drawn=len(tries))
 
 
@@ -148,7 +148,9 @@ def images(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
     texts = defaultdict(list)  # instruction → pairs of captions
     for record in read_texts(args.out / "texts.jsonl"):
         there = texts[record["instruction"]]
-        there += [pair for pair in record["pairs"] if pair not in there]
+        for pair in record["pairs"]:
+            if pair not in there:
+                there.append(pair)
     state, device = processes(args, held)
     preset = backbone.preset(args.backbone)
     args.stable_diffusion = args.stable_diffusion or preset.stable_diffusion

@@ -22,7 +22,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from itertools import chain, cycle
+from itertools import chain, cycle, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -245,10 +245,13 @@ def texts(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
         source = str(writer)
     model, tokenizer = backbone.load_llm(source, device)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    finished = args.out / "texts.jsonl"
+    lines_before = read_texts(finished) if finished.exists() and finished.stat().st_size else ()
+    owners = [record["pairs"][0][0] for record in lines_before]  # they keep their instructions
     for attempt in range(TRIES):
         replies = read_replies(args.out)
         state.wait_for_everyone()  # so that all share out the same
-        records, _ = usable(replies)
+        records, _ = usable(replies, owners)
         to_do = [text for text in seeds if text not in records and len(replies[text]) <= attempt]
         mine = sorted(to_do[state.process_index :: state.num_processes], key=len)
         batches = range(0, len(mine), args.batch)
@@ -264,8 +267,8 @@ def texts(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
         state.wait_for_everyone()
     if state.is_main_process:
         replies = read_replies(args.out)  # of earlier seeds, too
-        records, refused = usable(replies)
-        write_text(args.out / "texts.jsonl", as_lines(records.values()))
+        records, refused = usable(replies, owners)
+        write_text(finished, as_lines(records.values()))
         pairs = sum(len(record["pairs"]) for record in records.values())
         print(f"{len(replies)} captions: {len(records)} instructions with {pairs} pairs of captions")
         if longer := len(lines) - len(seeds):
@@ -288,24 +291,30 @@ def read_replies(out: Path) -> dict[str, list[str]]:
     return replies
 
 
-def usable(replies: dict[str, list[str]]) -> tuple[dict[str, dict], Counter[str]]:
+def usable(replies: dict[str, list[str]], owners: Iterable[str] = ()) -> tuple[dict[str, dict], Counter[str]]:
     """caption → the record of its first usable reply; and how many were refused, by reason.
 
-    [ours] Each instruction counts once, so that a common one does not outweigh the others.
+    [ours] Each instruction counts once, so that a common one does not outweigh the others. The captions of
+    `owners` choose first, then all others, by their first replies before their second.
     """
+    first = [(caption, reply) for caption in owners for reply in replies.get(caption, ())]
+    rounds = zip_longest(*replies.values())
+    others = (
+        (caption, reply) for tries in rounds for caption, reply in zip(replies, tries) if reply is not None
+    )
     records, refused, taken = {}, Counter(), set()
-    for caption, tries in replies.items():
-        for reply in tries:
-            try:
-                record = parse_reply(caption, reply)
-                if (instruction := _plain(record["instruction"])) in taken:
-                    raise Refusal("its instruction is there already")
-            except Refusal as reason:
-                refused[str(reason)] += 1
-                continue
-            taken.add(instruction)
-            records[caption] = record
-            break
+    for caption, reply in chain(first, others):
+        if caption in records:
+            continue
+        try:
+            record = parse_reply(caption, reply)
+            if (instruction := _plain(record["instruction"])) in taken:
+                raise Refusal("its instruction is there already")
+        except Refusal as reason:
+            refused[str(reason)] += 1
+            continue
+        taken.add(instruction)
+        records[caption] = record
     return records, refused
 
 

@@ -211,6 +211,25 @@ def test_refused_replies_are_asked_for_again_and_counted(scripted, capsys, monke
     assert "left out 1 captions of more than 60 words" in capsys.readouterr().out
 
 
+def test_an_instruction_stays_with_the_caption_that_had_it(scripted, tmp_path):
+    """Whichever process writes the new replies, and whenever."""
+    replies = {"a": ["no", reply("one", "a")], "bb": [reply("one", "bb")]}
+    assert [*writing.usable(replies)[0]] == ["bb"]  # a first reply before a second one
+    assert [*writing.usable(replies, ["a"])[0]] == ["a"]
+    table, run = scripted
+    table["bb"] = [reply("one", "bb")]
+    _, texts = run()
+    log = tmp_path / "out" / "replies" / "00000.jsonl"
+    log.rename(log.with_name("00001.jsonl"))  # as the second of two processes would write it
+    table["a"] = [reply("One.", "a"), reply("two", "a")]
+    asked, more = run()
+    assert (
+        asked == [["a"], ["a"]]
+        and more[:1] == texts
+        and [text["instruction"] for text in more] == ["one", "two"]
+    )
+
+
 def test_a_folder_is_one_runs_at_a_time(scripted, painted, tmp_path, refused):
     table, run = scripted
     table["a"] = [reply("one", "a")]
@@ -464,34 +483,46 @@ def test_pictures_that_are_no_numbers_are_not_kept(painted, tmp_path, monkeypatc
     assert not list((tmp_path / "out" / "train").rglob("*.png"))
 
 
+@pytest.mark.parametrize("batch", ["1", "6"])
 def test_of_samples_that_are_not_finite_the_others_stay_and_all_are_an_error(
-    painted, tmp_path, monkeypatch, capsys, refused
+    painted, tmp_path, monkeypatch, capsys, refused, batch
 ):
-    draw_pairs, broken = drawing.draw_pairs, slice(0, 1)
-    passes = dict.fromkeys(("clip_before", "clip_after", "clip_image", "clip_direction"), torch.ones(6))
-    monkeypatch.setattr(drawing, "clip_scores", lambda *_: passes)
+    draw_pairs, first, spoil_all = drawing.draw_pairs, {}, False
+    names = ("clip_before", "clip_after", "clip_image", "clip_direction")
+    monkeypatch.setattr(
+        drawing, "clip_scores", lambda c, t, pictures, _: dict.fromkeys(names, torch.ones(len(pictures)))
+    )
 
-    def spoilt(*given):
-        pictures = draw_pairs(*given).clone()
-        pictures[broken, :, 0] = float("nan")
+    def spoilt(sd, captions, seeds, *rest):
+        pictures = draw_pairs(sd, captions, seeds, *rest).clone()
+        spoiled = first.setdefault(str(captions), seeds[0])
+        pictures[[spoil_all or seed == spoiled for seed in seeds], :, 0] = float("nan")
         return pictures
 
     monkeypatch.setattr(drawing, "draw_pairs", spoilt)
     write_texts(tmp_path / "out", records(1))
-    images(tmp_path / "out")
+    images(tmp_path / "out", "--batch", batch)
     assert "3 not finite" in capsys.readouterr().out  # of three pairs of captions the first sample
     pairs = read_pairs(tmp_path / "out", "train")
-    first = [random.Random(f"0 {Path(pair.input).name[:12]}").getrandbits(32) for pair in pairs]
-    assert len(pairs) == 3 and all(pair.extra["seed"] != seed for pair, seed in zip(pairs, first))
-    broken = slice(None)
+    assert len(pairs) == 3 and not {pair.extra["seed"] for pair in pairs} & set(first.values())
+    spoil_all = True
     write_texts(tmp_path / "all", records(1))
-    assert "NaN or infinite" in refused(images, tmp_path / "all")
+    assert "NaN or infinite" in refused(images, tmp_path / "all", "--batch", batch)
     assert not list((tmp_path / "all" / "train").rglob("*.png"))
+
+
+def test_a_pair_that_a_line_repeats_is_drawn_once(painted, tmp_path):
+    write_texts(tmp_path / "out", [{"instruction": "x", "pairs": [["a circle", "a red circle"]] * 2}])
+    images(tmp_path / "out")
+    assert len(painted.read_text().splitlines()) == 1
 
 
 def test_captions_that_the_text_encoder_would_cut_are_not_drawn(painted, tmp_path):
     long = " ".join(["circle"] * 70)
-    write_texts(tmp_path / "out", [{"instruction": "x", "pairs": [[long, long + " red"]] * 2}])
+    write_texts(
+        tmp_path / "out",
+        [{"instruction": "x", "pairs": [[long, f"{long} {kind}"] for kind in ("red", "blue")]}],
+    )
     images(tmp_path / "out")
     assert not painted.exists() and not list((tmp_path / "out").rglob("*.png"))
     (report,) = (tmp_path / "out" / "train").glob("*/report.json")

@@ -40,7 +40,15 @@ def test_train_counts_every_noise_level_by_it_alone(parts, tmp_path, monkeypatch
     )
     terms = {}
     for name, model in (("ours", train.RCLDM.from_unet), ("reading", readings.new_model)):
-        argv = [*options(parts, tmp_path / name), "--no-liu", "--steps", "1"]
+        # A cache of its own: the areas made up above are no other test's, and others' are not this one's.
+        argv = [
+            *options(parts, tmp_path / name),
+            "--no-liu",
+            "--steps",
+            "1",
+            "--cache",
+            str(tmp_path / "cache"),
+        ]
         monkeypatch.setattr(sys, "argv", ["train.py", *argv])
         train.main(new_model=model)
         log = EventAccumulator(str(tmp_path / name / "tensorboard")).Reload()
