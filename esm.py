@@ -46,8 +46,7 @@ def reliability(timestep: Tensor, scheduler: SchedulerMixin, min_alpha_bar: floa
 
     [ours] The paper does not say at which noise levels its image losses act. At high noise x̂_0 is the
     average of many answers, a blur that CLIP misreads, so matching it would teach nothing. Drop samples of
-    weight 0 before `decode_answer`, so that they cost nothing. Selective-area matching takes the
-    same weight.
+    weight 0 before `decode_answer`, so that they cost nothing.
     """
     alpha_bar = _alpha_bar(timestep, scheduler)
     return torch.where(alpha_bar >= min_alpha_bar, alpha_bar, 0.0)

@@ -6,8 +6,8 @@ model names the segmenter's classes for such areas. [figure] The segmenter finds
 and the loss compares prediction and truth only there. [ours] The compared area is the true answer's; the loss
 is a mean square over latents:
 
-    L_sam = Σ m · |x̂_0 − x_0|² / Σ m        over the answer panel's latent; m: the area, 0 … 1
-                                            |·|²: the mean over channels
+    L_sam = w · Σ m · |x̂_0 − x_0|² / Σ m    over the answer panel's latent; m: the area, 0 … 1
+                                            |·|²: the mean over channels; w: of the noise level
 
 This file selects the classes, finds them in an image, and defines the loss.
 """
@@ -18,6 +18,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
+from diffusers import SchedulerMixin
 from torch import Tensor
 from transformers import (
     Mask2FormerForUniversalSegmentation,
@@ -139,13 +140,24 @@ def panoptic_area(
 # --- The loss -----------------------------------------------------------------------------------------------
 
 
+def noise_weight(timestep: Tensor, scheduler: SchedulerMixin) -> Tensor:
+    """w: the weight of x̂_0's squared error at each timestep. (B,) → (B,), in [0, 1].
+
+    [ours] The paper does not say at which noise levels its image losses act. This one acts at all: an editor
+    decides what to draw while the noise is strong. A predicted ε enlarges its error in x̂_0 by
+    √((1 − ᾱ) / ᾱ), without bound; the weight ᾱ undoes this. Predictions of x_0 or v do not, and weigh 1.
+    """
+    alpha_bar = scheduler.alphas_cumprod.to(timestep.device, torch.float32)[timestep.long()]
+    return alpha_bar if scheduler.config.prediction_type == "epsilon" else torch.ones_like(alpha_bar)
+
+
 def selective_area_loss(
     predicted: Tensor, target: Tensor, area: Tensor, weight: Tensor | None = None
 ) -> Tensor:
     """L_sam: the squared error of the answer's latent inside the selected area. A scalar ≥ 0.
 
     predicted, target: (B, C, h, w), x̂_0 and x_0 of the answer panel. area: (B, 1, H, W) in [0, 1], of the
-    image or of the latent. weight: (B,) ≥ 0, `esm.reliability` of x̂_0.
+    image or of the latent. weight: (B,) ≥ 0, see `noise_weight`.
     Returns the mean over all B samples, so that a batch may be split; an empty area adds 0, with zero
     gradients.
 

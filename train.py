@@ -92,7 +92,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--answer-weight", type=float, default=4.0, help="weight of the answer panel in L_dm; others: 1")
     add("--change-weight", type=float, default=1.0, help="extra weight of changed latents, × --answer-weight")
     add("--es-weight", type=float, default=0.6, help="λ_es")
-    add("--sam-weight", type=float, default=1.8, help="λ_sam")
+    add("--sam-weight", type=float, default=0.3, help="λ_sam")
     add("--panel", type=int, help="P, pixels along a panel's side (default: the preset's)")
 
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
@@ -205,7 +205,8 @@ class Losses:
                 losses["es"] = len(reliable) / len(t) * of_decoded  # they represent all reliable ones
         if not args.no_sam:
             panels = answer_panel(x_0_hat), answer_panel(x_0)
-            losses["sam"] = sam_loss.selective_area_loss(*panels, query.areas, reliability)
+            bound = sam_loss.noise_weight(t, scheduler)
+            losses["sam"] = sam_loss.selective_area_loss(*panels, query.areas, bound)
         weights = {"dm": 1.0, "es": args.es_weight, "sam": args.sam_weight}
         return {"loss": sum(weights[name] * value for name, value in losses.items()), **losses}
 

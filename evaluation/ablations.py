@@ -7,7 +7,8 @@
 Each arm is a command of `train.py`, `vit.py` or `baselines.py`, each set of answers one of `evaluate.py`,
 measured by `metrics.py` and `toy.score`. This file calls these programs and keeps what they measured in
 `docs/results/`, so that the arms may be trained on different days. All arms of a seed see the same number of
-grids, or of edits, drawn in the same order.
+grids, or of edits, drawn in the same order. InstructPix2Pix's steps are much the fastest: it is trained for
+about as much CPU time, too.
 
 Every contribution is measured where it should show: RCLDM where the instruction is withheld and only the
 example tells, ESM on everything, LIU on paraphrases that no model has seen, SAM on faces.
@@ -44,8 +45,7 @@ class Arm(NamedTuple):
     """label: in the tables. trainer: the command that trains it, once for each seed; an arm without one is
     asked once. method, sampling: of evaluate.py.
 
-    paper: the paper's FID and CLIP directional similarity.
-    times: the budget, this often. beside: the arm of the same budget that the differences are taken from.
+    paper: the paper's FID and CLIP directional similarity. times: the budget's steps, this often.
     """
 
     label: str
@@ -54,7 +54,6 @@ class Arm(NamedTuple):
     sampling: tuple[str, ...] = ()
     paper: tuple[float | None, float | None] = (None, None)
     times: int = 1
-    beside: str = "full"
 
 
 SETS = {
@@ -89,19 +88,17 @@ ARMS = {
         sampling=("--guidance-text", "1"),
         paper=(13.75, 0.21),
     ),
+    # The baselines' loss has no weights by place either.
+    "plain": Arm(
+        "InstructGIE, L_dm without weights", ("train.py", "--answer-weight", "1", "--change-weight", "0")
+    ),
     "shipped": Arm("InstructGIE as shipped, trained longer", trainer=()),
 }
-# What learns is set beside the baselines at two budgets: who leads might hang on when one stops.
-LONGER = {
-    f"{name}-3x": ARMS[name]._replace(
-        label=f"{ARMS[name].label}, 3 × the budget", paper=(None, None), times=3, beside="full-3x"
-    )
-    for name in ("instruct-pix2pix", "prompt-diffusion", "full")
-}
-ARMS |= LONGER
+LONGER = "InstructPix2Pix, 3 × the steps"
+ARMS["instruct-pix2pix-3x"] = ARMS["instruct-pix2pix"]._replace(label=LONGER, paper=(None, None), times=3)
 
 # The tables, by their heading: which arms stand beside the full one on which answers.
-COMPARED = ("sdedit", "instruct-pix2pix", "prompt-diffusion", "full", *LONGER, "shipped")
+COMPARED = "sdedit", "instruct-pix2pix", "instruct-pix2pix-3x", "prompt-diffusion", "full", "plain", "shipped"
 TABLES = {
     "### Beside the baselines": {"seen": COMPARED, "unseen_combination": COMPARED},
     "### Without each contribution": {
@@ -164,12 +161,14 @@ def train(name: str, seed: int, args: argparse.Namespace) -> str | None:
     arm, folder = ARMS[name], args.runs / f"{name}-{seed}"
     if not arm.trainer:
         return None
-    ours = arm.method == "instructgie"
-    if not (folder / "done").exists():
+    ours, done = arm.method == "instructgie", folder / "done"
+    if not done.exists():
         begun = ("--resume",) if ours and folder.exists() else ()
         budget = ("--steps", arm.times * args.steps, "--batch", args.batch, "--precision", args.precision)
         call(*arm.trainer, "--output", folder, *begun, "--seed", seed, *budget)
-        (folder / "done").touch()
+        write_text(done, " ".join(arm.trainer))
+    if (other := done.read_text()) != " ".join(arm.trainer):
+        raise ValueError(f"{folder} was trained by {other!r}; remove it, or give another folder with --runs")
     return str(folder / ("editor" if ours else "pipeline"))
 
 
@@ -272,13 +271,13 @@ def table(each: str, names: tuple[str, ...], args: argparse.Namespace) -> str:
 
 
 def agreement(args: argparse.Namespace) -> str:
-    """The share of queries whose answers in five wordings are one and the same edit, a row for each arm."""
+    """The share of queries whose answers in five wordings are one and the same edit, and the right one."""
     rows = []
     for name in WORDED:
         if found := [*gather(name, "wordings", args).values()]:
-            seeds = f"{len(found)} × {found[0]['n']}"
-            rows.append([ARMS[name].label, seeds, cell(found, "accuracy", 1, "interval", unit=100)])
-    head = ["", "seeds × queries", "one edit in five wordings, %"]
+            shares = cell(found, "accuracy", 1, "interval", unit=100), cell(found, "right", 1, unit=100)
+            rows.append([ARMS[name].label, f"{len(found)} × {found[0]['n']}", *shares])
+    head = ["", "seeds × queries", "one edit in five wordings, %", "the right one, %"]
     return backbone.markdown(head, rows) if rows else NOT_YET
 
 
@@ -293,7 +292,8 @@ def difference(
     """How far a metric lies above the full arm's of the same seed: mean, interval, and how many seeds say so;
     and what that says of `paper`, the paper's own difference.
 
-    The interval is a paired bootstrap of queries and seeds; three seeds still understate their own spread.
+    The interval is a paired bootstrap of instructions and seeds. Three seeds still understate their own
+    spread, and one does not show it: there is no verdict then.
     untrained: the arm has one seed, which meets all of the full one's.
     """
     only = next(iter(rows.values())) if untrained else None
@@ -306,20 +306,21 @@ def difference(
     low, high = interval(mean, each.gather(0, picked).mean(0))
     alike = sum((value > 0) == (mean > 0) for value in apart)
     sign = "no difference" if low <= 0 <= high else "agrees" if mean * (paper or 0) > 0 else "disagrees"
+    sign = sign if len(apart) > 1 else "one seed"
     text = f"{mean:+.{digits}f} ± {(high - low) / 2:.{digits}f} ({alike} of {len(apart)})"
     return text, "–" if paper is None else sign
 
 
 def differences(args: argparse.Namespace) -> str:
-    """A row for each arm and set: FID and directional similarity less those of its budget's full arm."""
+    """A row for each arm and set: FID and directional similarity less those of the full arm."""
     head = ["", "answers", "FID (clip)", "CLIP DirSim", "paper: FID", "DirSim", "sign: FID", "DirSim"]
     rows = []
     for each, name in ROWS:
         arm = ARMS[name]
-        full, found = gather(arm.beside, each, args), gather(name, each, args)
+        full, found = gather("full", each, args), gather(name, each, args)
         untrained = not arm.trainer
         pairs = found and full if untrained else found.keys() & full.keys()
-        if name in ("full", "full-3x", "shipped") or not pairs:
+        if name in ("full", "shipped") or not pairs:
             continue
         paper = [a and a - b for a, b in zip(arm.paper, ARMS["full"].paper)]
         measured = ("fid", 4), ("directional_similarity", 3)
@@ -367,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--only", nargs="+", default=list(ARMS), choices=ARMS, help="these arms")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--steps", type=int, default=1500, help="of every arm's training")
+    add("--steps", type=int, default=1000, help="of every arm's training")
     add("--batch", type=int, default=64)
     add("--count", type=int, default=512, help="answers of each set")
     add("--precision", default="no", choices=("no", "bf16"))

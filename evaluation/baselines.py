@@ -151,20 +151,17 @@ class PromptDiffusion(Baseline):
 
 # --- Training -----------------------------------------------------------------------------------------------
 
+DROP = 0.05, 0.05, 0.05  # shares without text, without condition, without both: both methods' authors'
+
 
 class Learner(nn.Module):
-    """A baseline's trained parts, and how they predict; what is frozen they only refer to.
-
-    drop: shares of samples without text, without condition, without either. InstructPix2Pix has its authors',
-    Prompt Diffusion ours, so that it edits by the pair alone as often as we do.
-    """
+    """A baseline's trained parts, and how they predict; what is frozen they only refer to."""
 
     def __init__(self, method: str, sd: backbone.StableDiffusion) -> None:
         super().__init__()
         self.method, self.scaling = method, sd.vae.config.scaling_factor
         self.unet = copy.deepcopy(sd.unet)
         if method == "instruct-pix2pix":
-            self.drop = 0.05, 0.05, 0.05
             old = self.unet.conv_in
             self.unet.register_to_config(in_channels=2 * old.in_channels)
             self.unet.conv_in = nn.Conv2d(2 * old.in_channels, old.out_channels, 3, padding=1)
@@ -173,7 +170,6 @@ class Learner(nn.Module):
                 self.unet.conv_in.bias[:] = old.bias
             self.unet.requires_grad_(True)
         else:
-            self.drop = 0.3, 0.4, 0.05
             self.control = new_control(sd.unet).requires_grad_(True)
             # Its authors' script unlocks the decoder of the U-Net.
             for part in (self.unet.up_blocks, self.unet.conv_norm_out, self.unet.conv_out):
@@ -231,7 +227,7 @@ def train(args: argparse.Namespace) -> None:
             g = step_generator(args.seed, step)
             panels, _, seen = gather_batch(batch, precomputed, device)
             query, answer = seen.latents.unbind(1)
-            keep_text, keep_condition = keep_conditions(len(panels), learner.drop, g)
+            keep_text, keep_condition = keep_conditions(len(panels), DROP, g)
             row = torch.where(keep_text, rows[batch["index"]], len(texts) - 1)
             states = texts[row.to(texts.device)].to(device)
             noise = draw_noise(answer.shape, g, device)

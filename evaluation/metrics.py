@@ -13,11 +13,11 @@ happened to the picture and what happened to its caption, in a CLIP that no trai
 
     cos(E(answer) - E(input), T(output caption) - T(input caption))
 
-Beside it stands that of the true output. Intervals hold 95 %, by a bootstrap over the queries.
+Beside it stands that of the true output. Intervals hold 95 %, by a bootstrap over the instructions.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +61,22 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
     return distance.clamp(min=0).item()
 
 
-def bootstrap(statistic: Callable[[Tensor], float], count: int, draws: int = 500) -> Tensor:
+def bootstrap(statistic: Callable[[Tensor], float], groups: Sequence[Hashable], draws: int = 500) -> Tensor:
     """The statistic of so many draws of the queries with repetition, (draws,); it takes their indices.
 
-    Those of two methods' answers to the same queries are of the same draws: subtract them for the spread of
-    a difference.
+    groups: the instruction of each query. [ours] Whole groups are drawn: answers to one instruction are right
+    or wrong together. Those of two methods' answers to the same queries are of the same draws: subtract them
+    for the spread of a difference.
     """
+    members: dict[Hashable, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    queries = [torch.tensor(each) for each in members.values()]
     g = torch.Generator().manual_seed(0)
-    rounds = tqdm(range(draws), desc="bootstrap", mininterval=2, leave=False)
-    drawn = [statistic(torch.randint(count, (count,), generator=g)) for _ in rounds]
+    drawn = []
+    for _ in tqdm(range(draws), desc="bootstrap", mininterval=2, leave=False):
+        picked = torch.randint(len(queries), (len(queries),), generator=g)
+        drawn.append(statistic(torch.cat([queries[k] for k in picked])))
     return torch.tensor(drawn, dtype=torch.float64)
 
 
@@ -122,7 +129,8 @@ def embed_all(records: list[dict], folder: Path, clip, tokenizer, features, devi
 @torch.no_grad()
 def measure(folder: Path, clip, tokenizer, features, device: torch.device) -> dict[str, Any]:
     """The metrics of one folder of answers, each with its interval and its bootstrap, and the truth's."""
-    records = read_answers(folder, {"answer", "input", "output", "input_caption", "output_caption"})
+    needed = {"answer", "input", "output", "instruction", "input_caption", "output_caption"}
+    records = read_answers(folder, needed)
     if any(not row["input_caption"] or not row["output_caption"] for row in records):
         raise ValueError(f"{folder}: directional similarity needs both captions of every query")
     if any(row.get("mode") == "other-pair" for row in records):
@@ -145,7 +153,7 @@ def measure(folder: Path, clip, tokenizer, features, device: torch.device) -> di
     result |= {"split": folder.resolve().parent.name, "mode": records[0].get("mode") or folder.resolve().name}
     for name, statistic in statistics.items():
         result[name] = statistic(torch.arange(n))
-        draws = bootstrap(statistic, n)
+        draws = bootstrap(statistic, [row["instruction"] for row in records])
         result[f"{name}_interval"] = interval(result[name], draws)
         result[f"{name}_draws"] = draws.tolist()
     result["true_directional_similarity"] = true_direction.mean().item()

@@ -53,7 +53,8 @@ def programs(tmp_path, monkeypatch):
             option("--json").write_text(json.dumps({"results": [row]}))
         elif "--agreement" in words:
             assert len(words) == 1 + 5 + 3
-            option("--json").write_text(json.dumps({"n": 3, "accuracy": 0.25, "interval": [0.1, 0.5]}))
+            found = {"n": 3, "accuracy": 0.25, "interval": [0.1, 0.5], "right": 0.2}
+            option("--json").write_text(json.dumps(found))
         else:
             row = {"n": 9, "accuracy": 0.75, "interval": [0.7, 0.8]}
             row |= {"mae_inside": 3.0, "mae_outside": 1.0, "mae_face": None}
@@ -76,7 +77,7 @@ def trained(calls):
 
 def test_every_arm_is_trained_once_a_seed_on_one_budget(programs):
     calls, _ = programs("--steps", "20", "--batch", "4")
-    assert [sum(words[0] == program for words in calls) for program in TRAINERS] == [6 * 3, 3, 4 * 3]
+    assert [sum(words[0] == program for words in calls) for program in TRAINERS] == [6 * 3, 3, 3 * 3]
     for words in trained(calls):
         given = dict(pairwise(words))
         assert given["--steps"] == ("60" if "3x" in given["--output"] else "20") and given["--batch"] == "4"
@@ -110,7 +111,7 @@ def test_the_page_keeps_what_is_written_around_the_tables(programs):
     assert "old" not in page
     line = "| InstructGIE | 2 × 9 | 0.0123 (0.0100 … 0.0200) | 0.500 (0.400 … 0.600) | 75.0 (70.0 … 80.0) |"
     assert line + " 3.0 | 1.0 | – | 7.57 | 0.27 |" in page
-    assert "| InstructGIE | 2 × 3 | 25.0 (10.0 … 50.0) |" in page
+    assert "| InstructGIE | 2 × 3 | 25.0 (10.0 … 50.0) | 20.0 |" in page
     assert "| without RCLDM | 2 × 9 | 0.5000" in page and "| without SAM" not in page
     assert "\nNot measured yet: without LIU.\n" in page and "; without SAM.\n" in page
     # Paired: a spread that both share says nothing of their difference.
@@ -122,12 +123,14 @@ def test_the_page_keeps_what_is_written_around_the_tables(programs):
     assert "### Receptive fields of the encoders\n\nNot measured yet.\n" in page
 
 
-def test_what_learnt_longer_is_set_beside_ours_that_learnt_as_long(programs):
-    _, page = programs("--only", "full", "instruct-pix2pix-3x", "--seeds", "0")
-    assert "| InstructPix2Pix, 3 × the budget | 1 × 9 |" in page
-    assert "| InstructPix2Pix, 3 × the budget | `seen` |" not in page
-    _, page = programs("--only", "full-3x", "--seeds", "0")
-    assert "| InstructPix2Pix, 3 × the budget | `seen` | +0.4877" in page
+def test_a_run_by_another_command_is_not_taken_for_the_arms(programs, tmp_path, monkeypatch, capsys):
+    programs("--only", "no-sam", "--seeds", "0")
+    shutil.rmtree(tmp_path / "kept")
+    arm = ablations.ARMS["no-sam"]
+    monkeypatch.setitem(ablations.ARMS, "no-sam", arm._replace(trainer=(*arm.trainer, "--no-esm")))
+    with pytest.raises(SystemExit):
+        programs("--only", "no-sam", "--seeds", "0")
+    assert "no-sam-0 was trained by 'train.py --no-sam'" in capsys.readouterr().err
 
 
 def test_the_figure_is_drawn_when_its_three_encoders_are_trained(programs):
@@ -201,9 +204,11 @@ def test_a_program_that_fails_stops_it(tmp_path):
     [(0.1, 2.5, "agrees"), (0.1, -2.5, "disagrees"), (4.0, 2.5, "no difference"), (0.1, None, "–")],
 )
 def test_the_sign_beside_the_papers(spread, paper, sign):
-    full = {0: {"fid": 1.0, "fid_draws": [1.0, 1.0, 1.0]}}
-    rows = {0: {"fid": 2.0, "fid_draws": [2.0 - spread, 2.0, 2.0 + spread]}}
+    full = {seed: {"fid": 1.0, "fid_draws": [1.0, 1.0, 1.0]} for seed in range(2)}
+    rows = {seed: {"fid": 2.0, "fid_draws": [2.0 - spread, 2.0, 2.0 + spread]} for seed in range(2)}
     assert ablations.difference(rows, full, "fid", 1, paper)[1] == sign
+    del rows[1]
+    assert ablations.difference(rows, full, "fid", 1, paper)[1] == ("one seed" if paper else "–")
 
 
 def test_seeds_that_disagree_make_no_difference():

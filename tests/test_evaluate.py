@@ -281,7 +281,7 @@ def test_truth_scores_1_a_copy_0_and_small_noise_1(tmp_path, capsys):
 
 def test_answers_agree_where_all_are_nearest_to_one_edit(tmp_path, capsys):
     copy, right, wrong = (lambda *pair: pair[0]), (lambda *pair: pair[1]), (lambda *pair: 255 - pair[0])
-    folders = {name: tmp_path / name / "pair" for name in ("right", "again", "copy", "mixed")}
+    folders = {name: tmp_path / name / "pair" for name in ("right", "again", "copy", "mixed", "wrong")}
     make_answers(folders["right"], right)
     make_answers(folders["again"], noisy)
     make_answers(folders["copy"], copy)
@@ -295,8 +295,11 @@ def test_answers_agree_where_all_are_nearest_to_one_edit(tmp_path, capsys):
     assert share("right", "mixed") == 0.5 and share("right", "copy") == 0
     out = tmp_path / "score.json"
     score.main([*(str(folders[name]) for name in ("right", "mixed")), "--agreement", "--json", str(out)])
-    assert json.loads(out.read_text())["accuracy"] == 0.5
-    assert capsys.readouterr().out.endswith("agreement: 50.0 % (15.0 … 85.0) of 4 queries\n")
+    assert json.loads(out.read_text())["accuracy"] == json.loads(out.read_text())["right"] == 0.5
+    assert capsys.readouterr().out.endswith("of 4 queries, 50.0 % on the right edit\n")
+    make_answers(folders["wrong"], wrong)
+    alike = score.agreement([score.score(folders["wrong"])] * 2)
+    assert alike["accuracy"] > 0 and alike["right"] == 0  # one edit, but not the true one
     make_answers(tmp_path / "few" / "pair", right, count=2)
     folders["few"] = tmp_path / "few" / "pair"
     with pytest.raises(ValueError, match="different queries"):

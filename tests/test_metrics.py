@@ -66,14 +66,25 @@ def test_directional_similarity_is_the_cosine_of_two_changes():
 
 def test_the_bootstrap_of_a_mean_is_its_standard_error():
     values = cloud(400, 1)[:, 0].double()
-    draws = metrics.bootstrap(lambda i: values[i].mean().item(), len(values), draws=4000)
+    draws = metrics.bootstrap(lambda i: values[i].mean().item(), range(len(values)), draws=4000)
     middle, half = values.mean().item(), 1.96 * values.std().item() / 20
     assert metrics.interval(middle, draws) == pytest.approx((middle - half, middle + half), abs=0.15 * half)
 
 
+def test_of_queries_that_share_an_instruction_one_tells_as_much_as_all():
+    values = cloud(100, 1)[:, 0].double()
+    single, fourfold = (
+        metrics.bootstrap(lambda i, v=v: v[i].mean().item(), [*map(float, v)], draws=50)
+        for v in (values, values.repeat(4))
+    )
+    torch.testing.assert_close(single, fourfold)
+
+
 def test_two_bootstraps_of_as_many_queries_are_of_the_same_draws():
     one = cloud(50, 1)[:, 0].double()
-    draws = [metrics.bootstrap(lambda i, v=v: v[i].mean().item(), 50, draws=20) for v in (one, one + 3)]
+    draws = [
+        metrics.bootstrap(lambda i, v=v: v[i].mean().item(), range(50), draws=20) for v in (one, one + 3)
+    ]
     torch.testing.assert_close(draws[1] - draws[0], torch.full((20,), 3.0, dtype=torch.float64))
 
 
@@ -94,6 +105,7 @@ def answers(tmp_path):
             (truth if answer == "truth" else grey).save(folder / f"{k}.png")
             line = {"answer": f"{k}.png", "input_caption": "a grey picture", "output_caption": "a red star"}
             line |= {"input": str(tmp_path / f"{k}-in.png"), "output": str(tmp_path / f"{k}-out.png")}
+            line["instruction"] = f"instruction {k}"
             lines.append(json.dumps({k: v for k, v in (line | changes).items() if v is not None}))
         (folder / "answers.jsonl").write_text("\n".join(lines) + "\n")
         return str(folder)

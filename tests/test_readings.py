@@ -29,29 +29,29 @@ def test_the_distance_is_that_of_the_two_shifts_and_reaches_the_prediction(parts
     assert readings.shift_distance(clip, before, after, after, weight) == 0
 
 
-def test_train_counts_every_noise_level_by_it_alone(parts, tmp_path, monkeypatch):
-    """Of pure noise, which `train.py` itself gives no weight."""
-    for module, name in ((esm, "reliability"), (esm, "editing_shift_loss"), (train, "ES_EVERY")):
+@pytest.mark.parametrize("reading", list(readings.READINGS))
+def test_train_counts_the_other_noise_levels_by_it_alone(reading, parts, tmp_path, monkeypatch):
+    """Of pure noise, where `train.py` itself gives L_sam a weight, and none to L_es."""
+    for module, name, _ in readings.READINGS[reading]:
         monkeypatch.setattr(module, name, getattr(module, name))  # what the program exchanges is put back
     monkeypatch.setattr(train, "draw_timesteps", lambda count, *_: torch.full((count,), 999))
     monkeypatch.setattr(validation, "PICTURES", 2)
     monkeypatch.setattr(
         sam_loss.SelectiveAreas, "__call__", lambda self, images: torch.ones(len(images), 1, P, P)
     )
-    terms = {}
-    for name, model in (("ours", train.RCLDM.from_unet), ("reading", readings.new_model)):
+    counted = {}
+    for name, main, first in (("ours", train.main, []), ("reading", readings.main, [reading])):
         # A cache of its own: the areas made up above are no other test's, and others' are not this one's.
-        argv = [
-            *options(parts, tmp_path / name),
-            "--no-liu",
-            "--steps",
-            "1",
-            "--cache",
-            str(tmp_path / "cache"),
-        ]
-        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-        train.main(new_model=model)
+        own = "--cache", str(tmp_path / "cache")
+        argv = ["a program", *first, *options(parts, tmp_path / name), "--no-liu", "--steps", "1", *own]
+        monkeypatch.setattr(sys, "argv", argv)
+        main()
         log = EventAccumulator(str(tmp_path / name / "tensorboard")).Reload()
-        terms[name] = {key: log.Scalars(f"loss/{key}")[0].value for key in ("es", "sam")}
-    assert terms["ours"] == {"es": 0, "sam": 0}
-    assert terms["reading"]["es"] > 0 and terms["reading"]["sam"] > 0
+        counted[name] = {key for key in ("es", "sam") if log.Scalars(f"loss/{key}")[0].value > 0}
+    assert counted["ours"] == {"sam"}
+    assert counted["reading"] == ({"es", "sam"} if reading == "esm-everywhere" else set())
+
+
+def test_a_reading_comes_first(monkeypatch, refused):
+    monkeypatch.setattr(sys, "argv", ["evaluation.readings", "--steps", "1"])
+    assert "esm-everywhere or sam-at-low-noise" in refused(readings.main)

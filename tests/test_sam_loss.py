@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_liu import byte_tokenizer
@@ -12,7 +13,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sam_loss import SelectiveAreas, panoptic_area, propose_classes, selective_area_loss
+import esm
+from sam_loss import SelectiveAreas, noise_weight, panoptic_area, propose_classes, selective_area_loss
 
 AS_THEY_ARE = Mask2FormerImageProcessor(do_resize=False)
 LABELS = ("person", "cat", "sky", "wall-other-merged")
@@ -168,6 +170,22 @@ def test_loss_takes_the_share_that_the_area_covers():
     area[..., :8, :8], area[..., :8, 8:12] = 1, 1  # all of the first patch and half of the second
     expected = (1 * 1 + 0.5 * 4) / 1.5
     assert selective_area_loss(predicted, torch.zeros_like(predicted), area) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_weight_bounds_what_an_error_of_the_prediction_costs(kind):
+    """At every noise level, down to none of the picture left."""
+    scheduler = DDIMScheduler(prediction_type=kind, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    t = torch.arange(1000)
+    noisy, prediction = torch.randn(2, 1000, 4, 8, 8)
+    clean = [esm.predict_x0(noisy, prediction + error, t, scheduler) for error in (0, 1)]
+    area, weight = torch.ones(1000, 1, 64, 64), noise_weight(t, scheduler)
+    samples = zip(clean[1].split(1), clean[0].split(1), area.split(1), weight.split(1))
+    each = [selective_area_loss(*sample) for sample in samples]
+    costs, alpha_bar = torch.stack(each), scheduler.alphas_cumprod
+    wanted = torch.ones(1000) if kind == "sample" else 1 - alpha_bar
+    assert costs.isfinite().all() and alpha_bar[-1] < 1e-6  # where no x̂_0 can be told of a noise
+    torch.testing.assert_close(costs[:-2], wanted[:-2], atol=1e-3, rtol=1e-3)
 
 
 def test_empty_areas_give_zero_and_zero_gradients():

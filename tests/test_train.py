@@ -354,11 +354,12 @@ def test_a_steps_losses_are_those_of_the_paper(parts, monkeypatch, drop):
     assert all(map(torch.equal, seen[0], wanted))
 
     weight, trust = train.panel_weights(latents[query], 4.0, 1.0), esm.reliability(t, sd.scheduler)
+    bound = sam_loss.noise_weight(t, sd.scheduler)
     clean, (before, after) = esm.predict_x0(x_t, guess, t, sd.scheduler), embeddings[2:3].unbind(1)
     answer = esm.decode_answer(sd.vae, clean[1:])
     dm = (weight * (guess - noise).square()).mean() / weight.mean()
     es = esm.editing_shift_loss(clip, before, answer, after, trust[1:]) / 2  # one of two is reliable
-    sam = sam_loss.selective_area_loss(answer_panel(clean), answer_panel(x_0), areas[query], trust)
+    sam = sam_loss.selective_area_loss(answer_panel(clean), answer_panel(x_0), areas[query], bound)
     told = torch.stack([found[name] for name in ("dm", "es", "sam", "loss")])
     torch.testing.assert_close(told, torch.stack([dm, es, sam, dm + 0.5 * es + 3.0 * sam]))
 

@@ -17,7 +17,8 @@ An answer of mode "other-pair" is measured by the edit that its example shows, o
 out where that edit cannot be made.
 
 With `--agreement`, the folders hold answers to the same queries in different wordings. For some queries, the
-answers in all folders are nearest to one and the same edit: it prints the share of these.
+answers in all folders are nearest to one and the same edit: it prints the share of these, and the share where
+that edit is the right one.
 """
 
 import json
@@ -169,12 +170,15 @@ def accuracy(rows: list[dict]) -> dict:
 
 def agreement(results: list[dict]) -> dict:
     """The share of the queries whose answers in all folders are nearest to one and the same edit, as
-    `accuracy`. Copies of the input do not agree. Raises ValueError where the folders' queries are others."""
+    `accuracy`; `right`: those that agree on the right edit. Copies of the input do not agree. Raises
+    ValueError where the folders' queries are others."""
     told = [[(row["answer"], row["family"]) for row in result["answers"]] for result in results]
     if any(queries != told[0] for queries in told):
         raise ValueError("--agreement: the folders hold answers to different queries")
     nearest = zip(*([row["nearest_edit"] for row in result["answers"]] for result in results))
-    return accuracy([{"right": len({*edits}) == 1 and UNEDITED not in edits} for edits in nearest])
+    agree = [len({*edits}) == 1 and UNEDITED not in edits for edits in nearest]
+    right = [all(row["right"] for row in rows) for rows in zip(*(result["answers"] for result in results))]
+    return accuracy([{"right": each} for each in agree]) | {"right": mean(right)}
 
 
 def tables(results: list[dict]) -> str:
@@ -213,7 +217,8 @@ def main(argv: list[str] | None = None) -> None:
     print(tables(results), end="")
     if alike:
         share, low, high = (100 * each for each in (alike["accuracy"], *alike["interval"]))
-        print(f"\nagreement: {share:.1f} % ({low:.1f} … {high:.1f}) of {alike['n']} queries")
+        right = f"{100 * alike['right']:.1f} % on the right edit"
+        print(f"\nagreement: {share:.1f} % ({low:.1f} … {high:.1f}) of {alike['n']} queries, {right}")
 
 
 if __name__ == "__main__":
