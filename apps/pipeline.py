@@ -123,7 +123,7 @@ class InstructGIEPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str | None] | None,
         image: Image.Image | list[Image.Image],
         prompt_pair: ExamplePair | list[ExamplePair | None] | None = None,
         num_inference_steps: int | None = None,
@@ -137,7 +137,7 @@ class InstructGIEPipeline(DiffusionPipeline):
         """Edits pictures. A list has one entry for each edit; what is no list holds for all.
 
         Args:
-            prompt: the instruction; "" edits by the example alone.
+            prompt: the instruction; None or "" edits by the example alone.
             image: the query, of any size and mode.
             prompt_pair: the example, a tuple of before and after; None edits by the instruction alone.
             num_inference_steps, guidance_scale (of the instruction), visual_guidance_scale (of the example):
@@ -159,8 +159,13 @@ class InstructGIEPipeline(DiffusionPipeline):
             told = ", ".join(map(str, lengths))
             raise ValueError(f"prompt, image and prompt_pair have {told} entries: give one or equally many")
         prompts, images, pairs = (given if len(given) == count else given * count for given in lists)
-        if not any(prompts) and all(pair is None for pair in pairs):
-            raise ValueError("nothing says which edit to make: give an instruction, an example or both")
+        prompts = [text or "" for text in prompts]
+        for number, (text, pair) in enumerate(zip(prompts, pairs), start=1):
+            if not text.strip() and pair is None:
+                told = f"of {count}, edit {number}: " if count > 1 else ""
+                raise ValueError(
+                    f"{told}nothing says which edit to make: give an instruction, an example or both"
+                )
         if any(
             pair is not None and not (isinstance(pair, tuple | list) and len(pair) == 2) for pair in pairs
         ):

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import math
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain, cycle, zip_longest
@@ -199,7 +200,8 @@ def finetune(
     """Teaches all weights on the records and saves `folder`.
 
     [ours] AdamW, a cosine descent of the learning rate, no examples in the prompt, which becomes the form
-    that InstructPix2Pix taught GPT-3. Checkpoints lie beside `folder`.
+    that InstructPix2Pix taught GPT-3. Checkpoints, of three times the model's size in float32, lie beside
+    `folder` until it is there.
     """
     model.float().requires_grad_(True)
 
@@ -217,6 +219,7 @@ def finetune(
     with atomic_folder(folder) as new:
         model.eval().requires_grad_(False).save_pretrained(new)
         tokenizer.save_pretrained(new)
+    shutil.rmtree(checkpoints)
 
 
 # --- The program --------------------------------------------------------------------------------------------

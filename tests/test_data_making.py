@@ -278,6 +278,7 @@ def test_finetuning_teaches_and_goes_on_after_a_stop(tmp_path, monkeypatch):
 
     before, after = teach("whole")
     assert after < before - 0.5
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]  # its checkpoints are gone
     model, taught = backbone.load_llm(str(tmp_path / "whole"))
     assert taught.chat_template == OWN_TASK
     stop_after(2, monkeypatch)

@@ -555,6 +555,8 @@ def test_the_command_prints_where_it_cuts_in_a_line(pipe, folders, pictures, tmp
     [
         ({"prompt": ["a", "b"], "image": [None] * 3}, "have 2, 3, 1 entries: give one or equally many"),
         ({"prompt": "", "prompt_pair": None}, "nothing says which edit"),
+        ({"prompt": None, "prompt_pair": None}, "nothing says which edit"),
+        ({"prompt": ["a", " "], "prompt_pair": None}, "of 2, edit 2: nothing says which edit"),
         ({"output_type": "jpg"}, "output_type"),
         ({"num_inference_steps": 0}, "1 … 1000"),
         (

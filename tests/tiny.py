@@ -169,4 +169,5 @@ def stop_after(step, monkeypatch):
             raise Stopped
 
     monkeypatch.setattr(loop, "SAVE_EVERY", 0)
+    monkeypatch.setattr(loop, "SAVE_AFTER", 0)
     monkeypatch.setattr(loop, "save_checkpoint", save_and_stop)

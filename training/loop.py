@@ -15,7 +15,8 @@ from training.ema import EMA
 from training.monitor import LossMonitor
 from training.muon import Muon, parameter_groups
 
-SAVE_EVERY = 60.0  # seconds
+SAVE_EVERY = 60.0  # seconds between checkpoints,
+SAVE_AFTER = 20.0  # or so many times what the last one took: a model of gigabytes writes them seldom
 
 
 def fit(
@@ -49,7 +50,7 @@ def fit(
     if ema_decay:
         modules["average"] = ema = EMA(module, ema_decay)
     start = load_checkpoint(folder, modules, optimizer)
-    saved = time.monotonic()
+    saved, cost = time.monotonic(), 0.0
     log = SummaryWriter(folder / "tensorboard")
     progress = tqdm(total=steps, initial=start, desc=name, mininterval=10)
     for step, losses in enumerate(losses_of(range(start, steps)), start):
@@ -68,9 +69,11 @@ def fit(
             progress.set_postfix(monitor.text(), refresh=False)
             monitor.write(log, step + 1)
         progress.update()
-        if time.monotonic() - saved >= SAVE_EVERY or step + 1 == steps:
+        begun = time.monotonic()
+        if begun - saved >= max(SAVE_EVERY, SAVE_AFTER * cost) or step + 1 == steps:
             save_checkpoint(folder, step + 1, modules, optimizer, keep=2)
             saved = time.monotonic()
+            cost = saved - begun
     progress.close()
     log.close()
     if ema:
