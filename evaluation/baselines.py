@@ -151,7 +151,9 @@ class PromptDiffusion(Baseline):
 
 # --- Training -----------------------------------------------------------------------------------------------
 
-DROP = 0.05, 0.05, 0.05  # shares without text, without condition, without both: both methods' authors'
+# Shares of samples without text, without condition, without both. InstructPix2Pix's are its authors'. [ours]
+# Prompt Diffusion's are those of `train.py`, so that both learn from the same samples; its authors took 0.05.
+DROP = {"instruct-pix2pix": (0.05, 0.05, 0.05), "prompt-diffusion": (0.3, 0.4, 0.05)}
 
 
 class Learner(nn.Module):
@@ -227,7 +229,7 @@ def train(args: argparse.Namespace) -> None:
             g = step_generator(args.seed, step)
             panels, _, seen = gather_batch(batch, precomputed, device)
             query, answer = seen.latents.unbind(1)
-            keep_text, keep_condition = keep_conditions(len(panels), DROP, g)
+            keep_text, keep_condition = keep_conditions(len(panels), DROP[args.method], g)
             row = torch.where(keep_text, rows[batch["index"]], len(texts) - 1)
             states = texts[row.to(texts.device)].to(device)
             noise = draw_noise(answer.shape, g, device)

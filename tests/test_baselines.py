@@ -10,6 +10,7 @@ from test_train import save_data
 from tiny import P, Stopped, save_stable_diffusion, stop_after
 
 import backbone
+import train
 from evaluation import baselines, evaluate
 from evaluation.baselines import InstructPix2Pix, Learner, PromptDiffusion, SDEdit
 
@@ -80,6 +81,10 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, tmp_path, metho
     stopped = run(method, "--steps", "3", output=tmp_path / "stopped")
     one, other = (load_file(folder / "unet" / WEIGHTS) for folder in (whole, stopped))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_prompt_diffusion_is_given_what_ours_is_given_in_training():
+    assert baselines.DROP["prompt-diffusion"] == train.DROP
 
 
 def test_a_run_of_other_settings_is_not_gone_on_with(run, tmp_path, refused):
