@@ -41,8 +41,7 @@ def load_parts(
     check_fit(sd.unet, sd.vae, rcldm, settings["panel"])
     llm = None
     if words and settings["llm"]:
-        # As in training, or at least not in float16, which overflows in models of bfloat16.
-        llm = load_llm(find_part(settings, "llm"), device, None if dtype == torch.float32 else torch.bfloat16)
+        llm = load_llm(find_part(settings, "llm"), device)
     return Parts(sd, rcldm, llm, SAMPLING | settings)
 
 

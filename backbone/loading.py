@@ -79,15 +79,18 @@ def load_segmenter(source: str, device: torch.device | str = "cpu") -> tuple[nn.
         return freeze(model, device, folder), processor
 
 
-def load_llm(
-    source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> tuple[nn.Module, Any]:
-    """A causal language model, frozen, and its tokenizer. dtype: None is bf16 on a GPU, float32 elsewhere."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_llm(source: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
+    """A causal language model, frozen, and its tokenizer.
 
-    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    In bfloat16 where its files are, else in float32, on every device: so an instruction has one form in
+    training and in editing. In float16, a model of bfloat16 would overflow.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     folder = find_folder(source)
     with clear_errors(source, "a causal language model's folder", folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        dtype = torch.bfloat16 if config.dtype == torch.bfloat16 else torch.float32
         model = _transformer(AutoModelForCausalLM, folder, dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:

@@ -287,11 +287,20 @@ def test_every_part_may_have_a_dtype_of_its_own(saved):
 
 
 def test_a_language_model_is_never_in_float16(parts, folders, tmp_path):
-    """It would overflow; nor is it where an editor's folder is loaded."""
+    """It would overflow."""
     llm, tokenizer = backbone.load_llm(str(parts / "llm"))
     load(folders / "editor", llm=llm, llm_tokenizer=tokenizer).save_pretrained(tmp_path)
     pipe = load(tmp_path, torch_dtype=torch.float16)
     assert (pipe.rcldm.dtype, pipe.llm.dtype) == (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("own, used", [("bfloat16", torch.bfloat16), ("float16", torch.float32)])
+def test_a_language_model_runs_in_the_precision_of_its_files(parts, tmp_path, own, used):
+    shutil.copytree(parts / "llm", tmp_path / "llm")
+    config = json.loads((tmp_path / "llm" / "config.json").read_text())
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(config | {"dtype": own}))
+    model, _ = backbone.load_llm(tmp_path / "llm")
+    assert {parameter.dtype for parameter in model.parameters()} == {used}
 
 
 def test_made_of_anothers_parts(pipe, pictures):
